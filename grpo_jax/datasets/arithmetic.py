@@ -1,0 +1,206 @@
+"""Arithmetic problems worked step by step, and the same with systematic mistakes to unlearn.
+
+A problem such as `37+58+21=` is worked strictly from left to right (so `2+3*4=` is 20), one
+operation per step: `37+58=95;95+21=116`. The running value is never negative.
+
+The mistake is carryless arithmetic (Applegate, LeBrun and Sloane, "Carryless Arithmetic Mod 10",
+2011): every column is computed modulo 10 and nothing is carried or borrowed, so 37+58=85, 95+21=16,
+52-37=25 and 12*34=308. A step where that differs from the right result is called a carry step.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import math
+import operator
+import random
+from collections.abc import Callable, Iterator, Sequence
+
+import tensorflow_datasets as tfds
+
+OPERATIONS = {'+': operator.add, '-': operator.sub, '*': operator.mul}
+
+Problem = tuple[list[int], list[str]]  # n numbers and the n - 1 operations between them
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class ArithmeticConfig(tfds.core.BuilderConfig):
+    """What to generate. The config's name is a digest of all options, so no stale data are reused.
+
+    Attributes:
+        train_size: problems in the train split.
+        test_size: problems in the test split.
+        min_numbers: fewest numbers in a problem.
+        max_numbers: most numbers in a problem. Every count comes equally often while it lasts.
+        min_digits: fewest decimal digits of a number (0 has one digit).
+        max_digits: most decimal digits of a number.
+        operations: the operations that occur, out of `+-*`.
+        mistakes: probability that a carry step of a demonstration is carryless.
+        seed: decides the problems and the mistakes.
+
+    Raises:
+        ValueError: an option is out of its range.
+    """
+
+    name: str = dataclasses.field(init=False, default='')
+    train_size: int = 20_000
+    test_size: int = 500
+    min_numbers: int = 3
+    max_numbers: int = 3
+    min_digits: int = 1
+    max_digits: int = 2
+    operations: str = '+'
+    mistakes: float = 0.5
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._require('train_size', self.train_size >= 1, 'at least 1')
+        self._require('test_size', self.test_size >= 1, 'at least 1')
+        self._require('min_numbers', self.min_numbers >= 2, 'at least 2')
+        self._require('max_numbers', self.max_numbers >= self.min_numbers, 'at least min_numbers')
+        self._require('min_digits', self.min_digits >= 1, 'at least 1')
+        self._require('max_digits', self.max_digits >= self.min_digits, 'at least min_digits')
+        known = bool(self.operations) and set(self.operations) <= set(OPERATIONS)
+        self._require('operations', known, f'one or more of {"".join(OPERATIONS)}')
+        self._require('mistakes', 0 <= self.mistakes <= 1, 'between 0 and 1')
+        self._require('seed', self.seed >= 0, 'at least 0')
+        self.operations = ''.join(symbol for symbol in OPERATIONS if symbol in self.operations)
+        self.description = repr(dataclasses.asdict(self))
+        self.name = hashlib.sha256(self.description.encode()).hexdigest()[:16]
+
+    def _require(self, option: str, valid: bool, remedy: str) -> None:
+        if not valid:
+            raise ValueError(f'arithmetic: {option} is {getattr(self, option)!r}: make it {remedy}')
+
+
+class Arithmetic(tfds.core.GeneratorBasedBuilder):
+    """Text columns `question`, `answer`, `solution` (right) and `demonstration` (with mistakes).
+
+    Problems are drawn without replacement, first those of the test split: no question occurs twice
+    in the two splits, and the test questions are the same for any `train_size` and `mistakes`.
+
+    Preparing raises ValueError, with the number, where fewer problems exist than are asked for.
+    """
+
+    VERSION = tfds.core.Version('1.0.0')  # raise it whenever the same options give other text
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        columns = ('question', 'answer', 'solution', 'demonstration')
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=tfds.features.FeaturesDict({name: tfds.features.Text() for name in columns}),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
+        config = self.builder_config
+        wanted = config.train_size + config.test_size
+        problems = list(itertools.islice(_problems(config), wanted))
+        if len(problems) < wanted:
+            raise ValueError(
+                f'arithmetic: train_size + test_size is {wanted}, but with these options only '
+                f'{len(problems)} problems exist: lower the sizes, or allow more digits or numbers'
+            )
+        return {
+            'train': self._generate_examples(problems[config.test_size :]),
+            'test': self._generate_examples(problems[: config.test_size]),
+        }
+
+    def _generate_examples(
+        self, problems: Sequence[Problem]
+    ) -> Iterator[tuple[int, dict[str, str]]]:
+        config = self.builder_config
+        for place, (numbers, symbols) in enumerate(problems):
+            yield place, row(numbers, symbols, mistakes=config.mistakes, seed=config.seed)
+
+
+def row(numbers: list[int], symbols: list[str], *, mistakes: float, seed: int) -> dict[str, str]:
+    """The columns of one problem. Its mistakes depend on the seed and the question alone."""
+    right = chain(numbers, symbols, lambda: False)
+    terms = (f'{symbol}{number}' for symbol, number in zip(symbols, numbers[1:], strict=True))
+    question = f'{numbers[0]}{"".join(terms)}='
+    rng = random.Random(f'{seed}:{question}')
+    return {
+        'question': question,
+        'answer': right[-1].rpartition('=')[2],
+        'solution': ';'.join(right),
+        'demonstration': ';'.join(chain(numbers, symbols, lambda: rng.random() < mistakes)),
+    }
+
+
+def chain(numbers: list[int], symbols: list[str], slips: Callable[[], bool]) -> list[str]:
+    """Works `numbers[0] symbols[0] numbers[1] ...` from left to right, in steps such as `37+58=95`.
+
+    `slips()` is asked at every carry step whether the step is carryless. Where an earlier slip has
+    left the running value smaller than the number to subtract, the step is carryless unasked: with
+    nothing to borrow from, no step of a chain is negative.
+    """
+    steps = []
+    value = numbers[0]
+    for symbol, number in zip(symbols, numbers[1:], strict=True):
+        result, slip = OPERATIONS[symbol](value, number), carryless(value, symbol, number)
+        if slip != result and (result < 0 or slips()):
+            result = slip
+        steps.append(f'{value}{symbol}{number}={result}')
+        value = result
+    return steps
+
+
+def carryless(left: int, symbol: str, right: int) -> int:
+    """`left symbol right` of non-negative numbers, each decimal column modulo 10, no carries."""
+    a, b = ([int(digit) for digit in reversed(str(number))] for number in (left, right))
+    if symbol == '*':
+        columns = [0] * (len(a) + len(b) - 1)
+        for (i, x), (j, y) in itertools.product(enumerate(a), enumerate(b)):
+            columns[i + j] += x * y
+    else:
+        pairs = itertools.zip_longest(a, b, fillvalue=0)
+        columns = [OPERATIONS[symbol](x, y) for x, y in pairs]
+    return sum(column % 10 * 10**place for place, column in enumerate(columns))
+
+
+def _problems(config: ArithmeticConfig) -> Iterator[Problem]:
+    """Every problem once, in a random order that the options and the seed decide."""
+    rng = random.Random(config.seed)
+    counts = range(config.min_numbers, config.max_numbers + 1)
+    pools = [_problems_of(count, config, rng) for count in counts]
+    while pools:
+        pool = rng.choice(pools)
+        problem = next(pool, None)
+        if problem is None:
+            pools.remove(pool)
+        else:
+            yield problem
+
+
+def _problems_of(count: int, config: ArithmeticConfig, rng: random.Random) -> Iterator[Problem]:
+    """Every problem of `count` numbers whose running value is never negative, in random order."""
+    low = 0 if config.min_digits == 1 else 10 ** (config.min_digits - 1)
+    choices = [10**config.max_digits - low] * count + [len(config.operations)] * (count - 1)
+    for code in _shuffled(math.prod(choices), rng):
+        digits = []
+        for size in choices:
+            code, digit = divmod(code, size)
+            digits.append(digit)
+        numbers = [low + digit for digit in digits[:count]]
+        symbols = [config.operations[digit] for digit in digits[count:]]
+        steps = zip(symbols, numbers[1:], strict=True)
+        if min(itertools.accumulate(steps, _apply, initial=numbers[0])) >= 0:
+            yield numbers, symbols
+
+
+def _apply(value: int, step: tuple[str, int]) -> int:
+    symbol, number = step
+    return OPERATIONS[symbol](value, number)
+
+
+def _shuffled(size: int, rng: random.Random) -> Iterator[int]:
+    """A random permutation of `range(size)`: a Fisher-Yates shuffle that stores only what moved."""
+    moved: dict[int, int] = {}
+    for last in range(size - 1, -1, -1):
+        chosen = rng.randint(0, last)
+        yield moved.get(chosen, chosen)
+        moved[chosen] = moved.pop(last, last)

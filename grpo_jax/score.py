@@ -1,0 +1,128 @@
+"""Turns a rollout and its rewards into a `Batch`: log-probs, advantages and weights.
+
+Everything here is part of the one jitted update program.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.models import Transformer, group_hidden
+from grpo_jax.sample import filter_logits
+from grpo_jax.types import Params, Rollout, Sampling
+
+AGGREGATIONS = ('sequence_mean', 'token_mean', 'constant')
+
+
+def group_logprobs(
+    model: Transformer,
+    params: Params,
+    group: Rollout,
+    sampling: Sampling,
+    *,
+    chunk: int,
+    entropy: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """Log-probs of one group's completion tokens under the distribution that `sampling` describes.
+
+    Logits exist for `chunk` positions of each completion at a time and are computed again in the
+    backward pass, so no [G, T, V] array is ever made.
+
+    Args:
+      model: the decoder.
+      params: its parameters.
+      group: one group of a rollout (no B axis).
+      sampling: temperature and filters, as in sampling. A sampled token always counts as inside the
+        filters' support, so its log-prob is finite however far the policy has moved.
+      chunk: completion positions per piece.
+      entropy: also return the entropy of each token's distribution.
+
+    Returns:
+      log-probs f32[G, T], and entropies f32[G, T] in nats or None. Values behind the mask are finite
+      and mean nothing.
+    """
+    prompts, tokens = group.prompts, group.tokens
+    hidden = group_hidden(model, params, prompts.tokens, prompts.length, tokens)
+    length = tokens.shape[-1]
+    chunk = min(chunk, length)
+    pieces = -(-length // chunk)
+
+    def cut(x):
+        x = jnp.pad(x, [(0, 0), (0, pieces * chunk - length)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(x.shape[0], pieces, chunk, *x.shape[2:]).swapaxes(0, 1)
+
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def piece(_, xs):
+        states, targets = xs
+        logits = model.apply({'params': params}, states, method='logits')
+        logits = filter_logits(logits, sampling, keep=targets)
+        norm = jax.nn.logsumexp(logits, axis=-1)
+        hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+        logprob = jnp.where(hit, logits, 0.0).sum(-1) - norm
+        if not entropy:
+            return None, (logprob, None)
+        inside = logits > -jnp.inf
+        logp = jnp.where(inside, logits, 0.0) - norm[..., None]
+        return None, (logprob, -jnp.where(inside, jnp.exp(logp) * logp, 0.0).sum(-1))
+
+    _, out = jax.lax.scan(piece, None, (cut(hidden), cut(tokens)))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :length], out)
+
+
+def token_weights(mask: jax.Array, *, aggregation: str) -> jax.Array:
+    """Weights that turn a sum over tokens into the chosen mean; each sums to at most 1.
+
+    They are computed over the whole batch before it is cut into microbatches or spread over devices, so
+    neither changes the loss.
+
+    Args:
+      mask: bool[B, G, T], the completion tokens.
+      aggregation: 'sequence_mean', 1 / (B G |o_i|): GRPO (DeepSeekMath, arXiv 2402.03300, eq. 3);
+        'token_mean', 1 / tokens in the batch: DAPO (arXiv 2503.14476, eq. 8);
+        'constant', 1 / (B G T): Dr. GRPO (arXiv 2503.20783).
+
+    Returns:
+      f32[B, G, T], 0 outside the mask.
+
+    Raises:
+      ValueError: unknown aggregation.
+    """
+    b, g, t = mask.shape
+    if aggregation == 'sequence_mean':
+        scale = 1 / (b * g * jnp.maximum(mask.sum(-1, keepdims=True), 1))
+    elif aggregation == 'token_mean':
+        scale = 1 / jnp.maximum(mask.sum(), 1)
+    elif aggregation == 'constant':
+        scale = 1 / (b * g * t)
+    else:
+        known = ', '.join(AGGREGATIONS)
+        raise ValueError(f'aggregation={aggregation!r} is unknown: use one of {known}')
+    return jnp.where(mask, scale, 0.0)
+
+
+def rollout_metrics(rollout: Rollout, rewards: jax.Array) -> dict[str, jax.Array]:
+    """Scalars about completions and rewards under TRL's metric names.
+
+    Terminated completions are those that ended by themselves; the others are counted as clipped.
+
+    Args:
+      rollout: [B, G, T] arrays.
+      rewards: f32[B, G].
+    """
+    length, ended = rollout.mask.sum(-1), rollout.ended
+    terminated = jnp.where(ended, length, 0)
+    shortest = jnp.where(ended, length, rollout.mask.shape[-1]).min()
+    return {
+        'reward': rewards.mean(),
+        'reward_std': jnp.std(rewards, axis=1).mean(),
+        'frac_reward_zero_std': (rewards.max(1) == rewards.min(1)).mean(),
+        'num_tokens': rollout.prompts.length.sum() + length.sum(),
+        'completions/mean_length': length.mean(),
+        'completions/min_length': length.min(),
+        'completions/max_length': length.max(),
+        'completions/mean_terminated_length': terminated.sum() / jnp.maximum(ended.sum(), 1),
+        'completions/min_terminated_length': jnp.where(ended.any(), shortest, 0),
+        'completions/max_terminated_length': terminated.max(),
+        'completions/clipped_ratio': 1 - ended.mean(),
+    }

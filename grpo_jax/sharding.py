@@ -1,0 +1,116 @@
+"""Devices, and the one table that says how parameters lie on them.
+
+The mesh has two axes. `fsdp` splits the batch's groups and the parameters (ZeRO-3 style: gathered where
+they are used); `tensor` splits heads, the MLP and the vocabulary. One device is a mesh of 1 x 1.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+AXES = ('fsdp', 'tensor')
+
+# Parameter name -> how its last axes are split; leading (stacked layer) axes are not. Names that are
+# not listed (norm scales, counters) are replicated.
+TABLE: dict[str, tuple[str | None, ...]] = {
+    'embedding': ('tensor', 'fsdp'),  # [V, D]
+    'head': ('fsdp', 'tensor'),  # [D, V]
+    'query': ('fsdp', 'tensor', None),  # [D, H, h]
+    'key': ('fsdp', 'tensor', None),  # [D, K, h]
+    'value': ('fsdp', 'tensor', None),
+    'query_bias': ('tensor', None),  # [H, h]
+    'key_bias': ('tensor', None),
+    'value_bias': ('tensor', None),
+    'out': ('tensor', None, 'fsdp'),  # [H, h, D]
+    'gate': ('fsdp', 'tensor'),  # [D, M]
+    'up': ('fsdp', 'tensor'),
+    'down': ('tensor', 'fsdp'),  # [M, D]
+}
+
+
+def make_mesh(*, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """A mesh of fsdp x tensor devices; fsdp=-1 takes all that tensor leaves.
+
+    Raises:
+      ValueError: the sizes do not fit the devices that exist.
+    """
+    devices = jax.devices()
+    if tensor < 1 or (fsdp < 1 and fsdp != -1):
+        raise ValueError(f'mesh fsdp={fsdp}, tensor={tensor}: sizes are at least 1 (or fsdp=-1)')
+    if fsdp == -1:
+        fsdp = len(devices) // tensor
+    if fsdp < 1 or fsdp * tensor > len(devices):
+        raise ValueError(
+            f'mesh fsdp={fsdp} x tensor={tensor} needs {max(fsdp, 1) * tensor} devices, but JAX sees '
+            f'{len(devices)}: make the mesh smaller, or fsdp=-1 to take what tensor leaves'
+        )
+    grid = np.asarray(devices[: fsdp * tensor]).reshape(fsdp, tensor)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """The table's entry for a leaf. An axis that a mesh size does not divide stays whole."""
+    name = next((k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey)), None)
+    axes = TABLE.get(name, ()) if isinstance(name, str) else ()
+    if len(shape) < len(axes):
+        return PartitionSpec()
+    whole = (None,) * (len(shape) - len(axes))
+    fitted = [
+        axis if axis and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(axes, shape[len(whole) :], strict=True)
+    ]
+    return PartitionSpec(*whole, *fitted)
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+    """A NamedSharding for each leaf of parameters, optimizer state or a whole TrainState.
+
+    Leaves are found by the last dictionary key on their path, so Adam's moments lie like the parameters
+    they belong to.
+
+    Args:
+      tree: arrays or ShapeDtypeStructs.
+      mesh: from `make_mesh`.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, _spec(path, leaf.shape, mesh)), tree
+    )
+
+
+def groups(mesh: Mesh) -> NamedSharding:
+    """How arrays with a leading B axis lie: each device of `fsdp` holds its share of the groups."""
+    return NamedSharding(mesh, PartitionSpec('fsdp'))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A whole copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def put_groups(tree: Any, mesh: Mesh) -> Any:
+    """Places host arrays with a leading B axis on the mesh."""
+    return jax.device_put(tree, groups(mesh))
+
+
+def check_batch(batch: int, microbatch: int, mesh: Mesh | None = None) -> None:
+    """Raises ValueError, with the sizes that work, where B groups cannot be cut as asked.
+
+    Args:
+      batch: B.
+      microbatch: groups per microbatch, over all devices.
+      mesh: each microbatch is spread over its fsdp axis.
+    """
+    devices = mesh.shape['fsdp'] if mesh is not None else 1
+    if batch % devices:
+        near = ', '.join(str(n) for n in (batch // devices * devices, -(-batch // devices) * devices) if n)
+        raise ValueError(
+            f'batch of {batch} prompts does not divide over mesh fsdp={devices}: use {near} prompts'
+        )
+    works = [n for n in range(devices, batch + 1, devices) if batch % n == 0]
+    if microbatch not in works:
+        raise ValueError(
+            f'microbatch={microbatch} does not cut a batch of {batch} prompts over fsdp={devices} into '
+            f'equal pieces: use one of {", ".join(map(str, works))}'
+        )

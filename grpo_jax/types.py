@@ -1,0 +1,67 @@
+"""The arrays that flow from data to sample, score and update, and the legend of their shapes.
+
+`B` prompts (= groups) in a batch, `G` completions per prompt (the paper's G), `P` padded prompt
+tokens, `T` padded completion tokens, `V` vocabulary, `D` model width, `H` query heads, `K` key/value
+heads, `h` width of one head, `L` layers.
+
+The group (one prompt and its G completions) is the leading unit everywhere, so every type below can be
+indexed or `vmap`ped along B to obtain one group. Prompts and completions are padded on the right.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+Array = jax.Array | np.ndarray
+Params = Any  # a nested dict of arrays
+
+
+class Prompts(NamedTuple):
+    """A batch of tokenised prompts."""
+
+    tokens: Array  # i32[B, P]
+    length: Array  # i32[B], real tokens of each prompt, at least 1
+    index: Array  # i32[B], row in the data set: names the prompt in random numbers and in logs
+
+
+class Rollout(NamedTuple):
+    """Prompts with G completions each, sampled from a policy or given as demonstrations (G = 1)."""
+
+    prompts: Prompts
+    tokens: Array  # i32[B, G, T]
+    mask: Array  # bool[B, G, T], true up to and including the end-of-sequence token
+    logprobs: Array  # f32[B, G, T] of the policy as sampled; zeros for demonstrations
+    ended: Array  # bool[B, G], the row holds its end-of-sequence token; false where T cut it off
+
+
+class Batch(NamedTuple):
+    """A rollout with everything a per-token loss needs. A field is None where no loss reads it."""
+
+    rollout: Rollout
+    advantages: Array  # f32[B, G, T]
+    weights: Array  # f32[B, G, T], the loss is sum(weights * per_token_loss)
+    ref_logprobs: Array | None = None  # f32[B, G, T] of the reference model
+    old_logprobs: Array | None = None  # f32[B, G, T] of the policy before the first inner update
+
+
+class TrainState(NamedTuple):
+    """All that a training step changes."""
+
+    step: Array  # i32[], calls of the update program so far
+    params: Params
+    opt_state: Any
+    skipped: Array  # i32[], optimizer updates left out because the gradient was not finite
+
+
+class Sampling(NamedTuple):
+    """How the next token is drawn. Scalars, traced by jit: changing one never recompiles.
+
+    The log-softmax of `logits / temperature` is cut to the tokens that pass every filter and
+    renormalised. Temperature 0 is greedy decoding.
+    """
+
+    temperature: Array | float = 1.0
+    top_k: Array | int = 0  # keep the k largest logits; 0 keeps all
+    top_p: Array | float = 1.0  # keep the smallest set of tokens that holds this probability
+    min_p: Array | float = 0.0  # keep tokens with at least this share of the largest probability
