@@ -125,7 +125,7 @@ def load(name: str, split: str, *, cache_dir: str | os.PathLike[str], **options:
         cache_dir: where data sets are prepared, and used again if options and file are the same.
         **options: for 'arithmetic' those of `datasets.ArithmeticConfig`; for 'jsonl' `folder`,
             which is relative to $GRPO_JAX_DATA_DIR unless it is absolute, and `required`, the
-            columns that must exist.
+            columns that must exist. 'gsm8k' sets both of these.
 
     Raises:
         ValueError: the name or split is unknown, an option is out of range, a file is absent,
@@ -208,6 +208,7 @@ def tokenize_demonstrations(
     Raises:
         ValueError: as `tokenize_prompts`, for either template, or no row fits both lengths.
     """
+    rows = list(rows)  # read from disk once
     prompts = _encode(rows, template, tokenizer, special=True)
     completions = _encode(rows, completion_template, tokenizer, special=False)
     completions = [[*tokens, tokenizer.eos_token_id] for tokens in completions]
@@ -228,7 +229,7 @@ def tokenize_demonstrations(
 def _encode(
     rows: Rows, template: str, tokenizer: 'PreTrainedTokenizerBase', *, special: bool
 ) -> list[list[int]]:
-    texts = [_render(template, rows[row]) for row in range(len(rows))]
+    texts = [_render(template, row) for row in rows]
     if not texts:
         raise ValueError('the data set has no rows: choose another split or slice')
     return tokenizer(texts, add_special_tokens=special, return_attention_mask=False)['input_ids']
@@ -336,3 +337,12 @@ def _take(table: PromptTable | DemonstrationTable, rows: np.ndarray) -> Prompts 
     tokens, mask = table.tokens[rows, None], table.mask[rows, None]
     logprobs = np.zeros(tokens.shape, np.float32)
     return Rollout(prompts, tokens, mask, logprobs, ended=np.ones(tokens.shape[:2], bool))
+
+
+# And back to text
+
+
+def texts(tokenizer: 'PreTrainedTokenizerBase', tokens: np.ndarray, mask: np.ndarray) -> list[str]:
+    """The text of the tokens i32[N, T] where mask bool[N, T] is true, without special tokens."""
+    rows = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
+    return tokenizer.batch_decode(rows, skip_special_tokens=True)

@@ -16,6 +16,19 @@ from grpo_jax.types import Array, Params, Prompts, Rollout, Sampling
 _BLOCK = 64  # tokens per block of the two-level inverse distribution function
 
 
+def check_sampling(sampling: Sampling) -> None:
+    """Raises ValueError for values from which no policy can be trained; call it outside of jit."""
+    ranges = {
+        'temperature': (sampling.temperature > 0, 'above 0 (greedy completions are all the same)'),
+        'top_k': (sampling.top_k >= 0, 'at least 0 (0 keeps all tokens)'),
+        'top_p': (0 < sampling.top_p <= 1, 'above 0 and at most 1'),
+        'min_p': (0 <= sampling.min_p < 1, 'at least 0 and below 1'),
+    }
+    for name, (valid, remedy) in ranges.items():
+        if not valid:
+            raise ValueError(f'sampling {name}={getattr(sampling, name)}: make it {remedy}')
+
+
 def filter_logits(logits: jax.Array, sampling: Sampling, keep: jax.Array | None = None) -> jax.Array:
     """Logits of the distribution that is sampled from: scaled by temperature, then cut to its support.
 

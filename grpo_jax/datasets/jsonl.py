@@ -97,11 +97,14 @@ def read(path: str | os.PathLike[str]) -> Iterator[tuple[int, dict[str, str]]]:
 
 def _row(line: bytes, where: str) -> dict[str, str]:
     try:
-        row = json.loads(line)
+        row = json.loads(line.strip())
         text = json.dumps(row, ensure_ascii=False)
         text.encode()  # JSON can spell half a surrogate pair, which is no text
+    except json.JSONDecodeError as error:
+        message = f'{where}: not valid JSON: {error.msg} at column {error.colno}'
+        raise ValueError(message) from error
     except ValueError as error:
-        raise ValueError(f'{where}: not valid JSON: {error}') from error
+        raise ValueError(f'{where}: not JSON in UTF-8: {error}') from error
     if not isinstance(row, dict) or not row:
         raise ValueError(f'{where}: {text[:40]} is not a JSON object with columns: make it one')
     return {

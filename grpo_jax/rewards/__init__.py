@@ -11,7 +11,13 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from grpo_jax.rewards.arithmetic import Step, arithmetic_steps, check_steps, exact_answer
+from grpo_jax.rewards.arithmetic import (
+    Step,
+    arithmetic_steps,
+    check_steps,
+    exact_answer,
+    final_result,
+)
 from grpo_jax.rewards.format import chain_format, hash_format, think_format
 from grpo_jax.rewards.math import extract_answer, gsm8k_answer, normalize_number
 from grpo_jax.rewards.scoring import RewardError, Scores, score, statistics
@@ -25,6 +31,8 @@ __all__ = [
     'check_steps',
     'exact_answer',
     'extract_answer',
+    'extractor',
+    'final_result',
     'gsm8k_answer',
     'hash_format',
     'normalize_number',
@@ -42,29 +50,42 @@ def resolve(name: str) -> Callable[..., Any]:
         RewardError: no such built-in (names the nearest), a module that cannot be imported, or an
             attribute that it lacks (names the nearest) or that cannot be called.
     """
+    return _find('reward', name, {key: f for key, f in globals().items() if _is_reward(f)})
+
+
+def extractor(name: str) -> Callable[[str], str | None]:
+    """The function from a completion to its answer called `name`: 'final_result' (arithmetic
+    chains), 'extract_answer' (GSM8K and other worked solutions), or one of your own as in `resolve`.
+
+    Raises:
+        RewardError: as in `resolve`.
+    """
+    return _find('extractor', name, {f.__name__: f for f in (final_result, extract_answer)})
+
+
+def _find(kind: str, name: str, built_in: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
     if '.' not in name and ':' not in name:
-        built_in = {key: value for key, value in globals().items() if _is_reward(value)}
         if name not in built_in:
             raise RewardError(
-                f'unknown reward {name!r}{_nearest(name, built_in)}; built in are '
+                f'unknown {kind} {name!r}{_nearest(name, built_in)}; built in are '
                 f"{', '.join(sorted(built_in))}; write your own as 'package.module:function'"
             )
         return built_in[name]
     module_name, _, attribute = name.rpartition(':' if ':' in name else '.')
     if not all(part.isidentifier() for part in [*module_name.split('.'), attribute]):
-        raise RewardError(f"reward {name!r} is not of the form 'package.module:function'")
+        raise RewardError(f"{kind} {name!r} is not of the form 'package.module:function'")
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise RewardError(
-            f'reward {name!r}: importing {module_name} raised {type(error).__name__}: {error}'
+            f'{kind} {name!r}: importing {module_name} raised {type(error).__name__}: {error}'
         ) from error
     if not hasattr(module, attribute):
         nearest = _nearest(attribute, vars(module))
-        raise RewardError(f'reward {name!r}: {module_name} has no {attribute!r}{nearest}')
+        raise RewardError(f'{kind} {name!r}: {module_name} has no {attribute!r}{nearest}')
     function = getattr(module, attribute)
     if not callable(function):
-        raise RewardError(f'reward {name!r} is {function!r}, which cannot be called')
+        raise RewardError(f'{kind} {name!r} is {function!r}, which cannot be called')
     return function
 
 

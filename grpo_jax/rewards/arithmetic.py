@@ -46,9 +46,14 @@ def exact_answer(
                 f'column answer, row {row}: {expected!r} is not a whole number like 116 or -5; '
                 'for worked solutions use gsm8k_answer'
             )
-        _, equals, found = completion.rpartition('=')
-        rewards.append(float(bool(equals) and found.strip() == wanted))
+        rewards.append(float(final_result(completion) == wanted))
     return rewards
+
+
+def final_result(completion: str) -> str | None:
+    """The text after the last `=`, or None without one: the answer that a chain votes for."""
+    _, equals, found = completion.rpartition('=')
+    return found.strip() if equals else None
 
 
 def check_steps(prompt: str, completion: str) -> list[Step] | None:

@@ -1,0 +1,218 @@
+"""The configuration: every key with its default and meaning, and the command line that changes them.
+
+A config file holds one `get_config()` that takes `defaults()` and sets keys. The dictionary is locked, so
+a key that does not exist is an error wherever it is set; only `data.options` and `grpo.rewards` are
+free, since the data set and the reward functions name their own.
+"""
+
+import dataclasses
+import difflib
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from grpo_jax.losses import Objective
+from grpo_jax.models import ModelConfig
+from grpo_jax.types import Sampling
+from grpo_jax.update import Algorithm
+
+FREE = ('data.options', 'grpo.rewards')  # replaced as a whole, with keys of their own
+
+_OPTIMIZER = {  # see `update.adamw`
+    'learning_rate': 1e-6,
+    'warmup_steps': 0,
+    'decay': 'constant',
+    'b1': 0.9,
+    'b2': 0.999,
+    'eps': 1e-8,
+    'weight_decay': 0.0,
+    'clip_norm': 1.0,
+}
+
+
+def _fields(cls: Any) -> dict[str, Any]:
+    return {f.name: f.default for f in dataclasses.fields(cls)}
+
+
+def defaults() -> ConfigDict:
+    """Every key there is. Values are the paper's where it names one (arXiv 2402.03300, section 4.2)."""
+    model = _fields(ModelConfig) | {
+        'width': 128,
+        'layers': 4,
+        'heads': 4,
+        'kv_heads': 2,
+        'head_dim': 32,
+        'mlp_width': 512,
+    }
+    del model['vocab_size']  # the tokenizer's
+    config = ConfigDict()
+    config.seed = 0  # of parameters, the order of data and every sampled token
+    config.tokenizer = 'bytes'  # or a Hugging Face folder or hub id
+    config.model = model  # see `models.ModelConfig`
+    config.mesh = {'fsdp': 1, 'tensor': 1}  # see `sharding.make_mesh`
+    config.data = {
+        'name': 'arithmetic',  # see `data.load`
+        'options': {},  # of that data set
+        'train_split': 'train',
+        'heldout_split': 'test',
+        'prompt': '{question}',  # template over the data set's columns
+        'demonstration': '{demonstration}',  # likewise, what SFT learns to write
+        'prompt_length': 64,  # P; longer prompts are dropped and counted
+        'completion_length': 64,  # T
+        'cache_dir': '',  # prepared data sets; empty: <workdir>/data
+    }
+    config.sft = {  # stage 1; steps=0 leaves it out
+        'steps': 0,
+        'batch_size': 32,  # demonstrations
+        'microbatch': 32,
+        'optimizer': dict(_OPTIMIZER, learning_rate=1e-3),
+    }
+    config.grpo = {  # stage 2
+        'steps': 100,
+        'batch_size': 32,  # B, prompts per step
+        'group_size': 8,  # G, completions per prompt
+        'algorithm': _fields(Algorithm),  # see `update.Algorithm`
+        'objective': Objective(beta=0.04)._asdict(),  # see `losses.Objective`
+        'sampling': Sampling()._asdict(),  # see `types.Sampling`
+        'rewards': {},  # function (see `rewards.resolve`) -> weight
+        'optimizer': dict(_OPTIMIZER),
+    }
+    config.eval = {
+        'every': 50,  # GRPO steps; also before the first and after the last
+        'batch_size': 64,  # prompts decoded at a time
+        'correct': '',  # the reward function that is 1 where an answer is right
+        'extract': '',  # function from a completion to the answer it votes for in maj@k
+        'samples': 8,  # completions per problem for pass@k and maj@k; 0 leaves both out
+        'k': (1, 8),  # each at most `samples`
+        'temperature': 1.0,  # of those samples
+    }
+    config.log = {'completions': 8}  # sampled completions written per step
+    config.checkpoint = {'every': 50, 'keep': 2}  # steps between saves, how many are kept
+    config.lock()
+    return config
+
+
+def check_keys(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for a key that nothing reads, or one that is missing."""
+    known, given = set(_flat(defaults())), set(_flat(config))
+    for key in sorted(given - known):
+        raise ValueError(f'unknown config key {key!r}: {_nearest(key)}')
+    for key in sorted(known - given):
+        raise ValueError(f'config key {key!r} is missing: start from grpo_jax.config.defaults()')
+
+
+def _flat(config: Mapping[str, Any], prefix: str = '') -> list[str]:
+    keys = []
+    for name, value in config.items():
+        path = f'{prefix}{name}'
+        nested = isinstance(value, Mapping | ConfigDict) and path not in FREE
+        keys += _flat(value, f'{path}.') if nested else [path]
+    return keys
+
+
+def _nearest(key: str) -> str:
+    known = _flat(defaults())
+    last = key.rpartition('.')[2]
+    by_name = {path.rpartition('.')[2]: path for path in known}
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
+    near = near or [by_name[n] for n in difflib.get_close_matches(last, by_name, n=1, cutoff=0.5)]
+    return f'did you mean {near[0]!r}?' if near else 'see grpo_jax.config.defaults() for all keys'
+
+
+def differing_keys(config: ConfigDict, saved: str) -> list[str]:
+    """Paths whose values differ between a config and the text of a saved one (`to_json`)."""
+    old, new = json.loads(saved), json.loads(to_json(config))
+
+    def compare(a: Any, b: Any, path: str) -> list[str]:
+        if isinstance(a, dict) and isinstance(b, dict):
+            pairs = [(a.get(k), b.get(k), f'{path}.{k}') for k in sorted({*a, *b})]
+            return [found for pair in pairs for found in compare(*pair)]
+        return [] if a == b else [f'{path[1:]} (there {a!r}, here {b!r})']
+
+    return compare(old, new, '')
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as text that `from_json` reads."""
+    return json.dumps(config.to_dict(), indent=2, sort_keys=True) + '\n'
+
+
+def from_json(text: str) -> ConfigDict:
+    """A locked config from the text that a run saved."""
+    config = ConfigDict(json.loads(text))
+    config.eval.k = tuple(config.eval.k)
+    config.lock()
+    check_keys(config)
+    return config
+
+
+def run_command(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
+    """Parses `--config`, `--config.key=value` and `--workdir`, then calls main(config, workdir).
+
+    What the user can mend (a ValueError or OSError) ends the program with one line on standard error
+    and exit status 2.
+    """
+    holder = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        'config', None, 'The config file.', flag_values=holder, lock_config=True
+    )
+    flags.DEFINE_string('workdir', None, 'The run\'s folder.', flag_values=holder)
+    arguments = list(sys.argv if argv is None else argv)
+    try:
+        config, workdir = _parse(holder, arguments)
+        main(config, workdir)
+    except (ValueError, OSError) as error:
+        if os.environ.get('GRPO_JAX_TRACEBACK'):
+            raise
+        print(f'error: {error}', file=sys.stderr)
+        sys.exit(2)
+
+
+def _parse(holder: flags.FlagValues, arguments: list[str]) -> tuple[ConfigDict | None, str]:
+    path = next((a.partition('=')[2] for a in arguments if re.match('--?config=', a)), None)
+    if path is not None and not os.path.isfile(path):
+        raise ValueError(f'--config={path}: no such file: give the path of a config file')
+    overrides = [re.match(r'--?config\.([\w.]+)', a) for a in arguments]
+    keys = [match.group(1) for match in overrides if match]
+    if path is not None:
+        config = _load(path)
+        check_keys(config)
+        flat = _flat(config)
+        for key in keys:
+            free = any(key.startswith(f'{name}.') for name in FREE)
+            if key not in flat and not (free and _has(config, key)):
+                raise ValueError(f'unknown config key {key!r}: {_nearest(key)}')
+    try:
+        rest = holder(arguments, known_only=False)
+    except flags.Error as error:
+        raise ValueError(f'{error} (--config=FILE, --config.key=value and --workdir=FOLDER)') from error
+    if len(rest) > 1:
+        raise ValueError(f'unexpected argument {rest[1]!r}: options are written --name=value')
+    if not holder['workdir'].value:
+        raise ValueError('--workdir is missing: name the folder where the run lives')
+    return holder['config'].value, holder['workdir'].value
+
+
+def _load(path: str) -> ConfigDict:
+    spec = importlib.util.spec_from_file_location('config_file', path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f'--config={path}: not a Python file')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def _has(config: ConfigDict, key: str) -> bool:
+    node: Any = config
+    for name in key.split('.'):
+        if not isinstance(node, ConfigDict) or name not in node:
+            return False
+        node = node[name]
+    return True

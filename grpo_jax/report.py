@@ -1,0 +1,140 @@
+"""What a run leaves in its folder: metrics, completions, held-out answers, a picture.
+
+Lines of the `.jsonl` files carry the stage and the step. A resumed run first cuts off what lies behind
+its checkpoint, so that the files of a run that was killed equal those of one that was not.
+"""
+
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+STAGES = ('sft', 'grpo')
+
+
+class Records:
+    """Appends to `<workdir>/{metrics,completions,heldout}.jsonl` and to TensorBoard event files.
+
+    Args:
+      workdir: the run's folder.
+      stage: 'sft' or 'grpo'.
+      step: the step from which this process goes on; lines of this one and later are cut off.
+    """
+
+    def __init__(self, workdir: pathlib.Path, stage: str, step: int) -> None:
+        self.stage = stage
+        names = ('metrics', 'completions', 'heldout')
+        for name in names:
+            cut_off(workdir / f'{name}.jsonl', stage, step)
+        self.files = {name: (workdir / f'{name}.jsonl').open('a', buffering=1) for name in names}
+        events = str(workdir / 'tensorboard' / stage)
+        self.events = SummaryWriter(events, purge_step=step, flush_secs=10)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """One line and one point per curve. A value that is not finite is written as null."""
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._line('metrics', step, finite)
+        for name, value in finite.items():
+            if value is not None:
+                self.events.add_scalar(name, value, step)
+
+    def completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """One line for each sampled completion."""
+        for row in rows:
+            self._line('completions', step, row)
+
+    def heldout(self, step: int, evaluation: Any) -> None:
+        """All greedy answers to the held-out problems in one line; the metrics as `metrics` does."""
+        self._line('heldout', step, evaluation._asdict())
+        for name, value in evaluation.metrics.items():
+            self.events.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        for file in (*self.files.values(), self.events):
+            file.close()
+
+    def _line(self, name: str, step: int, row: Mapping[str, Any]) -> None:
+        line = json.dumps({'stage': self.stage, 'step': step, **row}, ensure_ascii=False)
+        self.files[name].write(line + '\n')
+
+
+def read(path: pathlib.Path, stage: str) -> list[dict[str, Any]]:
+    """The rows of one stage, oldest first."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if row['stage'] == stage]
+
+
+def cut_off(path: pathlib.Path, stage: str, step: int) -> None:
+    """Removes the lines of this stage from `step` on, those of later stages, and a torn last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if not line.endswith('\n'):
+            break
+        row = json.loads(line)
+        if (STAGES.index(row['stage']), row['step']) < (STAGES.index(stage), step):
+            kept.append(line)
+    partial = path.with_suffix('.partial')
+    partial.write_text(''.join(kept))
+    os.replace(partial, path)
+
+
+def plot(workdir: pathlib.Path) -> pathlib.Path:
+    """Draws `reward.png`: reward, accuracy, completion length and KL against the GRPO step."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    rows = read(workdir / 'metrics.jsonl', 'grpo')
+    tests = read(workdir / 'heldout.jsonl', 'grpo')
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout='constrained')
+    panels = (
+        ('reward', 'reward', axes[0, 0]),
+        ('accuracy', 'accuracy', axes[0, 1]),
+        ('completions/mean_length', 'completion length (tokens)', axes[1, 0]),
+        ('kl', 'KL to the reference (nats per token)', axes[1, 1]),
+    )
+    for name, title, axis in panels:
+        points = [(row['step'], row[name]) for row in rows if row.get(name) is not None]
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        if points:
+            axis.plot(*zip(*points, strict=True), linewidth=0.8, label='sampled, training problems')
+        else:
+            axis.text(0.5, 0.5, 'not computed (beta = 0)', ha='center', transform=axis.transAxes)
+    if tests:
+        points = [(row['step'], row['metrics']['eval/accuracy']) for row in tests]
+        axes[0, 1].plot(*zip(*points, strict=True), 'o-', markersize=4, label='greedy, held-out')
+        axes[0, 1].set_ylim(0, 1)
+        axes[0, 1].legend(fontsize=8, loc='lower right')
+    for axis in axes[1]:
+        axis.set_xlabel('GRPO step')
+    path = workdir / 'reward.png'
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def before_and_after(workdir: pathlib.Path, count: int = 8) -> str:
+    """A table of the first held-out prompts with the greedy answers before and after GRPO."""
+    tests = read(workdir / 'heldout.jsonl', 'grpo')
+    first, last = tests[0], tests[-1]
+
+    def cell(row: Mapping[str, Any], i: int) -> str:
+        text = ' '.join(row['completions'][i].split())
+        text = text if len(text) <= 40 else text[:37] + '...'
+        return ('+ ' if row['correct'][i] else '- ') + text
+
+    table = [('prompt', f'before (step {first["step"]})', f'after (step {last["step"]})')]
+    for i in range(min(count, len(first['prompts']))):
+        prompt = ' '.join(first['prompts'][i].split())
+        table.append((prompt[-30:], cell(first, i), cell(last, i)))
+    widths = [max(len(row[column]) for row in table) for column in range(3)]
+    lines = ['  '.join(text.ljust(w) for text, w in zip(row, widths, strict=True)) for row in table]
+    return '\n'.join([lines[0], '-' * len(lines[0]), *lines[1:]])

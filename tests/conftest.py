@@ -1,0 +1,34 @@
+"""Eight virtual CPU devices for all tests, and the tiny model that most of them share."""
+
+import os
+
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+
+import jax
+import pytest
+import tiny
+
+# Not through XLA_FLAGS: child processes of a test shall see the machine as it is.
+jax.config.update('jax_num_cpu_devices', 8)
+
+
+@pytest.fixture(scope='session')
+def model():
+    """Two layers with grouped-query attention."""
+    return tiny.make_model()
+
+
+@pytest.fixture(scope='session')
+def params(model):
+    return tiny.make_params(model)
+
+
+@pytest.fixture(scope='session')
+def rollout():
+    """Random completions of ragged length for prompts of ragged length: B = 4, G = 3, P = 6, T = 5."""
+    return tiny.make_rollout()
+
+
+@pytest.fixture(scope='session')
+def rewards():
+    return tiny.make_rewards()

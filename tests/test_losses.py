@@ -1,0 +1,143 @@
+"""Per-token losses and KL estimators against scalar oracles, values and slopes.
+
+The grid holds both signs of the advantage, and ratios below, inside and above the clip bounds, none of
+them on a bound, where the slope jumps.
+"""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from grpo_jax import losses
+from grpo_jax.losses import Objective
+from grpo_jax.types import Batch
+
+RATIOS = (0.1, 0.75, 0.79, 0.85, 1.01, 1.15, 1.25, 1.31, 4.0)
+ADVANTAGES = (-2.0, -0.5, 0.0, 0.3, 1.7)
+BOUNDS = ((0.2, 0.2), (0.2, 0.28), (0.1, 0.3))
+
+GRID = np.array(list(itertools.product(RATIOS, ADVANTAGES)), np.float32)
+OLD = np.linspace(-4, -0.2, len(GRID), dtype=np.float32)[None]
+ADVANTAGE = GRID[None, :, 1]
+LOGPROB = OLD + np.log(GRID[None, :, 0])
+
+
+def group(old=OLD, advantage=ADVANTAGE, ref=None):
+    """What a loss reads of a group: [1, tokens]."""
+    return Batch(None, jnp.asarray(advantage), None, ref, jnp.asarray(old))
+
+
+def value_and_slope(loss, logprob, *args):
+    """Per-token values, and the derivative of each by its own log-prob."""
+
+    @jax.jit
+    def run(logprob):
+        values, pull = jax.vjp(lambda x: loss(x, *args), logprob)
+        return values, pull(jnp.ones_like(values))[0]
+
+    return run(jnp.asarray(logprob))
+
+
+def expected(function):
+    """Value and slope of a scalar function (logprob, index) at each grid point, in float64."""
+    points = [float(x) for x in LOGPROB[0]]
+    values = [function(x, i) for i, x in enumerate(points)]
+    slopes = [oracle.slope(lambda y, i=i: function(float(y), i), x) for i, x in enumerate(points)]
+    return np.array([values]), np.array([slopes])
+
+
+@pytest.mark.parametrize(('low', 'high'), BOUNDS)
+def test_clipped(low, high):
+    objective = Objective(low, high)
+    values, slopes = value_and_slope(losses.clipped, LOGPROB, group(), objective)
+    old, advantage = OLD[0].astype(float), ADVANTAGE[0].astype(float)
+    want, want_slopes = expected(lambda x, i: oracle.clipped(x, old[i], advantage[i], low, high))
+    np.testing.assert_allclose(values, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(slopes, want_slopes, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ('ratio', 'advantage', 'value', 'slope'),
+    [
+        (1.5, 2.0, -2.4, 0.0),  # a good token beyond the upper bound: -2 * 1.2, and no more push
+        (1.5, -2.0, 3.0, 3.0),  # a bad token that grew: not clipped, pushed down by ratio * |A|
+        (0.5, 2.0, -1.0, -1.0),  # a good token that shrank: not clipped
+        (0.5, -2.0, 1.6, 0.0),  # a bad token beyond the lower bound: 2 * 0.8
+        (1.0, 2.0, -2.0, -2.0),  # on the policy that sampled: the slope is -A
+        (1.0, -2.0, 2.0, 2.0),
+    ],
+)
+def test_clipped_by_hand(ratio, advantage, value, slope):
+    objective = Objective(0.2, 0.2)
+    only = group(np.float32([[-1.0]]), np.float32([[advantage]]))
+    logprob = np.float32([[-1 + math.log(ratio)]])
+    values, slopes = value_and_slope(losses.clipped, logprob, only, objective)
+    np.testing.assert_allclose(values[0, 0], value, rtol=1e-6)
+    np.testing.assert_allclose(slopes[0, 0], slope, rtol=1e-6)
+
+
+def test_nll():
+    values, slopes = value_and_slope(losses.nll, LOGPROB, group(), Objective())
+    np.testing.assert_allclose(values, -ADVANTAGE * LOGPROB, rtol=1e-6)
+    np.testing.assert_allclose(slopes, -ADVANTAGE, rtol=1e-6)
+
+
+@pytest.mark.parametrize(('low', 'high'), BOUNDS)
+def test_clip_masks_say_where_the_gradient_is_cut(low, high):
+    below, above = losses.clip_masks(jnp.asarray(LOGPROB), group(), Objective(low, high))
+    _, slopes = value_and_slope(losses.clipped, LOGPROB, group(), Objective(low, high))
+    cut = (np.asarray(slopes) == 0) & (ADVANTAGE != 0)
+    np.testing.assert_array_equal(below, cut & (LOGPROB < OLD))
+    np.testing.assert_array_equal(above, cut & (LOGPROB > OLD))
+    assert below.any()
+    assert above.any()
+
+
+@pytest.mark.parametrize('name', ['k1', 'k2', 'k3'])
+def test_kl_estimators(name):
+    """The grid's old log-probs stand for the reference's."""
+    values, slopes = value_and_slope(getattr(losses, name), LOGPROB, jnp.asarray(OLD))
+    ref = OLD[0].astype(float)
+    want, want_slopes = expected(lambda x, i: oracle.kl(name, x, ref[i]))
+    np.testing.assert_allclose(values, want, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(slopes, want_slopes, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(getattr(losses, name)(OLD, OLD), 0, atol=1e-7)
+
+
+def test_kl_estimators_in_expectation():
+    """Over the policy's own distribution k1 and k3 average to the KL, and k2 has its gradient."""
+    rng = np.random.default_rng(0)
+    logits, ref = rng.normal(size=(2, 9))
+    ref = jax.nn.log_softmax(jnp.float32(ref))
+
+    def mean(name, logits):
+        logp = jax.nn.log_softmax(logits)
+        fixed = jax.lax.stop_gradient(jnp.exp(logp))  # on-policy: samples, not differentiated
+        return (fixed * getattr(losses, name)(logp, ref)).sum()
+
+    logits = jnp.float32(logits)
+    exact = lambda x: (jax.nn.softmax(x) * (jax.nn.log_softmax(x) - ref)).sum()  # noqa: E731
+    np.testing.assert_allclose(mean('k1', logits), exact(logits), rtol=1e-5)
+    np.testing.assert_allclose(mean('k3', logits), exact(logits), rtol=1e-5)
+    slopes = {name: jax.grad(lambda x, n=name: mean(n, x))(logits) for name in ('k1', 'k2')}
+    np.testing.assert_allclose(slopes['k2'], jax.grad(exact)(logits), atol=1e-6)
+    np.testing.assert_allclose(slopes['k1'], 0, atol=1e-6)
+
+
+def test_slope_of_the_on_policy_objective():
+    """-(A + beta * (ref / pi - 1)): the gradient coefficient of DeepSeekMath (2402.03300), appendix A.1.6."""
+    rng = np.random.default_rng(1)
+    logprob, ref, advantage = rng.normal(-2, 1, (3, 2, 8)).astype(np.float32)
+    batch = group(logprob, advantage)  # the policy is the one that sampled: ratio 1
+    objective = Objective(0.2, 0.28, 0.04)
+
+    def loss(x):
+        return losses.clipped(x, batch, objective) + objective.beta * losses.k3(x, ref)
+
+    _, slopes = value_and_slope(loss, logprob)
+    np.testing.assert_allclose(slopes, -(advantage + 0.04 * (np.exp(ref - logprob) - 1)), rtol=2e-5)

@@ -1,0 +1,213 @@
+"""The decoder's three entries against each other and against a plain forward pass."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import tiny
+
+from grpo_jax import models
+from grpo_jax.models.attention import Piece, attend, rotate
+
+EVERYTHING = {
+    'attention_bias': True,
+    'qk_norm': True,
+    'tied_head': False,
+    'rope_theta': 500.0,
+    'norm_eps': 1e-2,
+    'head_dim': 8,
+}
+
+
+@functools.cache
+def policy(**options):
+    model = tiny.make_model(**options)
+    return model, tiny.make_params(model)
+
+
+def group_logits(model, params, rollout):
+    """[B, G, T, V] by reading each prompt once."""
+
+    def one(prompt, length, tokens):
+        hidden = models.group_hidden(model, params, prompt, length, tokens)
+        return model.apply({'params': params}, hidden, method='logits')
+
+    return jax.vmap(one)(rollout.prompts.tokens, rollout.prompts.length, rollout.tokens)
+
+
+def decode_logits(model, params, rollout):
+    """The same, token by token: each column of keys and values is written before the next step."""
+    c, (_, group_size, max_tokens) = model.config, rollout.tokens.shape
+    apply = functools.partial(model.apply, {'params': params})
+
+    def one(prompt, length, tokens):
+        keys_values, last = apply(prompt, length, method='prefill')
+        empty = jnp.zeros((c.layers, group_size, c.kv_heads, max_tokens, c.head_dim), last.dtype)
+
+        def step(own, xs):
+            token, t = xs
+            hidden, column = apply(token, t, keys_values, length, own, method='decode')
+            own = jax.tree.map(
+                lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, t, axis=3),
+                own,
+                column,
+            )
+            return own, hidden
+
+        own = models.KeyValues(empty, empty)
+        _, hidden = jax.lax.scan(step, own, (tokens.T, jnp.arange(max_tokens)))
+        first = jnp.broadcast_to(last, (1, group_size, c.width))
+        hidden = jnp.concatenate([first, hidden[:-1]]).swapaxes(0, 1)
+        return apply(hidden, method='logits')
+
+    return jax.vmap(one)(rollout.prompts.tokens, rollout.prompts.length, rollout.tokens)
+
+
+def run(function, model, params, rollout):
+    return jax.jit(functools.partial(function, model))(params, rollout)
+
+
+@pytest.mark.parametrize('options', [{}, EVERYTHING], ids=['default', 'everything'])
+def test_prefill_and_extend_equal_decode_equal_naive(options, rollout):
+    model, params = policy(**options)
+    naive = oracle.completion_logits(oracle.float64(params), rollout, model.config)
+    assert np.abs(naive).max() > 1  # else the tolerance says nothing
+    extended = run(group_logits, model, params, rollout)
+    decoded = run(decode_logits, model, params, rollout)
+    np.testing.assert_allclose(extended, naive, atol=1e-5)
+    np.testing.assert_allclose(decoded, naive, atol=1e-5)
+
+
+def test_prompt_padding_leaves_no_trace(model, params, rollout):
+    """Other tokens behind the prompts' ends, or more of them, change nothing."""
+    prompts = rollout.prompts
+    padding = np.arange(prompts.tokens.shape[1]) >= prompts.length[:, None]
+    other = np.where(padding, (prompts.tokens + 1) % tiny.VOCAB, prompts.tokens)
+    wider = np.pad(prompts.tokens, ((0, 0), (0, 3)))
+    as_is, changed, widened = (
+        run(group_logits, model, params, rollout._replace(prompts=prompts._replace(tokens=tokens)))
+        for tokens in (prompts.tokens, other, wider)
+    )
+    np.testing.assert_array_equal(changed, as_is)
+    np.testing.assert_allclose(widened, as_is, atol=1e-5)
+
+
+def test_one_token_completions(model, params, rollout):
+    short = rollout._replace(tokens=rollout.tokens[..., :1])
+    naive = oracle.completion_logits(oracle.float64(params), short, model.config)
+    np.testing.assert_allclose(run(group_logits, model, params, short), naive, atol=1e-5)
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters(rollout):
+    model, params = policy(dtype='bfloat16')
+    reference = oracle.completion_logits(oracle.float64(params), rollout, model.config)
+    logits = run(group_logits, model, params, rollout)
+    difference = np.abs(logits - reference)
+    assert 1e-3 < difference.mean() < 0.05 * np.abs(reference).max()
+    assert logits.dtype == jnp.float32
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(tiny.shapes(model)))
+
+
+def test_remat_changes_no_gradient(rollout):
+    def gradient(remat):
+        model, params = policy(remat=remat)
+        loss = lambda p: jnp.sin(group_logits(model, p, rollout)).mean()  # noqa: E731
+        return jax.jit(jax.grad(loss))(params)
+
+    stored, recomputed = gradient(False), gradient(True)
+    assert tiny.gap(stored, recomputed) <= 1e-6 * max(tiny.largest(stored), 1)
+
+
+def test_init():
+    model = tiny.make_model(**EVERYTHING, width=64, mlp_width=128)
+    make = jax.jit(functools.partial(models.init, model))
+    params, other = make(jax.random.key(0)), make(jax.random.key(1))
+    block = params['blocks']
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, tiny.shapes(model))
+    for name, inputs in (('query', 64), ('key', 64), ('value', 64), ('gate', 64), ('down', 128)):
+        assert block[name].shape[0] == 2  # layers
+        assert np.std(block[name]) == pytest.approx(inputs**-0.5, rel=0.1), name
+        assert np.std(block[name][0] - block[name][1]) > 0, 'layers start equal'
+    assert np.std(block['out']) == pytest.approx((4 * 8) ** -0.5, rel=0.1)
+    for name in ('embedding', 'head'):
+        assert np.std(params[name]) == pytest.approx(0.02, rel=0.1)
+    for name in ('query_bias', 'key_bias', 'value_bias'):
+        assert (block[name] == 0).all()
+    for norm in (block['attention_norm'], block['query_norm'], params['final_norm']):
+        assert (norm['scale'] == 1).all()
+    assert not np.allclose(params['embedding'], other['embedding'])
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'heads': 4, 'kv_heads': 3}, r'heads=4 is not a multiple of kv_heads=3'),
+        ({'head_dim': 7}, r'head_dim=7 is odd: rotary positions need pairs'),
+    ],
+)
+def test_bad_sizes(options, message):
+    with pytest.raises(ValueError, match=message):
+        tiny.make_model(**options)
+
+
+# Attention
+
+
+def pieces_of(rng, rows, kv_heads, width, sizes):
+    """Pieces of given lengths, the first shared by all rows."""
+
+    def array(*shape):
+        return jnp.asarray(rng.standard_normal(shape), jnp.float32)
+
+    shapes = [(kv_heads, sizes[0], width)] + [(rows, kv_heads, n, width) for n in sizes[1:]]
+    return [(array(*shape), array(*shape)) for shape in shapes]
+
+
+def softmax_attention(q, k, v, visible):
+    """One softmax over all positions, in float64: q [G, S, H, h], k and v [G, K, N, h]."""
+    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
+    k, v = (np.repeat(x, q.shape[2] // k.shape[1], axis=1) for x in (k, v))
+    scores = np.einsum('gshw,ghnw->ghsn', q, k) / np.sqrt(q.shape[-1])
+    scores = np.where(visible, scores, -np.inf)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return np.einsum('ghsn,ghnw->gshw', weights / weights.sum(-1, keepdims=True), v)
+
+
+@pytest.mark.parametrize('scale', [1.0, 300.0])
+@pytest.mark.parametrize('shown', [(3, 2), (0, 2), (3, 0), (1, 4)])
+def test_attention_over_pieces_is_attention_over_their_union(shown, scale):
+    """A piece that shows nothing counts as nothing, however large the scores are."""
+    rng = np.random.default_rng(0)
+    rows, length, heads, kv_heads, width, sizes = 3, 2, 4, 2, 6, (3, 4, 2)
+    q = jnp.asarray(scale * rng.standard_normal((rows, length, heads, width)), jnp.float32)
+    kv = pieces_of(rng, rows, kv_heads, width, sizes)
+    masks = [jnp.arange(3) < shown[0], jnp.arange(4) < shown[1], jnp.tri(2, dtype=bool)]
+    ours = attend(q, [Piece(k, v, mask) for (k, v), mask in zip(kv, masks, strict=True)])
+    kv[0] = tuple(np.broadcast_to(x, (rows, *x.shape)) for x in kv[0])
+    k, v = (np.concatenate(parts, axis=2) for parts in zip(*kv, strict=True))
+    visible = np.concatenate([np.broadcast_to(m, (length, m.shape[-1])) for m in masks], axis=1)
+    np.testing.assert_allclose(ours, softmax_attention(q, k, v, visible), atol=2e-5 * scale**0.5)
+
+
+def test_rotation_by_hand():
+    """Pair (i, i + h/2) turns by position * theta^(-2i/h): here by 3 and by 3 / 10."""
+    x = jnp.array([1.0, 0.0, 0.0, 2.0]).reshape(1, 1, 4)
+    turned = rotate(x, jnp.array([3]), theta=100.0)[0, 0]
+    expected = [np.cos(3), -2 * np.sin(0.3), np.sin(3), 2 * np.cos(0.3)]
+    np.testing.assert_allclose(turned, expected, atol=1e-6)
+
+
+def test_rotation_depends_on_distance_only():
+    rng = np.random.default_rng(0)
+    q, k = jnp.asarray(rng.standard_normal((2, 1, 1, 8)), jnp.float32)
+
+    def score(i, j):
+        at = lambda x, p: rotate(x, jnp.array([p]), theta=50.0)  # noqa: E731
+        return float((at(q, i) * at(k, j)).sum())
+
+    assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
+    assert score(5, 5) == pytest.approx(float((q * k).sum()), abs=1e-5)
+    assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-3)
