@@ -163,7 +163,7 @@ def run_command(main: Callable[..., Any], argv: Sequence[str] | None = None) -> 
     config_flags.DEFINE_config_file(
         'config', None, 'The config file.', flag_values=holder, lock_config=True
     )
-    flags.DEFINE_string('workdir', None, 'The run\'s folder.', flag_values=holder)
+    flags.DEFINE_string('workdir', None, "The run's folder.", flag_values=holder)
     arguments = list(sys.argv if argv is None else argv)
     try:
         config, workdir = _parse(holder, arguments)
@@ -192,7 +192,9 @@ def _parse(holder: flags.FlagValues, arguments: list[str]) -> tuple[ConfigDict |
     try:
         rest = holder(arguments, known_only=False)
     except flags.Error as error:
-        raise ValueError(f'{error} (--config=FILE, --config.key=value and --workdir=FOLDER)') from error
+        raise ValueError(
+            f'{error} (--config=FILE, --config.key=value and --workdir=FOLDER)'
+        ) from error
     if len(rest) > 1:
         raise ValueError(f'unexpected argument {rest[1]!r}: options are written --name=value')
     if not holder['workdir'].value:

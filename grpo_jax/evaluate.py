@@ -1,6 +1,6 @@
 """Accuracy, pass@k and maj@k on held-out problems, during training and as a command on a checkpoint.
 
-    python -m grpo_jax.evaluate --workdir=FOLDER [--config.eval.samples=64 --config.eval.k=(1,64)]
+python -m grpo_jax.evaluate --workdir=FOLDER [--config.eval.samples=64 --config.eval.k=(1,64)]
 """
 
 import collections
@@ -51,7 +51,9 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
       ValueError: k is more than the number of samples.
     """
     if not 1 <= k <= samples:
-        raise ValueError(f'pass@{k} cannot be estimated from {samples} samples: k is 1 to {samples}')
+        raise ValueError(
+            f'pass@{k} cannot be estimated from {samples} samples: k is 1 to {samples}'
+        )
     return 1 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
@@ -150,8 +152,10 @@ def evaluate(
             rollouts.append(rollout)
             judged.append(judge(rollout, problems, {'correct': correct}, {'correct': 1.0}))
         scores = rewards.Scores(np.concatenate([j.scores.total for j in judged]), {})
-        texts = ([text for j in judged for text in getattr(j, name)] for name in Judged._fields[:2])
-        return jax.tree.map(lambda *x: np.concatenate(x), *rollouts), Judged(*texts, scores)
+        prompts = [text for j in judged for text in j.prompts]
+        completions = [text for j in judged for text in j.completions]
+        whole = jax.tree.map(lambda *x: np.concatenate(x), *rollouts)
+        return whole, Judged(prompts, completions, scores)
 
     rollout, greedy = ask(1, Sampling(temperature=0.0))
     right = greedy.scores.total >= 1
@@ -167,8 +171,8 @@ def evaluate(
         for size in k:
             passed = [pass_at_k(samples, sum(group), size) for group in verdicts]
             voted = [maj_at_k(*pair, size) for pair in zip(votes, verdicts, strict=True)]
-            metrics |= {f'eval/pass@{size}': np.mean(passed), f'eval/maj@{size}': np.mean(voted)}
-    metrics = {name: float(value) for name, value in metrics.items()}
+            metrics[f'eval/pass@{size}'] = float(np.mean(passed))
+            metrics[f'eval/maj@{size}'] = float(np.mean(voted))
     return Evaluation(metrics, greedy.prompts, greedy.completions, right.tolist())
 
 
@@ -179,10 +183,14 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
       ValueError: an unknown function, or a k that the number of samples cannot give.
     """
     if not config['correct']:
-        raise ValueError('eval.correct is empty: name the reward function that is 1 where an answer is right')
+        raise ValueError(
+            'eval.correct is empty: name the reward function that is 1 where an answer is right'
+        )
     for size in config['k'] if config['samples'] else ():
         if not 1 <= size <= config['samples']:
-            raise ValueError(f'eval.k={size} needs at least {size} samples: eval.samples={config["samples"]}')
+            raise ValueError(
+                f'eval.k={size} needs at least {size} samples: eval.samples={config["samples"]}'
+            )
     extract = rewards.extractor(config['extract'])
     names = ('batch_size', 'samples', 'k', 'temperature')
     chosen = {name: config[name] for name in names}

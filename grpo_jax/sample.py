@@ -10,7 +10,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.models import KeyValues, Transformer
+from grpo_jax.models import KeyValues, Transformer, apply
 from grpo_jax.types import Array, Params, Prompts, Rollout, Sampling
 
 _BLOCK = 64  # tokens per block of the two-level inverse distribution function
@@ -29,7 +29,9 @@ def check_sampling(sampling: Sampling) -> None:
             raise ValueError(f'sampling {name}={getattr(sampling, name)}: make it {remedy}')
 
 
-def filter_logits(logits: jax.Array, sampling: Sampling, keep: jax.Array | None = None) -> jax.Array:
+def filter_logits(
+    logits: jax.Array, sampling: Sampling, keep: jax.Array | None = None
+) -> jax.Array:
     """Logits of the distribution that is sampled from: scaled by temperature, then cut to its support.
 
     Tokens tied with the last one kept are kept too. The sort that top-k and top-p need runs only when
@@ -176,13 +178,12 @@ def sample(
     """
     dtype = jnp.dtype(model.config.dtype)
     params = jax.tree.map(lambda x: x.astype(dtype), params)  # once, not in every decode step
-    variables = {'params': params}
     keys = row_keys(seed, step, prompts.index, group_size)
     shape = (prompts.tokens.shape[0], group_size, max_tokens)
 
     def pick(hidden, t, carry):
         """Draws column t from hidden states [B, G, D] and writes it down."""
-        logits = model.apply(variables, hidden, method='logits')
+        logits = apply(model, params, hidden, method='logits')
         folded = jax.vmap(lambda key: jax.random.fold_in(key, t))(keys.reshape(-1))
         token, logprob = draw(folded, logits.reshape(len(folded), -1), sampling)
         live = ~carry.done
@@ -197,10 +198,10 @@ def sample(
             logprobs=carry.logprobs.at[:, :, t].set(logprob),
         )
 
-    prefill = functools.partial(model.apply, variables, method='prefill')
+    prefill = functools.partial(apply, model, params, method='prefill')
     prompt, last = jax.vmap(prefill)(prompts.tokens, prompts.length)
 
-    decode = functools.partial(model.apply, variables, method='decode')
+    decode = functools.partial(apply, model, params, method='decode')
     decode = jax.vmap(decode, in_axes=(0, None, 0, 0, 1), out_axes=(0, 1))
 
     def advance(carry):

@@ -8,7 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.models import Transformer, group_hidden
+from grpo_jax.models import Transformer, apply, group_hidden
 from grpo_jax.sample import filter_logits
 from grpo_jax.types import Params, Rollout, Sampling
 
@@ -55,7 +55,7 @@ def group_logprobs(
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def piece(_, xs):
         states, targets = xs
-        logits = model.apply({'params': params}, states, method='logits')
+        logits = apply(model, params, states, method='logits')
         logits = filter_logits(logits, sampling, keep=targets)
         norm = jax.nn.logsumexp(logits, axis=-1)
         hit = jnp.arange(logits.shape[-1]) == targets[..., None]
@@ -94,7 +94,7 @@ def token_weights(mask: jax.Array, *, aggregation: str) -> jax.Array:
     elif aggregation == 'token_mean':
         scale = 1 / jnp.maximum(mask.sum(), 1)
     elif aggregation == 'constant':
-        scale = 1 / (b * g * t)
+        scale = jnp.float32(1 / (b * g * t))
     else:
         known = ', '.join(AGGREGATIONS)
         raise ValueError(f'aggregation={aggregation!r} is unknown: use one of {known}')

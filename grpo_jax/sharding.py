@@ -50,7 +50,7 @@ def make_mesh(*, fsdp: int = 1, tensor: int = 1) -> Mesh:
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def _spec(path: tuple, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """The table's entry for a leaf. An axis that a mesh size does not divide stays whole."""
     name = next((k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey)), None)
     axes = TABLE.get(name, ()) if isinstance(name, str) else ()
@@ -104,7 +104,9 @@ def check_batch(batch: int, microbatch: int, mesh: Mesh | None = None) -> None:
     """
     devices = mesh.shape['fsdp'] if mesh is not None else 1
     if batch % devices:
-        near = ', '.join(str(n) for n in (batch // devices * devices, -(-batch // devices) * devices) if n)
+        near = ', '.join(
+            str(n) for n in (batch // devices * devices, -(-batch // devices) * devices) if n
+        )
         raise ValueError(
             f'batch of {batch} prompts does not divide over mesh fsdp={devices}: use {near} prompts'
         )

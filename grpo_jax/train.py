@@ -135,7 +135,9 @@ def _load(config: ConfigDict, workdir: pathlib.Path, split: str) -> data.Rows:
     return data.load(config.data.name, split, cache_dir=cache, **config.data.options)
 
 
-def _prompt_table(config: ConfigDict, rows: data.Rows, tokenizer: Any, what: str) -> data.PromptTable:
+def _prompt_table(
+    config: ConfigDict, rows: data.Rows, tokenizer: Any, what: str
+) -> data.PromptTable:
     table = data.tokenize_prompts(
         rows, tokenizer, template=config.data.prompt, prompt_length=config.data.prompt_length
     )
@@ -306,7 +308,9 @@ def _closing(manager: Any, records: report.Records) -> Iterator[None]:
 
 
 def _bar(stage: Stage, start: int) -> tqdm:
-    return tqdm(total=stage.steps, initial=start, desc=stage.name, dynamic_ncols=True, mininterval=1)
+    return tqdm(
+        total=stage.steps, initial=start, desc=stage.name, dynamic_ncols=True, mininterval=1
+    )
 
 
 def _show(bar: tqdm, metrics: dict[str, float]) -> None:
@@ -316,7 +320,9 @@ def _show(bar: tqdm, metrics: dict[str, float]) -> None:
     }  # fmt: skip
     if 'reward' in metrics:
         del shown['loss']
-    bar.set_postfix({short: f'{metrics[k]:.3g}' for k, short in shown.items() if k in metrics}, refresh=False)
+    bar.set_postfix(
+        {short: f'{metrics[k]:.3g}' for k, short in shown.items() if k in metrics}, refresh=False
+    )
     bar.update()
 
 

@@ -10,10 +10,7 @@ indexed or `vmap`ped along B to obtain one group. Prompts and completions are pa
 
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-
-Array = jax.Array | np.ndarray
+Array = Any  # jax.Array or np.ndarray, of the dtype and shape in the comment
 Params = Any  # a nested dict of arrays
 
 
@@ -41,8 +38,8 @@ class Batch(NamedTuple):
     rollout: Rollout
     advantages: Array  # f32[B, G, T]
     weights: Array  # f32[B, G, T], the loss is sum(weights * per_token_loss)
-    ref_logprobs: Array | None = None  # f32[B, G, T] of the reference model
-    old_logprobs: Array | None = None  # f32[B, G, T] of the policy before the first inner update
+    ref_logprobs: Array = None  # f32[B, G, T] of the reference model
+    old_logprobs: Array = None  # f32[B, G, T] of the policy before the first inner update
 
 
 class TrainState(NamedTuple):

@@ -40,7 +40,9 @@ class Algorithm:
     advantage_eps: float = 1e-4
     aggregation: str = 'sequence_mean'  # see `score.token_weights`
     kl: str = 'k3'  # estimator, read where reference parameters are given
-    kl_place: str = 'loss'  # 'loss', or 'reward': r - beta * (sum of the row's KL), before advantages
+    kl_place: str = (
+        'loss'  # 'loss', or 'reward': r - beta * (sum of the row's KL), before advantages
+    )
     inner_updates: int = 1  # optimizer updates per rollout (the paper's mu)
     microbatch: int = 1  # groups whose gradient is computed at a time
     logprob_chunk: int = 128  # completion positions whose logits exist at a time
@@ -99,7 +101,9 @@ def adamw(
       ValueError: unknown decay, or a warm-up that is longer than the run.
     """
     if warmup_steps > steps:
-        raise ValueError(f'warmup_steps={warmup_steps} is more than steps={steps}: shorten the warm-up')
+        raise ValueError(
+            f'warmup_steps={warmup_steps} is more than steps={steps}: shorten the warm-up'
+        )
     shapes: dict[str, Callable[[Any], Any]] = {
         'constant': lambda x: 1.0,
         'linear': lambda x: 1.0 - x,

@@ -174,7 +174,11 @@ def clipped(logprob, old, advantage, low, high):
 
 def kl(name, logprob, ref):
     ratio = math.exp(ref - logprob)
-    return {'k1': -math.log(ratio), 'k2': math.log(ratio) ** 2 / 2, 'k3': ratio - math.log(ratio) - 1}[name]
+    return {
+        'k1': -math.log(ratio),
+        'k2': math.log(ratio) ** 2 / 2,
+        'k3': ratio - math.log(ratio) - 1,
+    }[name]
 
 
 def weights(mask, aggregation):
@@ -189,7 +193,9 @@ def weights(mask, aggregation):
     return out
 
 
-def total_loss(logprobs, old, advantages, weights, *, loss='clipped', low=0.2, high=0.2, beta=0.0, kls=None):
+def total_loss(
+    logprobs, old, advantages, weights, *, loss='clipped', low=0.2, high=0.2, beta=0.0, kls=None
+):
     """sum of weights * (loss + beta * kl) over tokens of weight; kls = (name, reference log-probs)."""
     total = 0.0
     for i in map(tuple, np.argwhere(weights)):

@@ -81,8 +81,16 @@ def test_groups_are_vmapped():
 @pytest.mark.parametrize(
     ('size', 'options', 'message'),
     [
-        (4, {'baseline': 'median', 'scale': 'std'}, r"baseline='median' is unknown: use one of mean, "),
-        (4, {'baseline': 'mean', 'scale': 'range'}, r"scale='range' is unknown: use one of std, none"),
+        (
+            4,
+            {'baseline': 'median', 'scale': 'std'},
+            r"baseline='median' is unknown: use one of mean, ",
+        ),
+        (
+            4,
+            {'baseline': 'mean', 'scale': 'range'},
+            r"scale='range' is unknown: use one of std, none",
+        ),
         (1, {'baseline': 'mean', 'scale': 'none'}, r'group_size=1 with .*use group_size >= 2'),
         (1, {'baseline': 'leave_one_out', 'scale': 'none'}, r'group_size=1 with .*leave_one_out'),
         (1, {'baseline': 'none', 'scale': 'std'}, r"group_size=1 with .*scale='std'"),

@@ -102,7 +102,14 @@ def test_refuses_what_it_does_not_count():
 def test_agrees_with_xla_where_no_loop_repeats():
     """One layer, one chunk: every loop runs once, so XLA counts all, elementwise work included."""
     model = tiny.make_model(
-        layers=1, width=128, mlp_width=512, heads=4, kv_heads=4, head_dim=32, vocab_size=512, remat=False
+        layers=1,
+        width=128,
+        mlp_width=512,
+        heads=4,
+        kv_heads=4,
+        head_dim=32,
+        vocab_size=512,
+        remat=False,
     )
     group = group_of(4, 32, 16)
 

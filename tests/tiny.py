@@ -49,7 +49,9 @@ def make_params(model, seed=0, spread=1.0):
     return jax.tree_util.tree_map_with_path(fill, shapes(model))
 
 
-def make_rollout(seed=0, vocab=VOCAB, groups=4, group_size=3, length=6, max_tokens=5, lengths=LENGTHS):
+def make_rollout(
+    seed=0, vocab=VOCAB, groups=4, group_size=3, length=6, max_tokens=5, lengths=LENGTHS
+):
     """A rollout that no policy has sampled: random tokens, lengths, ends and log-probs."""
     rng = np.random.default_rng(seed)
     shape = (groups, group_size, max_tokens)
@@ -100,7 +102,9 @@ class Bigram:
 
 def gap(a, b):
     """Largest absolute difference between the leaves of two trees."""
-    leaves = jax.tree.leaves(jax.tree.map(lambda x, y: np.abs(np.asarray(x) - np.asarray(y)).max(), a, b))
+    leaves = jax.tree.leaves(
+        jax.tree.map(lambda x, y: np.abs(np.asarray(x) - np.asarray(y)).max(), a, b)
+    )
     return max(leaves)
 
 

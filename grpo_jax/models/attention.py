@@ -63,7 +63,9 @@ def attend(q: jax.Array, pieces: Sequence[Piece]) -> jax.Array:
     peaks = [s.max(-1, initial=_MASKED) for s in scores]
     peak = functools.reduce(jnp.maximum, map(_row_major, peaks, pieces))
     peak = jax.lax.stop_gradient(peak)
-    weights = [jnp.exp(s - _row_major(peak, p)[..., None]) for s, p in zip(scores, pieces, strict=True)]
+    weights = [
+        jnp.exp(s - _row_major(peak, p)[..., None]) for s, p in zip(scores, pieces, strict=True)
+    ]
     sums = [w.sum(-1) for w in weights]
     total = functools.reduce(jnp.add, map(_row_major, sums, pieces))
     out = functools.reduce(jnp.add, map(_read, weights, pieces))
@@ -89,4 +91,3 @@ def _read(weights: jax.Array, piece: Piece) -> jax.Array:
 def _row_major(x: jax.Array, piece: Piece) -> jax.Array:
     """Swaps the leading G and K axes of a shared piece's array; its own inverse."""
     return x.swapaxes(0, 1) if piece.shared else x
-

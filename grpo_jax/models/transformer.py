@@ -6,7 +6,7 @@ the layers stacked along a leading L axis and run by one scan, so compile time d
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -105,9 +105,11 @@ class Block(nn.Module):
         q = rotate(q, where.positions, c.rope_theta)
         k = rotate(k, where.positions, c.rope_theta).swapaxes(1, 2)
         causal = jnp.tri(x.shape[1], dtype=bool)
-        pieces = [Piece(*kv, mask) for kv, mask in zip(past, where.masks, strict=True)]
+        pieces = [Piece(kv.k, kv.v, mask) for kv, mask in zip(past, where.masks, strict=True)]
         out = attend(q, [*pieces, Piece(k, v, causal)])
-        out = jnp.einsum('gsnh,nhd->gsd', out, self._kernel('out', (c.heads, c.head_dim, c.width), 2))
+        out = jnp.einsum(
+            'gsnh,nhd->gsd', out, self._kernel('out', (c.heads, c.head_dim, c.width), 2)
+        )
         return out, KeyValues(k, v)
 
     def _mlp(self, x: jax.Array) -> jax.Array:
@@ -125,7 +127,7 @@ class _Where(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """The decoder; call `model.apply({'params': params}, ..., method='prefill')` and so on."""
+    """The decoder; call its entries through `apply`."""
 
     config: ModelConfig
 
@@ -216,6 +218,11 @@ def init(model: Transformer, key: jax.Array) -> Params:
     return variables['params']
 
 
+def apply(model: Transformer, params: Params, *args: Any, method: str) -> Any:
+    """Calls one of the model's entries with plain parameters: `apply(model, params, x, method='logits')`."""
+    return model.apply({'params': params}, *args, method=method)
+
+
 def group_hidden(
     model: Transformer, params: Params, prompt: jax.Array, length: jax.Array, tokens: jax.Array
 ) -> jax.Array:
@@ -231,8 +238,7 @@ def group_hidden(
     Returns:
       [G, T, D]; the state at t predicts tokens[:, t]. Gradients flow through the prompt, once per group.
     """
-    variables = {'params': params}
-    keys_values, last = model.apply(variables, prompt, length, method='prefill')
-    hidden = model.apply(variables, tokens[:, :-1], keys_values, length, method='extend')
+    keys_values, last = apply(model, params, prompt, length, method='prefill')
+    hidden = apply(model, params, tokens[:, :-1], keys_values, length, method='extend')
     first = jnp.broadcast_to(last, (tokens.shape[0], 1, last.shape[-1]))
     return jnp.concatenate([first, hidden], axis=1)

@@ -1,0 +1,256 @@
+"""The group program against a plain forward pass and against the sampler; weights; rollout metrics."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import tiny
+
+from grpo_jax.sample import sample
+from grpo_jax.score import group_logprobs, rollout_metrics, token_weights
+from grpo_jax.types import Prompts, Rollout, Sampling
+
+VARIANTS = {
+    'grouped query': {},
+    'multi head, stored': {'kv_heads': 4, 'remat': False},
+    'multi query, q/k norm': {'kv_heads': 1, 'qk_norm': True},
+    'biases, untied': {'attention_bias': True, 'tied_head': False},
+    'everything': {
+        'attention_bias': True,
+        'qk_norm': True,
+        'tied_head': False,
+        'rope_theta': 500.0,
+        'norm_eps': 1e-2,
+    },
+}
+SAMPLINGS = {
+    'plain': Sampling(),
+    'cool': Sampling(temperature=0.7),
+    'top-k': Sampling(top_k=5),
+    'cool top-k': Sampling(temperature=0.7, top_k=20),
+    'top-p': Sampling(top_p=0.8),
+    'min-p': Sampling(min_p=0.1),
+    'all': Sampling(temperature=1.3, top_k=30, top_p=0.9, min_p=0.02),
+}
+
+
+def logprobs(model, params, rollout, sampling=Sampling(), **options):  # noqa: B008
+    """[B, G, T] log-probs and entropies or None."""
+    options = {'chunk': 2} | options
+    return jax.vmap(lambda group: group_logprobs(model, params, group, sampling, **options))(
+        rollout
+    )
+
+
+@functools.cache
+def scorer(model, **options):
+    """Compiled once for each model and options; parameters, rollout and sampling are arguments."""
+    return jax.jit(functools.partial(logprobs, model, **options))
+
+
+# A prompt read once is a prompt read G times
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_shared_prompt_equals_naive(variant, rollout):
+    """Log-probs and gradients, to 1e-5, of prompts of 6, 1, 4 and 5 tokens with 3 completions each."""
+    model = tiny.make_model(**VARIANTS[variant])
+    params = tiny.make_params(model)
+    cotangent = np.random.default_rng(1).standard_normal(rollout.mask.shape) * rollout.mask / 10
+
+    def loss(params):
+        out = logprobs(model, params, rollout)[0]
+        return (out * cotangent).sum(), out
+
+    (_, ours), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    def plain(params, xp=np):
+        return oracle.completion_logits(params, rollout, model.config, xp)
+
+    expected = oracle.logprobs(plain(oracle.float64(params)), rollout.tokens)
+    expected_gradient = oracle.pull_back(plain, params, rollout.tokens, cotangent)
+    np.testing.assert_allclose(ours, expected, atol=1e-5)
+    assert tiny.largest(expected_gradient) > 0.5
+    worst = max(map(np.abs, [0.0])) + tiny.gap(gradient, expected_gradient)
+    print(f'{variant}: log-probs {np.abs(ours - expected).max():.1e}, gradients {worst:.1e}')
+    assert worst <= 1e-5
+
+
+# Chunks, filters, entropy
+
+
+@pytest.mark.parametrize('chunk', [1, 3, 5, 64])
+def test_chunks_change_nothing(chunk, model, params, rollout):
+    reference = scorer(model)(params, rollout)[0]
+    ours = scorer(model, chunk=chunk)(params, rollout)[0]
+    np.testing.assert_allclose(ours, reference, atol=1e-6)
+
+
+@pytest.mark.parametrize('name', SAMPLINGS)
+def test_filters_and_entropy_equal_the_oracle(name, model, params, rollout):
+    """A token outside the support counts as inside: the tokens here are random, so many are."""
+    sampling = SAMPLINGS[name]
+    ours, entropy = scorer(model, entropy=True)(params, rollout, sampling)
+    logits = oracle.completion_logits(oracle.float64(params), rollout, model.config)
+    for i in np.ndindex(rollout.tokens.shape):
+        token = rollout.tokens[i]
+        expected = oracle.distribution(logits[i], *sampling, keep=token)
+        inside = expected[expected > 0]
+        assert ours[i] == pytest.approx(np.log(expected[token]), abs=2e-5)
+        assert entropy[i] == pytest.approx(-(inside * np.log(inside)).sum(), abs=2e-5)
+
+
+def test_entropy_is_only_computed_when_asked_for(model, params, rollout):
+    assert scorer(model)(params, rollout)[1] is None
+
+
+def test_a_moved_policy_has_finite_logprobs_and_gradients(model, params, rollout):
+    """top-k of 1 keeps one token; the others were sampled when the policy was another one."""
+
+    def loss(params):
+        return logprobs(model, params, rollout, Sampling(top_k=1))[0].sum()
+
+    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    assert np.isfinite(value)
+    assert np.isfinite(tiny.largest(gradient))
+    assert tiny.largest(gradient) > 0.1
+
+
+# The sampler agrees
+
+
+@pytest.mark.parametrize('name', SAMPLINGS)
+def test_sampler_equals_scorer(name, model, params, rollout):
+    drawn = sample(
+        model,
+        params,
+        rollout.prompts,
+        seed=0,
+        step=0,
+        sampling=SAMPLINGS[name],
+        eos_ids=np.array([3, 11, 40]),
+        group_size=8,
+        max_tokens=9,
+    )
+    scored = scorer(model)(params, drawn, SAMPLINGS[name])[0]
+    difference = np.abs(np.where(drawn.mask, drawn.logprobs - scored, 0)).max()
+    print(f'{name}: {difference:.1e}')
+    assert difference <= 1e-4
+    assert np.asarray(drawn.mask).sum() > 50
+    if name != 'plain':  # the same tokens have other log-probs where the setting is left out
+        ignored = scorer(model)(params, drawn, Sampling())[0]
+        assert np.abs(np.where(drawn.mask, drawn.logprobs - ignored, 0)).max() > 1e-2
+
+
+# Weights
+
+
+MASK = np.array([[[1, 1, 0], [1, 0, 0]], [[1, 1, 1], [0, 0, 0]]], bool)
+
+
+@pytest.mark.parametrize(
+    ('aggregation', 'expected'),
+    [
+        # rows of 2, 1, 3 and 0 tokens among B G = 4
+        ('sequence_mean', [[[1 / 8, 1 / 8, 0], [1 / 4, 0, 0]], [[1 / 12] * 3, [0, 0, 0]]]),
+        ('token_mean', [[[1 / 6, 1 / 6, 0], [1 / 6, 0, 0]], [[1 / 6] * 3, [0, 0, 0]]]),
+        ('constant', [[[1 / 12, 1 / 12, 0], [1 / 12, 0, 0]], [[1 / 12] * 3, [0, 0, 0]]]),
+    ],
+)
+def test_weights_by_hand(aggregation, expected):
+    np.testing.assert_allclose(token_weights(MASK, aggregation=aggregation), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize('aggregation', ['sequence_mean', 'token_mean', 'constant'])
+def test_weights_of_ragged_rows(aggregation, rollout):
+    ours = token_weights(rollout.mask, aggregation=aggregation)
+    np.testing.assert_allclose(ours, oracle.weights(rollout.mask, aggregation), rtol=1e-6)
+
+
+def test_weights_of_nothing_are_zero():
+    for aggregation in ('sequence_mean', 'token_mean', 'constant'):
+        assert (
+            np.asarray(token_weights(np.zeros((2, 2, 3), bool), aggregation=aggregation)) == 0
+        ).all()
+
+
+def test_unknown_aggregation():
+    with pytest.raises(
+        ValueError, match=r"aggregation='sum' is unknown: use one of sequence_mean, "
+    ):
+        token_weights(MASK, aggregation='sum')
+
+
+# Metrics
+
+
+def test_rollout_metrics_by_hand():
+    prompts = Prompts(np.zeros((2, 4), np.int32), np.array([4, 2], np.int32), np.arange(2))
+    ended = np.array([[True, True], [False, True]])
+    mask = np.arange(5) < np.array([[2, 4], [5, 1]])[..., None]
+    rollout = Rollout(prompts, np.zeros((2, 2, 5), np.int32), mask, np.zeros((2, 2, 5)), ended)
+    rewards = jnp.array([[1.0, 0.0], [0.5, 0.5]])
+    expected = {
+        'reward': 0.5,
+        'frac_reward_zero_std': 0.5,
+        'num_tokens': 4 + 2 + 2 + 4 + 5 + 1,
+        'completions/mean_length': 3,
+        'completions/min_length': 1,
+        'completions/max_length': 5,
+        'completions/mean_terminated_length': 7 / 3,
+        'completions/min_terminated_length': 1,
+        'completions/max_terminated_length': 4,
+        'completions/clipped_ratio': 0.25,
+    }
+    ours = rollout_metrics(rollout, rewards)
+    assert {name: float(ours[name]) for name in expected} == pytest.approx(expected)
+    assert ours['reward_std'] > 0
+
+    none = rollout_metrics(rollout._replace(ended=np.zeros((2, 2), bool)), rewards)
+    for name in ('mean', 'min', 'max'):
+        assert none[f'completions/{name}_terminated_length'] == 0
+    assert none['completions/clipped_ratio'] == 1
+
+
+# Memory
+
+
+def test_no_buffer_of_full_logits():
+    """At V = 32,768 and T = 512 the gradient of the log-probs never holds one group's [G, T, V].
+
+    One chunk as long as the completion is the program that would: the test can tell them apart.
+    """
+    vocab, length, group_size = 32_768, 512, 2
+    model = tiny.make_model(vocab_size=vocab, layers=1)
+
+    def memory(chunk):
+        def loss(params, rollout):
+            return logprobs(model, params, rollout, chunk=chunk)[0].sum()
+
+        shape = (2, group_size, length)
+        integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+        rollout = Rollout(
+            Prompts(integers((2, 8)), integers((2,)), integers((2,))),
+            integers(shape),
+            jax.ShapeDtypeStruct(shape, bool),
+            jax.ShapeDtypeStruct(shape, jnp.float32),
+            jax.ShapeDtypeStruct(shape[:2], bool),
+        )
+        compiled = jax.jit(jax.grad(loss)).lower(tiny.shapes(model), rollout).compile()
+        sizes = {
+            int(np.prod([int(n) for n in dims.split(',')]))
+            for dims in re.findall(r'\w\[([\d,]+)\]', compiled.as_text())
+        }
+        return max(sizes), compiled.memory_analysis().temp_size_in_bytes
+
+    full = group_size * length * vocab
+    largest, temporary = memory(chunk=16)
+    assert largest < full / 8
+    assert temporary < 4 * full / 2
+    largest, temporary = memory(chunk=length)
+    assert largest >= full
+    assert temporary >= 4 * full
