@@ -2,8 +2,8 @@
 
     python -m grpo_jax.train --config=configs/arithmetic.py --workdir=runs/arithmetic
 
-Stage 1 imitates demonstrations that drop the carry in half of the steps that need one; stage 2 is GRPO
-with reward 1 for a right final answer.
+Stage 1 imitates demonstrations that drop the carry in half of the steps that need one; stage 2 is
+GRPO with reward 1 for a right final answer.
 """
 
 from grpo_jax import config as grpo_config

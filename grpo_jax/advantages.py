@@ -12,13 +12,13 @@ def group_advantages(
 ) -> jax.Array:
     """Advantages of one group's completions relative to each other.
 
-    `(r - mean(r)) / (std(r) + eps)` is outcome supervision (DeepSeekMath, arXiv 2402.03300, section 4.1.2);
-    `scale='none'` is Dr. GRPO (arXiv 2503.20783); `baseline='leave_one_out'` is RLOO (arXiv 2402.14740),
-    the mean of the other G - 1 rewards; with neither, the reward itself (SFT, RFT and online RFT in
-    the paper's unified table, where it is 1 for a correct completion and 0 otherwise).
+    `(r - mean(r)) / (std(r) + eps)` is outcome supervision (DeepSeekMath, arXiv 2402.03300,
+    section 4.1.2); `scale='none'` is Dr. GRPO (arXiv 2503.20783); `baseline='leave_one_out'` is
+    RLOO (arXiv 2402.14740), the mean of the other G - 1 rewards; with neither, the reward itself
+    (SFT, RFT and online RFT in the paper's unified table: 1 for a correct completion, else 0).
 
-    The standard deviation is the sample's (divisor G - 1) and the default eps 1e-4, as in TRL. A group
-    whose rewards are all equal gets exact zeros.
+    The standard deviation is the sample's (divisor G - 1) and the default eps 1e-4, as in TRL. A
+    group whose rewards are all equal gets exact zeros.
 
     Args:
       rewards: f32[G].
@@ -55,6 +55,7 @@ def check_group_options(group_size: int, *, baseline: str, scale: str) -> None:
             raise ValueError(f'{name}={value!r} is unknown: use one of {", ".join(known)}')
     if group_size < 2 and (baseline, scale) != ('none', 'none'):
         raise ValueError(
-            f'group_size={group_size} with baseline={baseline!r}, scale={scale!r}: a group of one is '
-            "its own mean and has no spread; use group_size >= 2, or baseline='none' and scale='none'"
+            f'group_size={group_size} with baseline={baseline!r}, scale={scale!r}: a group of '
+            'one is its own mean and has no spread; use group_size >= 2, or '
+            "baseline='none' and scale='none'"
         )

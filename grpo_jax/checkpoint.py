@@ -45,7 +45,7 @@ def claim_workdir(workdir: str, config: ConfigDict) -> pathlib.Path:
 
 
 def open_manager(path: pathlib.Path, *, keep: int) -> ocp.CheckpointManager:
-    """An orbax manager for one stage's folder; a save that was cut off leaves nothing that counts."""
+    """An orbax manager for one stage's folder, where a save that was cut off does not count."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
     return ocp.CheckpointManager(path, options=options)
 

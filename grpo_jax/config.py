@@ -1,8 +1,8 @@
-"""The configuration: every key with its default and meaning, and the command line that changes them.
+"""The configuration: every key with its default and meaning, and the command line that sets it.
 
-A config file holds one `get_config()` that takes `defaults()` and sets keys. The dictionary is locked, so
-a key that does not exist is an error wherever it is set; only `data.options` and `grpo.rewards` are
-free, since the data set and the reward functions name their own.
+A config file holds one `get_config()` that takes `defaults()` and sets keys. The dictionary is
+locked, so a key that does not exist is an error wherever it is set; only `data.options` and
+`grpo.rewards` are free, since the data set and the reward functions name their own.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ def _fields(cls: Any) -> dict[str, Any]:
 
 
 def defaults() -> ConfigDict:
-    """Every key there is. Values are the paper's where it names one (arXiv 2402.03300, section 4.2)."""
+    """Every key there is, with the paper's values where it names them (arXiv 2402.03300)."""
     model = _fields(ModelConfig) | {
         'width': 128,
         'layers': 4,
@@ -156,8 +156,8 @@ def from_json(text: str) -> ConfigDict:
 def run_command(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
     """Parses `--config`, `--config.key=value` and `--workdir`, then calls main(config, workdir).
 
-    What the user can mend (a ValueError or OSError) ends the program with one line on standard error
-    and exit status 2.
+    What the user can mend (a ValueError or OSError) ends the program with one line on standard
+    error and exit status 2.
     """
     holder = flags.FlagValues()
     config_flags.DEFINE_config_file(

@@ -1,4 +1,4 @@
-"""Accuracy, pass@k and maj@k on held-out problems, during training and as a command on a checkpoint.
+"""Accuracy, pass@k and maj@k on held-out problems, while training and as a command.
 
 python -m grpo_jax.evaluate --workdir=FOLDER [--config.eval.samples=64 --config.eval.k=(1,64)]
 """
@@ -26,7 +26,7 @@ class Problems(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """The texts of a rollout and what the reward functions say of them, group-major lists of B * G."""
+    """The texts of a rollout and what the reward functions say of them, in lists of B * G."""
 
     prompts: list[str]
     completions: list[str]
@@ -60,8 +60,8 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
 def maj_at_k(answers: Sequence[str | None], correct: Sequence[bool], k: int) -> bool:
     """Whether the most frequent of the first k answers is right; ties go to the one seen first.
 
-    Samples without an answer (None) do not vote. Answers vote together when their texts are equal, so
-    extraction has to normalise them.
+    Samples without an answer (None) do not vote. Answers vote together when their texts are equal,
+    so extraction has to normalise them.
 
     Raises:
       ValueError: k is more than the number of samples.

@@ -1,8 +1,9 @@
 """One group's log-probs to a loss per token, and estimators of the KL to the reference.
 
-A loss is a function `(logprobs, group, objective) -> f32[G, T]` and is chosen by its name. `group` is a
-`Batch` without its B axis whose `old_logprobs` are always present: where the policy has not moved since
-sampling they are the current ones behind a stop_gradient, which gives a ratio of 1 and its gradient.
+A loss is a function `(logprobs, group, objective) -> f32[G, T]` and is chosen by its name. `group`
+is a `Batch` without its B axis whose `old_logprobs` are always present: where the policy has not
+moved since sampling they are the current ones behind a stop_gradient, which gives a ratio of 1 and
+its gradient.
 """
 
 from typing import NamedTuple
@@ -22,7 +23,7 @@ class Objective(NamedTuple):
 
 
 def nll(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Array:
-    """-A * logp: maximum likelihood where the advantage is 1 (SFT) or 1 if correct (RFT, online RFT).
+    """-A * logp: maximum likelihood where A is 1 (SFT) or 1 if correct (RFT, online RFT).
 
     DeepSeekMath (arXiv 2402.03300), table 10: the gradient coefficient is the advantage itself.
     """
@@ -33,8 +34,8 @@ def nll(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Array:
 def clipped(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Array:
     """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), ratio = exp(logp - old_logp).
 
-    DeepSeekMath (arXiv 2402.03300), eq. 3; PPO's pessimistic bound (arXiv 1707.06347, eq. 7) with the
-    two-sided clip of DAPO (arXiv 2503.14476, eq. 8).
+    DeepSeekMath (arXiv 2402.03300), eq. 3; PPO's pessimistic bound (arXiv 1707.06347, eq. 7) with
+    the two-sided clip of DAPO (arXiv 2503.14476, eq. 8).
 
     Args:
       logprobs: f32[G, T] of the policy that is trained.
@@ -52,7 +53,7 @@ def clipped(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Arra
 def clip_masks(
     logprobs: jax.Array, group: Batch, objective: Objective
 ) -> tuple[jax.Array, jax.Array]:
-    """Where the lower and where the upper clip bound cut the gradient of `clipped`: bool[G, T] each."""
+    """bool[G, T] each: where the lower and where the upper bound cut `clipped`s gradient."""
     ratio = jnp.exp(logprobs - group.old_logprobs)
     low = (ratio < 1 - objective.clip_low) & (group.advantages < 0)
     high = (ratio > 1 + objective.clip_high) & (group.advantages > 0)
@@ -60,7 +61,7 @@ def clip_masks(
 
 
 def k1(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
-    """log(pi / ref): unbiased, of either sign. As a loss its expected on-policy gradient is zero."""
+    """log(pi / ref): unbiased, either sign. As a loss its expected on-policy gradient is zero."""
     return logprobs - ref_logprobs
 
 
@@ -70,6 +71,6 @@ def k2(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
 
 
 def k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
-    """ref/pi - log(ref/pi) - 1: unbiased and never negative (DeepSeekMath, arXiv 2402.03300, eq. 4)."""
+    """ref/pi - log(ref/pi) - 1: unbiased, never negative (DeepSeekMath, 2402.03300, eq. 4)."""
     log_ratio = ref_logprobs - logprobs
     return jnp.exp(log_ratio) - log_ratio - 1

@@ -1,7 +1,7 @@
 """What a run leaves in its folder: metrics, completions, held-out answers, a picture.
 
-Lines of the `.jsonl` files carry the stage and the step. A resumed run first cuts off what lies behind
-its checkpoint, so that the files of a run that was killed equal those of one that was not.
+Lines of the `.jsonl` files carry the stage and the step. A resumed run first cuts off what lies
+behind its checkpoint, so that the files of a run that was killed equal those of one that was not.
 """
 
 import json
@@ -48,7 +48,7 @@ class Records:
             self._line('completions', step, row)
 
     def heldout(self, step: int, evaluation: Any) -> None:
-        """All greedy answers to the held-out problems in one line; the metrics as `metrics` does."""
+        """All greedy answers to the held-out problems in one line, and a point per curve."""
         self._line('heldout', step, evaluation._asdict())
         for name, value in evaluation.metrics.items():
             self.events.add_scalar(name, value, step)
@@ -69,7 +69,7 @@ def read(path: pathlib.Path, stage: str) -> list[dict[str, Any]]:
 
 
 def cut_off(path: pathlib.Path, stage: str, step: int) -> None:
-    """Removes the lines of this stage from `step` on, those of later stages, and a torn last line."""
+    """Removes this stage's lines from `step` on, those of later stages, and a torn last line."""
     if not path.exists():
         return
     kept = []

@@ -1,7 +1,8 @@
 """Sampling a group of completions for each prompt: prefill once per prompt, decode [B, G] rows.
 
-The token distribution lives here as well (`filter_logits`), because sampler and scorer must agree on it:
-the log-probs that `sample` returns are those that `score.group_logprobs` computes for the same tokens.
+The token distribution lives here as well (`filter_logits`), because sampler and scorer must agree
+on it: the log-probs that `sample` returns are those that `score.group_logprobs` computes for the
+same tokens.
 """
 
 import functools
@@ -32,14 +33,15 @@ def check_sampling(sampling: Sampling) -> None:
 def filter_logits(
     logits: jax.Array, sampling: Sampling, keep: jax.Array | None = None
 ) -> jax.Array:
-    """Logits of the distribution that is sampled from: scaled by temperature, then cut to its support.
+    """Logits of the distribution to sample from: scaled by temperature, cut to its support.
 
-    Tokens tied with the last one kept are kept too. The sort that top-k and top-p need runs only when
-    one of them is active.
+    Tokens tied with the last one kept are kept too. The sort that top-k and top-p need runs only
+    when one of them is active.
 
     Args:
       logits: f32[..., V].
-      sampling: temperature 0 leaves the scale at 1 (greedy decoding only picks, it does not rescale).
+      sampling: temperature 0 leaves the scale at 1 (greedy decoding only picks, it does not
+        rescale).
       keep: i32[...], a token that stays in the support whatever the filters say: a scorer names the
         sampled token, which must not get probability 0 when the policy has moved since.
 
@@ -76,7 +78,7 @@ def _rank_threshold(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> ja
 
 
 def _inverse_cdf(mass: jax.Array, u: jax.Array) -> jax.Array:
-    """Index i32[N] drawn from unnormalised mass f32[N, n] by uniforms f32[N]; never one of mass 0."""
+    """Index i32[N] drawn by mass f32[N, n] (unnormalised) and uniforms f32[N]; never of mass 0."""
     cumulative = jnp.cumsum(mass, axis=-1)
     hit = (cumulative > (u * cumulative[:, -1])[:, None]) & (mass > 0)
     return jnp.where(hit.any(-1), hit.argmax(-1), mass.argmax(-1))
@@ -85,8 +87,8 @@ def _inverse_cdf(mass: jax.Array, u: jax.Array) -> jax.Array:
 def draw(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
     """Draws one token per row from `filter_logits` of its logits.
 
-    Inverse distribution function in two levels, first a block of tokens by its mass and then the token
-    in it: exact, and two uniforms per row in place of noise for the whole vocabulary.
+    Inverse distribution function in two levels, first a block of tokens by its mass and then the
+    token in it: exact, and two uniforms per row in place of noise for the whole vocabulary.
 
     Args:
       keys: a random key for each of N rows.
@@ -94,8 +96,8 @@ def draw(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> tuple[jax.Ar
       sampling: the distribution; temperature 0 takes the largest logit.
 
     Returns:
-      token i32[N], and its log-prob f32[N] under the distribution drawn from (at temperature 0: under
-      the filtered softmax at temperature 1).
+      token i32[N], and its log-prob f32[N] under the distribution drawn from (at temperature 0:
+      under the filtered softmax at temperature 1).
     """
     rows, size = logits.shape
     filtered = filter_logits(logits, sampling)
@@ -174,7 +176,8 @@ def sample(
       max_tokens: T.
 
     Returns:
-      Rollout of [B, G, T] arrays. Tokens after the end are 0 and masked; the end token itself is not.
+      Rollout of [B, G, T] arrays. Tokens after the end are 0 and masked; the end token itself is
+      not.
     """
     dtype = jnp.dtype(model.config.dtype)
     params = jax.tree.map(lambda x: x.astype(dtype), params)  # once, not in every decode step

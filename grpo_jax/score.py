@@ -39,8 +39,8 @@ def group_logprobs(
       entropy: also return the entropy of each token's distribution.
 
     Returns:
-      log-probs f32[G, T], and entropies f32[G, T] in nats or None. Values behind the mask are finite
-      and mean nothing.
+      log-probs f32[G, T], and entropies f32[G, T] in nats or None. Values behind the mask are
+      finite and mean nothing.
     """
     prompts, tokens = group.prompts, group.tokens
     hidden = group_hidden(model, params, prompts.tokens, prompts.length, tokens)
@@ -73,8 +73,8 @@ def group_logprobs(
 def token_weights(mask: jax.Array, *, aggregation: str) -> jax.Array:
     """Weights that turn a sum over tokens into the chosen mean; each sums to at most 1.
 
-    They are computed over the whole batch before it is cut into microbatches or spread over devices, so
-    neither changes the loss.
+    They are computed over the whole batch before it is cut into microbatches or spread over
+    devices, so neither changes the loss.
 
     Args:
       mask: bool[B, G, T], the completion tokens.

@@ -1,7 +1,8 @@
 """Devices, and the one table that says how parameters lie on them.
 
-The mesh has two axes. `fsdp` splits the batch's groups and the parameters (ZeRO-3 style: gathered where
-they are used); `tensor` splits heads, the MLP and the vocabulary. One device is a mesh of 1 x 1.
+The mesh has two axes. `fsdp` splits the batch's groups and the parameters (ZeRO-3 style: gathered
+where they are used); `tensor` splits heads, the MLP and the vocabulary. One device is a mesh of 1 x
+1.
 """
 
 from typing import Any
@@ -12,8 +13,8 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 AXES = ('fsdp', 'tensor')
 
-# Parameter name -> how its last axes are split; leading (stacked layer) axes are not. Names that are
-# not listed (norm scales, counters) are replicated.
+# Parameter name -> how its last axes are split; leading (stacked layer) axes are not. Names that
+# are not listed (norm scales, counters) are replicated.
 TABLE: dict[str, tuple[str | None, ...]] = {
     'embedding': ('tensor', 'fsdp'),  # [V, D]
     'head': ('fsdp', 'tensor'),  # [D, V]
@@ -43,8 +44,8 @@ def make_mesh(*, fsdp: int = 1, tensor: int = 1) -> Mesh:
         fsdp = len(devices) // tensor
     if fsdp < 1 or fsdp * tensor > len(devices):
         raise ValueError(
-            f'mesh fsdp={fsdp} x tensor={tensor} needs {max(fsdp, 1) * tensor} devices, but JAX sees '
-            f'{len(devices)}: make the mesh smaller, or fsdp=-1 to take what tensor leaves'
+            f'mesh fsdp={fsdp} x tensor={tensor} needs {max(fsdp, 1) * tensor} devices, but '
+            f'JAX sees {len(devices)}: make the mesh smaller, or fsdp=-1 to take what tensor leaves'
         )
     grid = np.asarray(devices[: fsdp * tensor]).reshape(fsdp, tensor)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -67,8 +68,8 @@ def _spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> Partitio
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for each leaf of parameters, optimizer state or a whole TrainState.
 
-    Leaves are found by the last dictionary key on their path, so Adam's moments lie like the parameters
-    they belong to.
+    Leaves are found by the last dictionary key on their path, so Adam's moments lie like the
+    parameters they belong to.
 
     Args:
       tree: arrays or ShapeDtypeStructs.
@@ -113,6 +114,6 @@ def check_batch(batch: int, microbatch: int, mesh: Mesh | None = None) -> None:
     works = [n for n in range(devices, batch + 1, devices) if batch % n == 0]
     if microbatch not in works:
         raise ValueError(
-            f'microbatch={microbatch} does not cut a batch of {batch} prompts over fsdp={devices} into '
-            f'equal pieces: use one of {", ".join(map(str, works))}'
+            f'microbatch={microbatch} does not cut a batch of {batch} prompts over '
+            f'fsdp={devices} into equal pieces: use one of {", ".join(map(str, works))}'
         )

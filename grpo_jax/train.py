@@ -1,9 +1,11 @@
 """The training command: supervised fine-tuning on demonstrations, then GRPO from that checkpoint.
 
-    python -m grpo_jax.train --config=configs/arithmetic.py --workdir=FOLDER [--config.key=value ...]
+    python -m grpo_jax.train --config=configs/arithmetic.py --workdir=FOLDER [--config.key=value
+    ...]
 
-The same command resumes a run that was stopped, however it was stopped: batch k and the random numbers of
-step k are functions of the seed and k, so the resumed run makes the same numbers as an unbroken one.
+The same command resumes a run that was stopped, however it was stopped: batch k and the random
+numbers of step k are functions of the seed and k, so the resumed run makes the same numbers as an
+unbroken one.
 """
 
 import dataclasses
@@ -82,8 +84,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       The metrics of the last held-out evaluation.
 
     Raises:
-      ValueError: anything about config, data or workdir that the user can mend, before any training.
-      rewards.RewardError: a reward function failed; what was computed until then is saved.
+      ValueError: anything about config, data or workdir that the user can mend, before any
+      training. rewards.RewardError: a reward function failed; what was computed until then is
+      saved.
     """
     setup = prepare(config, workdir)
     sft = _sft_stage(setup)
@@ -153,7 +156,8 @@ def _say_dropped(what: str, dropped: int, rows: int) -> None:
 def _sft_stage(setup: Setup) -> Stage:
     c, config = setup.config.sft, setup.config
     algorithm = dataclasses.replace(SFT, microbatch=c.microbatch)
-    batches, ones = None, np.ones((c.batch_size, 1), np.float32)
+    batches: Any = None
+    ones = np.ones((c.batch_size, 1), np.float32)
     if c.steps:
         sharding.check_batch(c.batch_size, c.microbatch, setup.mesh)
         rows = _load(config, setup.workdir, config.data.train_split)

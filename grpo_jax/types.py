@@ -1,11 +1,12 @@
 """The arrays that flow from data to sample, score and update, and the legend of their shapes.
 
 `B` prompts (= groups) in a batch, `G` completions per prompt (the paper's G), `P` padded prompt
-tokens, `T` padded completion tokens, `V` vocabulary, `D` model width, `H` query heads, `K` key/value
-heads, `h` width of one head, `L` layers.
+tokens, `T` padded completion tokens, `V` vocabulary, `D` model width, `H` query heads, `K`
+key/value heads, `h` width of one head, `L` layers.
 
-The group (one prompt and its G completions) is the leading unit everywhere, so every type below can be
-indexed or `vmap`ped along B to obtain one group. Prompts and completions are padded on the right.
+The group (one prompt and its G completions) is the leading unit everywhere, so every type below can
+be indexed or `vmap`ped along B to obtain one group. Prompts and completions are padded on the
+right.
 """
 
 from typing import Any, NamedTuple

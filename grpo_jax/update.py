@@ -1,8 +1,8 @@
 """The update: one jitted program from rewards to new parameters.
 
 `step(state, ref_params, rollout, rewards, sampling, objective) -> (state, metrics)` computes group
-advantages, weights, reference and old log-probs, then scans inner updates and microbatches of groups.
-SFT is the same program with one demonstration per group, reward 1 and the loss `nll`.
+advantages, weights, reference and old log-probs, then scans inner updates and microbatches of
+groups. SFT is the same program with one demonstration per group, reward 1 and the loss `nll`.
 """
 
 import dataclasses
@@ -31,7 +31,8 @@ class Algorithm:
     """What the update computes. All static: changing one compiles a new program.
 
     Raises:
-      ValueError: an unknown option, or the k1 estimator in the loss, where it has no effect on average.
+      ValueError: an unknown option, or the k1 estimator in the loss, where it has no effect on
+        average.
     """
 
     loss: str = 'clipped'  # a function of `losses`
@@ -140,7 +141,8 @@ def init_state(
     Args:
       model: the decoder.
       optimizer: from `adamw`, or any optax transformation.
-      params: parameters (copied: the update program takes its state's memory over), or a random key to
+      params: parameters (copied: the update program takes its state's memory over), or a random key
+        to
         make them from.
       mesh: where it lies; the default device without one.
     """
@@ -170,13 +172,14 @@ def make_step(
       model: the decoder.
       optimizer: from `adamw`, or any optax transformation.
       algorithm: what to compute.
-      mesh: the devices; with one, rollout and rewards lie as `sharding.groups` says and the new state as
+      mesh: the devices; with one, rollout and rewards lie as `sharding.groups` says and the new
+        state as
         `sharding.shardings`.
 
     Returns:
-      `step(state, ref_params, rollout, rewards, sampling, objective) -> (state, metrics)`. It takes the
-      old state's memory over. `ref_params=None` leaves the KL term and the reference pass out of the
-      program. rewards: f32[B, G]. metrics: scalars under the names of the README.
+      `step(state, ref_params, rollout, rewards, sampling, objective) -> (state, metrics)`. It takes
+      the old state's memory over. `ref_params=None` leaves the KL term and the reference pass out
+      of the program. rewards: f32[B, G]. metrics: scalars under the names of the README.
     """
     step = functools.partial(
         update, model=model, optimizer=optimizer, algorithm=algorithm, mesh=mesh
@@ -205,7 +208,8 @@ def update(
     """The program behind `make_step`, not jitted. See there for arguments and result.
 
     Raises:
-      ValueError: the batch does not divide by the microbatch or the mesh, or the group is too small.
+      ValueError: the batch does not divide by the microbatch or the mesh, or the group is too
+        small.
     """
     size, group_size, _ = rollout.tokens.shape
     sharding.check_batch(size, algorithm.microbatch, mesh)
@@ -319,7 +323,7 @@ class _Program:
         return jax.lax.stop_gradient(out.reshape(-1, *out.shape[2:]))
 
     def _cut(self, tree):
-        """[B, ...] -> [microbatches, m, ...], strided so that each device keeps the groups it holds."""
+        """[B, ...] -> [microbatches, m, ...], strided so that devices keep the groups they hold."""
 
         def cut(x):
             x = x.reshape(self.algorithm.microbatch, -1, *x.shape[1:]).swapaxes(0, 1)

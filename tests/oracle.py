@@ -11,6 +11,7 @@ import statistics
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tiny
 
 # The model
 
@@ -120,7 +121,7 @@ def pull_back(make_logits, params, tokens, cotangent, temperature=1.0):
         def loss(params):
             return (logprobs(make_logits(params, jnp), tokens, temperature, jnp) * cotangent).sum()
 
-        gradient = jax.jit(jax.grad(loss))(jax.tree.map(jnp.asarray, float64(params)))
+        gradient = tiny.jit(jax.grad(loss))(jax.tree.map(jnp.asarray, float64(params)))
         return jax.tree.map(np.asarray, gradient)
 
 

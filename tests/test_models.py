@@ -67,7 +67,7 @@ def decode_logits(model, params, rollout):
 
 
 def run(function, model, params, rollout):
-    return jax.jit(functools.partial(function, model))(params, rollout)
+    return tiny.jit(functools.partial(function, model))(params, rollout)
 
 
 @pytest.mark.parametrize('options', [{}, EVERYTHING], ids=['default', 'everything'])
@@ -113,7 +113,7 @@ def test_bfloat16_computes_in_bfloat16_and_keeps_float32_parameters(rollout):
 
 def test_init():
     model = tiny.make_model(**EVERYTHING, width=64, mlp_width=128)
-    make = jax.jit(functools.partial(models.init, model))
+    make = tiny.jit(functools.partial(models.init, model))
     params, other = make(jax.random.key(0)), make(jax.random.key(1))
     block = params['blocks']
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, tiny.shapes(model))

@@ -1,7 +1,6 @@
 """The group program against a plain forward pass and against the sampler; weights; rollout metrics."""
 
 import functools
-import re
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +48,7 @@ def logprobs(model, params, rollout, sampling=Sampling(), **options):  # noqa: B
 @functools.cache
 def scorer(model, **options):
     """Compiled once for each model and options; parameters, rollout and sampling are arguments."""
-    return jax.jit(functools.partial(logprobs, model, **options))
+    return tiny.jit(functools.partial(logprobs, model, **options))
 
 
 # A prompt read once is a prompt read G times
@@ -66,7 +65,7 @@ def test_shared_prompt_equals_naive(variant, rollout):
         out = logprobs(model, params, rollout)[0]
         return (out * cotangent).sum(), out
 
-    (_, ours), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+    (_, ours), gradient = tiny.jit(jax.value_and_grad(loss, has_aux=True))(params)
 
     def plain(params, xp=np):
         return oracle.completion_logits(params, rollout, model.config, xp)
@@ -75,7 +74,7 @@ def test_shared_prompt_equals_naive(variant, rollout):
     expected_gradient = oracle.pull_back(plain, params, rollout.tokens, cotangent)
     np.testing.assert_allclose(ours, expected, atol=1e-5)
     assert tiny.largest(expected_gradient) > 0.5
-    worst = max(map(np.abs, [0.0])) + tiny.gap(gradient, expected_gradient)
+    worst = tiny.gap(gradient, expected_gradient)
     print(f'{variant}: log-probs {np.abs(ours - expected).max():.1e}, gradients {worst:.1e}')
     assert worst <= 1e-5
 
@@ -114,7 +113,7 @@ def test_a_moved_policy_has_finite_logprobs_and_gradients(model, params, rollout
     def loss(params):
         return logprobs(model, params, rollout, Sampling(top_k=1))[0].sum()
 
-    value, gradient = jax.jit(jax.value_and_grad(loss))(params)
+    value, gradient = tiny.jit(jax.value_and_grad(loss))(params)
     assert np.isfinite(value)
     assert np.isfinite(tiny.largest(gradient))
     assert tiny.largest(gradient) > 0.1
@@ -214,43 +213,3 @@ def test_rollout_metrics_by_hand():
     for name in ('mean', 'min', 'max'):
         assert none[f'completions/{name}_terminated_length'] == 0
     assert none['completions/clipped_ratio'] == 1
-
-
-# Memory
-
-
-def test_no_buffer_of_full_logits():
-    """At V = 32,768 and T = 512 the gradient of the log-probs never holds one group's [G, T, V].
-
-    One chunk as long as the completion is the program that would: the test can tell them apart.
-    """
-    vocab, length, group_size = 32_768, 512, 2
-    model = tiny.make_model(vocab_size=vocab, layers=1)
-
-    def memory(chunk):
-        def loss(params, rollout):
-            return logprobs(model, params, rollout, chunk=chunk)[0].sum()
-
-        shape = (2, group_size, length)
-        integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
-        rollout = Rollout(
-            Prompts(integers((2, 8)), integers((2,)), integers((2,))),
-            integers(shape),
-            jax.ShapeDtypeStruct(shape, bool),
-            jax.ShapeDtypeStruct(shape, jnp.float32),
-            jax.ShapeDtypeStruct(shape[:2], bool),
-        )
-        compiled = jax.jit(jax.grad(loss)).lower(tiny.shapes(model), rollout).compile()
-        sizes = {
-            int(np.prod([int(n) for n in dims.split(',')]))
-            for dims in re.findall(r'\w\[([\d,]+)\]', compiled.as_text())
-        }
-        return max(sizes), compiled.memory_analysis().temp_size_in_bytes
-
-    full = group_size * length * vocab
-    largest, temporary = memory(chunk=16)
-    assert largest < full / 8
-    assert temporary < 4 * full / 2
-    largest, temporary = memory(chunk=length)
-    assert largest >= full
-    assert temporary >= 4 * full

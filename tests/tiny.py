@@ -1,5 +1,6 @@
 """Small models and rollouts, made of NumPy random numbers so that no test waits for a compilation."""
 
+import functools
 from types import SimpleNamespace
 
 import jax
@@ -11,6 +12,9 @@ from grpo_jax.types import Prompts, Rollout
 
 VOCAB = 67  # more than one block of the sampler, and no multiple of it
 LENGTHS = (6, 1, 4, 5)  # of the prompts; padded to 6
+
+# For programs that run once: they compile in half the time and run as slowly as they like.
+jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
 
 
 def make_model(**options):

@@ -1,8 +1,9 @@
-"""One decoder-only transformer with three entries: prefill a prompt, extend a group, decode a token.
+"""One decoder with three entries: prefill a prompt, extend a group, decode a token.
 
-RMSNorm, rotary positions, grouped-query attention and a gated MLP: the shape of Llama and Qwen. Every
-entry is written for one group and is `vmap`ped over B by its callers. Parameters are a plain nested dict,
-the layers stacked along a leading L axis and run by one scan, so compile time does not grow with depth.
+RMSNorm, rotary positions, grouped-query attention and a gated MLP: the shape of Llama and Qwen.
+Every entry is written for one group and is `vmap`ped over B by its callers. Parameters are a plain
+nested dict, the layers stacked along a leading L axis and run by one scan, so compile time does not
+grow with depth.
 """
 
 import dataclasses
@@ -157,7 +158,8 @@ class Transformer(nn.Module):
           length: i32[], how many of them are real; the rest leaves no trace in what callers read.
 
         Returns:
-          Keys and values [L, K, P, h], and the hidden state [D] that predicts the first completion token.
+          Keys and values [L, K, P, h], and the hidden state [D] that predicts the first completion
+          token.
         """
         hidden, own = self._run(tokens[None], (), _Where(jnp.arange(tokens.shape[0])))
         return KeyValues(own.k[:, 0], own.v[:, 0]), hidden[0, length - 1]
@@ -189,8 +191,9 @@ class Transformer(nn.Module):
           own: [L, G, K, T, h] keys and values of the rows' tokens before t.
 
         Returns:
-          Hidden states [G, D] that predict token t + 1, and the column [L, G, K, 1, h] of keys and values
-          that the caller writes at t. (The caller writes: under vmap a write here would be a scatter.)
+          Hidden states [G, D] that predict token t + 1, and the column [L, G, K, 1, h] of keys and
+          values that the caller writes at t. (The caller writes: under vmap a write here would be a
+          scatter.)
         """
         where = _Where((length + t)[None], (_first(prompt, length), _first(own, t)))
         hidden, column = self._run(token[:, None], (prompt, own), where)
@@ -219,7 +222,7 @@ def init(model: Transformer, key: jax.Array) -> Params:
 
 
 def apply(model: Transformer, params: Params, *args: Any, method: str) -> Any:
-    """Calls one of the model's entries with plain parameters: `apply(model, params, x, method='logits')`."""
+    """Calls an entry with plain parameters: `apply(model, params, hidden, method='logits')`."""
     return model.apply({'params': params}, *args, method=method)
 
 
@@ -236,7 +239,8 @@ def group_hidden(
       tokens: i32[G, T].
 
     Returns:
-      [G, T, D]; the state at t predicts tokens[:, t]. Gradients flow through the prompt, once per group.
+      [G, T, D]; the state at t predicts tokens[:, t]. Gradients flow through the prompt, once per
+      group.
     """
     keys_values, last = apply(model, params, prompt, length, method='prefill')
     hidden = apply(model, params, tokens[:, :-1], keys_values, length, method='extend')

@@ -54,8 +54,10 @@ def resolve(name: str) -> Callable[..., Any]:
 
 
 def extractor(name: str) -> Callable[[str], str | None]:
-    """The function from a completion to its answer called `name`: 'final_result' (arithmetic
-    chains), 'extract_answer' (GSM8K and other worked solutions), or one of your own as in `resolve`.
+    """The function called `name` from a completion to the answer it gives, None without one.
+
+    Built in are 'final_result' (arithmetic chains) and 'extract_answer' (worked solutions); your
+    own are named as in `resolve`.
 
     Raises:
         RewardError: as in `resolve`.
