@@ -6,10 +6,12 @@ Stage 1 imitates demonstrations that drop the carry in half of the steps that ne
 GRPO with reward 1 for a right final answer.
 """
 
+from ml_collections import ConfigDict
+
 from grpo_jax import config as grpo_config
 
 
-def get_config():
+def get_config() -> ConfigDict:
     config = grpo_config.defaults()
     config.model.update(width=128, layers=4, heads=4, kv_heads=2, head_dim=32, mlp_width=384)
     config.model.remat = False

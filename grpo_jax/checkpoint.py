@@ -12,13 +12,14 @@ from ml_collections import ConfigDict
 
 from grpo_jax import sharding
 from grpo_jax.config import differing_keys, to_json
+from grpo_jax.types import STAGES, Params, TrainState
 
 
-def claim_workdir(workdir: str, config: ConfigDict) -> pathlib.Path:
-    """Makes the run's folder, or checks that it belongs to a run of this very config.
+def check_workdir(workdir: str, config: ConfigDict) -> pathlib.Path:
+    """Makes sure that the folder can be written to and belongs to no other config's run.
 
     Raises:
-      ValueError: the folder cannot be written to, or holds the run of another config.
+      ValueError: it cannot, or it does.
     """
     path = pathlib.Path(workdir).absolute()
     try:
@@ -30,18 +31,20 @@ def claim_workdir(workdir: str, config: ConfigDict) -> pathlib.Path:
             f'workdir {str(path)!r} cannot be written to ({error.strerror}): name another folder'
         ) from error
     saved = path / 'config.json'
-    if saved.exists():
-        different = differing_keys(config, saved.read_text())
-        if different:
-            raise ValueError(
-                f'workdir {str(path)!r} holds the run of another config: {"; ".join(different)}. '
-                'Use another --workdir, or the same config to resume'
-            )
-    else:
-        partial = saved.with_suffix('.partial')
-        partial.write_text(to_json(config))
-        os.replace(partial, saved)
+    different = differing_keys(config, saved.read_text()) if saved.exists() else []
+    if different:
+        raise ValueError(
+            f'workdir {str(path)!r} holds the run of another config: {"; ".join(different)}. Use '
+            'another --workdir, or the same config to resume'
+        )
     return path
+
+
+def claim_workdir(path: pathlib.Path, config: ConfigDict) -> None:
+    """Writes the config into the run's folder, once everything in it has been checked."""
+    partial = path / 'config.partial'
+    partial.write_text(to_json(config))
+    os.replace(partial, path / 'config.json')
 
 
 def open_manager(path: pathlib.Path, *, keep: int) -> ocp.CheckpointManager:
@@ -50,33 +53,74 @@ def open_manager(path: pathlib.Path, *, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(path, options=options)
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: Any) -> None:
-    """Saves the state of after `step` training steps, in the background."""
-    manager.save(step, args=ocp.args.StandardSave(state), force=True)
+def newest_manager(workdir: pathlib.Path) -> ocp.CheckpointManager:
+    """A manager for the last stage of a run that saved anything.
+
+    Raises:
+      ValueError: none did.
+    """
+    for stage in reversed(STAGES):
+        path = workdir / 'checkpoints' / stage
+        if path.is_dir():
+            manager = open_manager(path, keep=1)
+            if manager.latest_step():
+                return manager
+    raise ValueError(f'{workdir} holds no checkpoint: train first, or name another --workdir')
+
+
+def save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
+    """Saves the state of after `step` training steps, in the background.
+
+    Parameters are an item of their own, so that they can be read without the optimizer's state.
+    """
+    rest = state._replace(params=None)
+    items = ocp.args.Composite(
+        params=ocp.args.StandardSave(state.params), rest=ocp.args.StandardSave(rest)
+    )
+    manager.save(step, args=items, force=True)
 
 
 def restore(
-    manager: ocp.CheckpointManager, abstract: Any, mesh: Mesh, step: int | None = None
-) -> Any:
+    manager: ocp.CheckpointManager, abstract: TrainState, mesh: Mesh, step: int | None = None
+) -> TrainState:
     """Reads a state (the newest, or that of `step`) straight onto the mesh.
 
     Args:
       manager: from `open_manager`.
-      abstract: ShapeDtypeStructs of the state.
+      abstract: arrays or ShapeDtypeStructs of the state.
       mesh: where it shall lie, whatever mesh wrote it.
       step: which one.
 
     Raises:
       ValueError: there is none.
     """
+    step = _existing(manager, step)
+    params = ocp.args.StandardRestore(_placed(abstract.params, mesh))
+    rest = ocp.args.StandardRestore(_placed(abstract._replace(params=None), mesh))
+    items = manager.restore(step, args=ocp.args.Composite(params=params, rest=rest))
+    return items.rest._replace(params=items.params)
+
+
+def restore_params(
+    manager: ocp.CheckpointManager, abstract: Params, mesh: Mesh, step: int | None = None
+) -> Params:
+    """Reads the parameters alone; arguments and errors as in `restore`."""
+    items = ocp.args.Composite(params=ocp.args.StandardRestore(_placed(abstract, mesh)))
+    return manager.restore(_existing(manager, step), args=items).params
+
+
+def _existing(manager: ocp.CheckpointManager, step: int | None) -> int:
     step = manager.latest_step() if step is None else step
     if step is None or step not in manager.all_steps():
         raise ValueError(
             f'{manager.directory} holds no checkpoint of step {step}; it has {manager.all_steps()}'
         )
-    target = jax.tree.map(
+    return step
+
+
+def _placed(abstract: Any, mesh: Mesh) -> Any:
+    return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         abstract,
         sharding.shardings(abstract, mesh),
     )
-    return manager.restore(step, args=ocp.args.StandardRestore(target))

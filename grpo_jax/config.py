@@ -108,12 +108,12 @@ def check_keys(config: Mapping[str, Any]) -> None:
         raise ValueError(f'config key {key!r} is missing: start from grpo_jax.config.defaults()')
 
 
-def _flat(config: Mapping[str, Any], prefix: str = '') -> list[str]:
+def _flat(config: Mapping[str, Any], prefix: str = '', free: Sequence[str] = FREE) -> list[str]:
     keys = []
     for name, value in config.items():
         path = f'{prefix}{name}'
-        nested = isinstance(value, Mapping | ConfigDict) and path not in FREE
-        keys += _flat(value, f'{path}.') if nested else [path]
+        nested = isinstance(value, Mapping | ConfigDict) and path not in free
+        keys += _flat(value, f'{path}.', free) if nested else [path]
     return keys
 
 
@@ -153,20 +153,20 @@ def from_json(text: str) -> ConfigDict:
     return config
 
 
-def run_command(main: Callable[..., Any], argv: Sequence[str] | None = None) -> None:
-    """Parses `--config`, `--config.key=value` and `--workdir`, then calls main(config, workdir).
+def run_command(main: Callable[[ConfigDict, str], Any], *, saved: bool = False) -> None:
+    """Calls main(config, workdir) with what the command line says.
 
-    What the user can mend (a ValueError or OSError) ends the program with one line on standard
-    error and exit status 2.
+    `--config=FILE` names a config file and `--config.key=value` changes a key of it; with `saved`
+    the config is that of the run in the workdir. What the user can mend (a ValueError or OSError)
+    ends the program with one line on standard error and exit status 2; it is raised instead where
+    the variable GRPO_JAX_TRACEBACK is set.
+
+    Args:
+      main: the command.
+      saved: take the config from the workdir.
     """
-    holder = flags.FlagValues()
-    config_flags.DEFINE_config_file(
-        'config', None, 'The config file.', flag_values=holder, lock_config=True
-    )
-    flags.DEFINE_string('workdir', None, "The run's folder.", flag_values=holder)
-    arguments = list(sys.argv if argv is None else argv)
     try:
-        config, workdir = _parse(holder, arguments)
+        config, workdir = parse(sys.argv[1:], saved=saved)
         main(config, workdir)
     except (ValueError, OSError) as error:
         if os.environ.get('GRPO_JAX_TRACEBACK'):
@@ -175,31 +175,53 @@ def run_command(main: Callable[..., Any], argv: Sequence[str] | None = None) -> 
         sys.exit(2)
 
 
-def _parse(holder: flags.FlagValues, arguments: list[str]) -> tuple[ConfigDict | None, str]:
-    path = next((a.partition('=')[2] for a in arguments if re.match('--?config=', a)), None)
-    if path is not None and not os.path.isfile(path):
-        raise ValueError(f'--config={path}: no such file: give the path of a config file')
-    overrides = [re.match(r'--?config\.([\w.]+)', a) for a in arguments]
-    keys = [match.group(1) for match in overrides if match]
-    if path is not None:
+def parse(arguments: Sequence[str], *, saved: bool = False) -> tuple[ConfigDict, str]:
+    """The config and the workdir from command-line arguments.
+
+    Raises:
+      ValueError: an argument or key that does not exist, a value of the wrong type, a missing file.
+    """
+    rest = [re.sub('^--?', '--', argument) for argument in arguments]
+    workdir = _take(rest, 'workdir')
+    if not workdir:
+        raise ValueError('--workdir=FOLDER is missing: name the folder of the run')
+    if saved:
+        path = os.path.join(workdir, 'config.json')
+        if not os.path.isfile(path):
+            raise ValueError(f'{path}: no such file: --workdir has to name the folder of a run')
+        with open(path) as file:
+            config = from_json(file.read())
+    else:
+        path = _take(rest, 'config')
+        if not path or not os.path.isfile(path):
+            raise ValueError(f'--config={path}: no such file: give the path of a config file')
         config = _load(path)
         check_keys(config)
-        flat = _flat(config)
-        for key in keys:
-            free = any(key.startswith(f'{name}.') for name in FREE)
-            if key not in flat and not (free and _has(config, key)):
-                raise ValueError(f'unknown config key {key!r}: {_nearest(key)}')
+    for argument in rest:
+        match = re.match(r'--config\.([\w.]+)=', argument)
+        if not match:
+            raise ValueError(
+                f'unexpected argument {argument!r}: options are --config=FILE, '
+                '--config.key=value and --workdir=FOLDER'
+            )
+        if match[1] not in _leaves(config):
+            raise ValueError(f'unknown config key {match[1]!r}: {_nearest(match[1])}')
+    holder = flags.FlagValues()
+    config_flags.DEFINE_config_dict(
+        'config', config, flag_values=holder, sys_argv=['command', *rest]
+    )
     try:
-        rest = holder(arguments, known_only=False)
-    except flags.Error as error:
-        raise ValueError(
-            f'{error} (--config=FILE, --config.key=value and --workdir=FOLDER)'
-        ) from error
-    if len(rest) > 1:
-        raise ValueError(f'unexpected argument {rest[1]!r}: options are written --name=value')
-    if not holder['workdir'].value:
-        raise ValueError('--workdir is missing: name the folder where the run lives')
-    return holder['config'].value, holder['workdir'].value
+        holder(['command', *rest])
+    except (flags.Error, TypeError) as error:
+        raise ValueError(f'{error}: give a value of the same type as the default') from error
+    return config, workdir
+
+
+def _take(arguments: list[str], name: str) -> str:
+    """Removes `--name=value` and returns the value of the last one, or nothing."""
+    values = [a.partition('=')[2] for a in arguments if a.startswith(f'--{name}=')]
+    arguments[:] = [a for a in arguments if not a.startswith(f'--{name}=')]
+    return values[-1] if values else ''
 
 
 def _load(path: str) -> ConfigDict:
@@ -211,10 +233,6 @@ def _load(path: str) -> ConfigDict:
     return module.get_config()
 
 
-def _has(config: ConfigDict, key: str) -> bool:
-    node: Any = config
-    for name in key.split('.'):
-        if not isinstance(node, ConfigDict) or name not in node:
-            return False
-        node = node[name]
-    return True
+def _leaves(config: ConfigDict) -> list[str]:
+    """All paths that can be set, those inside the free sections too."""
+    return _flat(config, free=())

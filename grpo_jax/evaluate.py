@@ -4,15 +4,25 @@ python -m grpo_jax.evaluate --workdir=FOLDER [--config.eval.samples=64 --config.
 """
 
 import collections
+import dataclasses
+import functools
+import json
+import logging
 import math
+import pathlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from grpo_jax import data, rewards
-from grpo_jax.types import Params, Rollout, Sampling
+from grpo_jax import checkpoint, data, models, rewards, sharding
+from grpo_jax.config import run_command
+from grpo_jax.sample import sample
+from grpo_jax.types import Params, Prompts, Rollout, Sampling
+
+log = logging.getLogger('grpo_jax')
 
 Sampler = Callable[..., Rollout]  # (params, prompts, *, step, sampling, group_size) -> Rollout
 
@@ -197,5 +207,85 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     return {'correct': rewards.resolve(config['correct']), 'extract': extract, **chosen}
 
 
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a policy needs to be asked questions, checked before anything is computed."""
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    mesh: jax.sharding.Mesh
+    model: models.Transformer
+    tokenizer: Any
+    sampler: Sampler
+    heldout: Problems
+
+
+def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
+    """Makes mesh, tokenizer, model and sampler, and opens the held-out problems.
+
+    Raises:
+      ValueError: anything in `config` that does not fit, or data that are missing or malformed.
+    """
+    mesh = sharding.make_mesh(**config.mesh)
+    sharding.check_batch(config.eval.batch_size, config.eval.batch_size, mesh)
+    tokenizer = data.load_tokenizer(config.tokenizer)
+    model = models.Transformer(models.ModelConfig(vocab_size=len(tokenizer), **config.model))
+    eos_ids = np.array(data.eos_ids(tokenizer), np.int32)
+
+    def sampler(params: Params, prompts: Prompts, **rest: Any) -> Rollout:
+        return sample(
+            model,
+            params,
+            sharding.put_groups(prompts, mesh),
+            seed=config.seed,
+            eos_ids=eos_ids,
+            max_tokens=config.data.completion_length,
+            **rest,
+        )
+
+    heldout = load_problems(config, workdir, tokenizer, config.data.heldout_split)
+    return Setup(config, workdir, mesh, model, tokenizer, sampler, heldout)
+
+
+def load_problems(
+    config: ConfigDict, workdir: pathlib.Path, tokenizer: Any, split: str
+) -> Problems:
+    """Opens one split of the config's data set; says how many prompts were too long and dropped."""
+    cache = config.data.cache_dir or workdir / 'data'
+    rows = data.load(config.data.name, split, cache_dir=cache, **config.data.options)
+    table = data.tokenize_prompts(
+        rows, tokenizer, template=config.data.prompt, prompt_length=config.data.prompt_length
+    )
+    if table.dropped:
+        log.warning('%s: dropped %d of %d prompts, too long', split, table.dropped, len(rows))
+    return Problems(rows, table, tokenizer)
+
+
+def main(config: ConfigDict, workdir: str) -> None:
+    """Evaluates the newest checkpoint of a run; prints one JSON object."""
+    setup = prepare(config, pathlib.Path(workdir).absolute())
+    chosen = settings(config.eval)
+    abstract = jax.eval_shape(functools.partial(models.init, setup.model), jax.random.key(0))
+    manager = checkpoint.newest_manager(setup.workdir)
+    params = checkpoint.restore_params(manager, abstract, setup.mesh)
+    evaluation = evaluate(setup.sampler, params, setup.heldout, **chosen)
+    rows = zip(*evaluation[1:], strict=True)
+    with (setup.workdir / 'evaluation.jsonl').open('w') as file:
+        for prompt, completion, correct in rows:
+            row = {'prompt': prompt, 'completion': completion, 'correct': correct}
+            file.write(json.dumps(row, ensure_ascii=False) + '\n')
+    found = {'checkpoint': f'{manager.directory.name}/{manager.latest_step()}'}
+    print(json.dumps(found | {'problems': len(evaluation.correct)} | evaluation.metrics))
+
+
+def run() -> None:
+    """The console entry point."""
+    run_command(main, saved=True)
+
+
 def _groups(values: list[Any], size: int) -> list[list[Any]]:
     return [values[start : start + size] for start in range(0, len(values), size)]
+
+
+if __name__ == '__main__':
+    run()

@@ -13,7 +13,7 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
-STAGES = ('sft', 'grpo')
+from grpo_jax.types import STAGES
 
 
 class Records:

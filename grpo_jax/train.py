@@ -11,7 +11,6 @@ unbroken one.
 import dataclasses
 import functools
 import logging
-import pathlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,7 +26,7 @@ from grpo_jax import checkpoint, data, evaluate, models, report, rewards, shardi
 from grpo_jax.advantages import check_group_options
 from grpo_jax.config import run_command
 from grpo_jax.losses import Objective
-from grpo_jax.sample import check_sampling, sample
+from grpo_jax.sample import check_sampling
 from grpo_jax.types import Params, Rollout, Sampling, TrainState
 
 log = logging.getLogger('grpo_jax')
@@ -60,19 +59,6 @@ class Stage:
     eval_every: int
 
 
-@dataclasses.dataclass(frozen=True)
-class Setup:
-    """Everything a run needs, checked before anything is computed."""
-
-    config: ConfigDict
-    workdir: pathlib.Path
-    mesh: jax.sharding.Mesh
-    model: models.Transformer
-    tokenizer: Any
-    sampler: evaluate.Sampler
-    heldout: evaluate.Problems
-
-
 def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     """Runs or resumes both stages.
 
@@ -84,19 +70,18 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       The metrics of the last held-out evaluation.
 
     Raises:
-      ValueError: anything about config, data or workdir that the user can mend, before any
-      training. rewards.RewardError: a reward function failed; what was computed until then is
-      saved.
+      ValueError: anything about config, data or workdir that the user can mend, before training.
+      rewards.RewardError: a reward function failed; what was computed until then is kept.
     """
-    setup = prepare(config, workdir)
+    setup = evaluate.prepare(config, checkpoint.check_workdir(workdir, config))
     sft = _sft_stage(setup)
     grpo = _grpo_stage(setup)
+    checkpoint.claim_workdir(setup.workdir, config)
     params = models.init(setup.model, jax.random.key(config.seed))
     params = jax.device_put(params, sharding.shardings(params, setup.mesh))
     if sft.steps:
         params = _run_stage(setup, sft, params, None).params
-    state = _run_stage(setup, grpo, params, params if grpo.objective.beta else None)
-    del state
+    _run_stage(setup, grpo, params, params if grpo.objective.beta else None)
     picture = report.plot(setup.workdir)
     tests = report.read(setup.workdir / 'heldout.jsonl', 'grpo')
     before, after = (row['metrics']['eval/accuracy'] for row in (tests[0], tests[-1]))
@@ -106,70 +91,27 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     return tests[-1]['metrics']
 
 
-def prepare(config: ConfigDict, workdir: str) -> Setup:
-    """Checks the workdir, opens the held-out data and binds the sampler."""
-    path = checkpoint.claim_workdir(workdir, config)
-    mesh = sharding.make_mesh(**config.mesh)
-    tokenizer = data.load_tokenizer(config.tokenizer)
-    model_config = models.ModelConfig(vocab_size=len(tokenizer), **config.model)
-    model = models.Transformer(model_config)
-    eos_ids = np.array(data.eos_ids(tokenizer), np.int32)
-
-    def sampler(params, prompts, **settings):
-        return sample(
-            model,
-            params,
-            sharding.put_groups(prompts, mesh),
-            seed=config.seed,
-            eos_ids=eos_ids,
-            max_tokens=config.data.completion_length,
-            **settings,
-        )
-
-    rows = _load(config, path, config.data.heldout_split)
-    table = _prompt_table(config, rows, tokenizer, 'held-out')
-    heldout = evaluate.Problems(rows, table, tokenizer)
-    sharding.check_batch(config.eval.batch_size, config.eval.batch_size, mesh)
-    return Setup(config, path, mesh, model, tokenizer, sampler, heldout)
-
-
-def _load(config: ConfigDict, workdir: pathlib.Path, split: str) -> data.Rows:
-    cache = config.data.cache_dir or workdir / 'data'
-    return data.load(config.data.name, split, cache_dir=cache, **config.data.options)
-
-
-def _prompt_table(
-    config: ConfigDict, rows: data.Rows, tokenizer: Any, what: str
-) -> data.PromptTable:
-    table = data.tokenize_prompts(
-        rows, tokenizer, template=config.data.prompt, prompt_length=config.data.prompt_length
-    )
-    _say_dropped(what, table.dropped, len(rows))
-    return table
-
-
-def _say_dropped(what: str, dropped: int, rows: int) -> None:
-    if dropped:
-        log.warning('%s: dropped %d of %d rows that are too long', what, dropped, rows)
-
-
-def _sft_stage(setup: Setup) -> Stage:
+def _sft_stage(setup: evaluate.Setup) -> Stage:
     c, config = setup.config.sft, setup.config
     algorithm = dataclasses.replace(SFT, microbatch=c.microbatch)
     batches: Any = None
     ones = np.ones((c.batch_size, 1), np.float32)
     if c.steps:
         sharding.check_batch(c.batch_size, c.microbatch, setup.mesh)
-        rows = _load(config, setup.workdir, config.data.train_split)
+        problems = evaluate.load_problems(
+            config, setup.workdir, setup.tokenizer, config.data.train_split
+        )
         table = data.tokenize_demonstrations(
-            rows,
+            problems.rows,
             setup.tokenizer,
             template=config.data.prompt,
             completion_template=config.data.demonstration,
             prompt_length=config.data.prompt_length,
             completion_length=config.data.completion_length,
         )
-        _say_dropped('demonstrations', table.prompts.dropped, len(rows))
+        if table.prompts.dropped:
+            dropped, rows = table.prompts.dropped, len(problems.rows)
+            log.warning('dropped %d of %d demonstrations, too long', dropped, rows)
         batches = data.batches(table, c.batch_size, seed=config.seed)
 
     def collect(step: int, params: Params) -> Collected:
@@ -181,7 +123,7 @@ def _sft_stage(setup: Setup) -> Stage:
     )
 
 
-def _grpo_stage(setup: Setup) -> Stage:
+def _grpo_stage(setup: evaluate.Setup) -> Stage:
     c, config = setup.config.grpo, setup.config
     algorithm = update.Algorithm(**c.algorithm)
     sampling = Sampling(**c.sampling)
@@ -192,10 +134,10 @@ def _grpo_stage(setup: Setup) -> Stage:
         raise ValueError('grpo.rewards is empty: name at least one reward function and its weight')
     weights = {name: float(weight) for name, weight in c.rewards.items()}
     functions = {name: rewards.resolve(name) for name in weights}
-    rows = _load(config, setup.workdir, config.data.train_split)
-    table = _prompt_table(config, rows, setup.tokenizer, 'training prompts')
-    problems = evaluate.Problems(rows, table, setup.tokenizer)
-    batches = data.batches(table, c.batch_size, seed=config.seed)
+    problems = evaluate.load_problems(
+        config, setup.workdir, setup.tokenizer, config.data.train_split
+    )
+    batches = data.batches(problems.table, c.batch_size, seed=config.seed)
 
     def collect(step: int, params: Params) -> Collected:
         start = time.perf_counter()
@@ -243,7 +185,9 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def _run_stage(setup: Setup, stage: Stage, params: Params, ref_params: Params | None) -> TrainState:
+def _run_stage(
+    setup: evaluate.Setup, stage: Stage, params: Params, ref_params: Params | None
+) -> TrainState:
     """Trains from `params`, or from this stage's newest checkpoint, to the stage's last step."""
     save = setup.config.checkpoint
     manager = checkpoint.open_manager(setup.workdir / 'checkpoints' / stage.name, keep=save.keep)

@@ -11,6 +11,8 @@ right.
 
 from typing import Any, NamedTuple
 
+STAGES = ('sft', 'grpo')  # of a training run, in their order
+
 Array = Any  # jax.Array or np.ndarray, of the dtype and shape in the comment
 Params = Any  # a nested dict of arrays
 

@@ -11,7 +11,6 @@ import statistics
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tiny
 
 # The model
 
@@ -121,7 +120,12 @@ def pull_back(make_logits, params, tokens, cotangent, temperature=1.0):
         def loss(params):
             return (logprobs(make_logits(params, jnp), tokens, temperature, jnp) * cotangent).sum()
 
-        gradient = tiny.jit(jax.grad(loss))(jax.tree.map(jnp.asarray, float64(params)))
+        quick = {
+            'xla_backend_optimization_level': 0
+        }  # halves the compile time of a program run once
+        gradient = jax.jit(jax.grad(loss), compiler_options=quick)(
+            jax.tree.map(jnp.asarray, float64(params))
+        )
         return jax.tree.map(np.asarray, gradient)
 
 

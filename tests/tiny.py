@@ -100,7 +100,7 @@ class Bigram:
         rng = np.random.default_rng(seed)
         return {
             'embedding': rng.standard_normal((vocab, width)).astype(np.float32),
-            'head': rng.standard_normal((width, vocab)).astype(np.float32),
+            'head': 0.4 * rng.standard_normal((width, vocab)).astype(np.float32),
         }
 
 

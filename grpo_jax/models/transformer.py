@@ -83,14 +83,17 @@ class Block(nn.Module):
         x = x + self._mlp(RMSNorm(c.norm_eps, name='mlp_norm')(x))
         return x, own
 
-    def _kernel(self, name: str, shape: tuple[int, ...], inputs: int = 1) -> jax.Array:
-        axes = tuple(range(inputs)), tuple(range(inputs, len(shape)))
-        init = nn.initializers.variance_scaling(1.0, 'fan_in', 'truncated_normal', *axes)
+    def _kernel(self, name: str, *shape: int) -> jax.Array:
+        """A matrix; those that write into the residual stream start small, so that tokens show."""
+        if name in ('out', 'down'):
+            init = nn.initializers.normal(0.02 / (2 * self.config.layers) ** 0.5)
+        else:
+            init = nn.initializers.normal(shape[0] ** -0.5)
         return self.param(name, init, shape).astype(self.config.dtype)
 
     def _heads(self, x: jax.Array, name: str, heads: int) -> jax.Array:
         c = self.config
-        y = jnp.einsum('gsd,dnh->gsnh', x, self._kernel(name, (c.width, heads, c.head_dim)))
+        y = jnp.einsum('gsd,dnh->gsnh', x, self._kernel(name, c.width, heads, c.head_dim))
         if c.attention_bias:
             bias = self.param(f'{name}_bias', nn.initializers.zeros, (heads, c.head_dim))
             y = y + bias.astype(y.dtype)
@@ -109,15 +112,15 @@ class Block(nn.Module):
         pieces = [Piece(kv.k, kv.v, mask) for kv, mask in zip(past, where.masks, strict=True)]
         out = attend(q, [*pieces, Piece(k, v, causal)])
         out = jnp.einsum(
-            'gsnh,nhd->gsd', out, self._kernel('out', (c.heads, c.head_dim, c.width), 2)
+            'gsnh,nhd->gsd', out, self._kernel('out', c.heads, c.head_dim, c.width)
         )
         return out, KeyValues(k, v)
 
     def _mlp(self, x: jax.Array) -> jax.Array:
         c = self.config
-        gate = x @ self._kernel('gate', (c.width, c.mlp_width))
-        up = x @ self._kernel('up', (c.width, c.mlp_width))
-        return (jax.nn.silu(gate) * up) @ self._kernel('down', (c.mlp_width, c.width))
+        gate = x @ self._kernel('gate', c.width, c.mlp_width)
+        up = x @ self._kernel('up', c.width, c.mlp_width)
+        return (jax.nn.silu(gate) * up) @ self._kernel('down', c.mlp_width, c.width)
 
 
 class _Where(NamedTuple):
@@ -216,7 +219,7 @@ def _first(kv: KeyValues, count: jax.Array) -> jax.Array:
 
 
 def init(model: Transformer, key: jax.Array) -> Params:
-    """Random float32 parameters: normal(0.02) embeddings, matrices scaled by their inputs."""
+    """Random float32 parameters: matrices scaled by their inputs, small ones at the outputs."""
     variables = model.init(key, jnp.zeros(2, jnp.int32), jnp.int32(2), method='prefill')
     return variables['params']
 

@@ -1,0 +1,300 @@
+"""Sampling: the distribution drawn from, the end of completions, and where the randomness comes from."""
+
+import jax
+import numpy as np
+import oracle
+import pytest
+import tiny
+from scipy import stats
+
+from grpo_jax.models import Transformer
+from grpo_jax.sample import check_sampling, draw, filter_logits, row_keys, sample
+from grpo_jax.types import Prompts, Sampling
+
+filters = jax.jit(filter_logits)
+drawing = jax.jit(draw)
+
+FILTERS = {
+    'plain': Sampling(),
+    'temperature': Sampling(temperature=0.6),
+    'top-k': Sampling(top_k=3),
+    'top-k of more than all': Sampling(top_k=1000),
+    'top-p': Sampling(top_p=0.7),
+    'tiny top-p': Sampling(top_p=1e-6),
+    'min-p': Sampling(min_p=0.2),
+    'top-k, top-p': Sampling(top_k=6, top_p=0.6),
+    'all': Sampling(temperature=1.5, top_k=40, top_p=0.9, min_p=0.05),
+}
+
+
+# The distribution
+
+
+@pytest.mark.parametrize('name', FILTERS)
+def test_filters_equal_the_oracle(name):
+    """The order matters: top-p cuts what top-k left, renormalised."""
+    logits = 2 * np.random.default_rng(0).standard_normal((6, tiny.VOCAB)).astype(np.float32)
+    ours = jax.nn.softmax(filters(logits, FILTERS[name]))
+    expected = np.stack([oracle.distribution(row, *FILTERS[name]) for row in logits])
+    np.testing.assert_array_equal(np.asarray(ours) > 0, expected > 0)
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
+def test_filters_by_hand():
+    logits = np.log(np.float32([0.5, 0.25, 0.125, 0.125]))
+
+    def kept(**options):
+        return (np.asarray(filters(logits, Sampling(**options))) > -np.inf).tolist()
+
+    assert kept(top_k=2) == [True, True, False, False]
+    assert kept(top_k=3) == [True, True, True, True]  # the fourth is tied with the third
+    assert kept(top_p=0.45) == [True, False, False, False]
+    assert kept(top_p=0.6) == [True, True, False, False]
+    assert kept(top_k=2, top_p=0.7) == [True, True, False, False]  # 0.5 of 0.75 is below 0.7
+    assert kept(top_k=2, top_p=0.6) == [True, False, False, False]  # and above 0.6
+    assert kept(min_p=0.4) == [True, True, False, False]
+    assert kept(temperature=0.5, min_p=0.4) == [True, False, False, False]  # squared: a quarter
+
+
+def test_a_kept_token_joins_the_support():
+    logits = np.random.default_rng(0).standard_normal((5, tiny.VOCAB)).astype(np.float32)
+    token = np.argmin(logits, axis=-1)
+    ours = jax.nn.softmax(filters(logits, Sampling(top_k=3), keep=token))
+    expected = [
+        oracle.distribution(row, top_k=3, keep=i) for row, i in zip(logits, token, strict=True)
+    ]
+    np.testing.assert_allclose(ours, np.stack(expected), atol=1e-6)
+
+
+@pytest.mark.parametrize('name', FILTERS)
+def test_draws_follow_the_distribution(name):
+    """Chi-square over 20,000 draws from one row of logits, at tokens of both blocks."""
+    logits = np.random.default_rng(1).standard_normal(tiny.VOCAB).astype(np.float32)
+    logits[[5, 65]] += 3  # one in each block
+    count = 20_000
+    keys = jax.random.split(jax.random.key(0), count)
+    rows = np.broadcast_to(logits, (count, tiny.VOCAB))
+    tokens, logprobs = drawing(keys, rows, FILTERS[name])
+    expected = oracle.distribution(logits, *FILTERS[name])
+    observed = np.bincount(tokens, minlength=tiny.VOCAB)
+    assert (observed[expected == 0] == 0).all()
+    inside = expected > 0
+    if inside.sum() > 1:
+        p = stats.chisquare(observed[inside], count * expected[inside]).pvalue
+        assert p > 1e-3
+    np.testing.assert_allclose(logprobs, np.log(expected[np.asarray(tokens)]), atol=1e-5)
+
+
+@pytest.mark.parametrize('size', [1, 63, 64, 65, 129])
+def test_draws_at_the_edges_of_the_vocabulary(size):
+    """All tokens impossible but one, wherever it stands among the blocks."""
+    places = sorted({0, size // 2, size - 1})
+    logits = np.full((len(places), size), -np.inf, np.float32)
+    logits[range(len(places)), places] = -3.0
+    keys = jax.random.split(jax.random.key(0), len(places))
+    tokens, logprobs = drawing(keys, logits, Sampling())
+    assert tokens.tolist() == places
+    np.testing.assert_allclose(logprobs, 0, atol=1e-6)
+
+
+def test_draws_survive_extreme_logits():
+    logits = np.float32([[1e4, 0, -1e4], [-1e4, -1e4, -1e4], [1e30, 0, 0]])
+    keys = jax.random.split(jax.random.key(0), 3)
+    tokens, logprobs = drawing(keys, logits, Sampling())
+    assert tokens[0] == tokens[2] == 0
+    np.testing.assert_allclose(logprobs, [0, np.log(1 / 3), 0], atol=1e-5)
+
+
+def test_temperature_zero_takes_the_largest():
+    logits = np.random.default_rng(0).standard_normal((500, tiny.VOCAB)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), len(logits))
+    tokens, logprobs = drawing(keys, logits, Sampling(temperature=0.0))
+    np.testing.assert_array_equal(tokens, logits.argmax(-1))
+    np.testing.assert_allclose(logprobs, jax.nn.log_softmax(logits).max(-1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'temperature': 0.0}, r'sampling temperature=0.0: make it above 0'),
+        ({'temperature': -1.0}, r'sampling temperature=-1.0: make it above 0'),
+        ({'top_k': -1}, r'sampling top_k=-1: make it at least 0'),
+        ({'top_p': 0.0}, r'sampling top_p=0.0: make it above 0'),
+        ({'top_p': 1.5}, r'sampling top_p=1.5: make it above 0 and at most 1'),
+        ({'min_p': -0.1}, r'sampling min_p=-0.1: make it at least 0'),
+        ({'min_p': 1.0}, r'sampling min_p=1.0: make it at least 0 and below 1'),
+    ],
+)
+def test_bad_sampling(options, message):
+    with pytest.raises(ValueError, match=message):
+        check_sampling(Sampling(**options))
+
+
+def test_good_sampling():
+    for sampling in FILTERS.values():
+        check_sampling(sampling)
+
+
+# Completions
+
+EOS = np.array([3, 11, 40, 50, 51, 52, 53])
+
+
+def completions(model, params, prompts, **options):
+    settings = {
+        'seed': 0,
+        'step': 0,
+        'sampling': Sampling(),
+        'eos_ids': EOS,
+        'group_size': 4,
+        'max_tokens': 7,
+    }
+    return jax.device_get(sample(model, params, prompts, **(settings | options)))
+
+
+@pytest.fixture(scope='module')
+def prompts(rollout):
+    return rollout.prompts
+
+
+@pytest.fixture(scope='module')
+def drawn(model, params, prompts):
+    return completions(model, params, prompts)
+
+
+def test_mask_holds_the_end_token_and_nothing_after(drawn, prompts):
+    ends = np.isin(drawn.tokens, EOS)
+    for b, g in np.ndindex(drawn.ended.shape):
+        where = np.flatnonzero(ends[b, g] & drawn.mask[b, g])
+        length = drawn.mask[b, g].sum()
+        assert drawn.mask[b, g, :length].all()
+        assert drawn.ended[b, g] == (len(where) > 0)
+        assert where.tolist() == ([length - 1] if drawn.ended[b, g] else [])
+        assert drawn.ended[b, g] or length == drawn.mask.shape[-1]
+    assert (drawn.tokens[~drawn.mask] == 0).all()
+    assert (drawn.logprobs[~drawn.mask] == 0).all()
+    assert (drawn.logprobs[drawn.mask] < 0).all()
+    assert drawn.ended.any()
+    assert not drawn.ended.all()
+    assert tiny.same(drawn.prompts, prompts)
+
+
+def test_an_end_in_the_last_column_counts_as_ended(model, params, prompts):
+    everything = np.arange(tiny.VOCAB)
+    one = completions(model, params, prompts, eos_ids=everything, max_tokens=1)
+    assert one.mask.all()
+    assert one.ended.all()
+
+
+def test_without_end_tokens_every_row_is_full(model, params, prompts):
+    full = completions(model, params, prompts, eos_ids=np.zeros(0, np.int32))
+    assert full.mask.all()
+    assert not full.ended.any()
+
+
+def test_greedy_equals_naive(model, params, prompts):
+    """Every token is the largest logit of a plain forward over what stands before it."""
+    greedy = completions(model, params, prompts, sampling=Sampling(temperature=0.0))
+    logits = oracle.completion_logits(oracle.float64(params), greedy, model.config)
+    np.testing.assert_array_equal(greedy.tokens[greedy.mask], logits.argmax(-1)[greedy.mask])
+    assert (greedy.tokens == greedy.tokens[:, :1]).all()  # the rows of a group do the same
+
+
+def test_sampled_logprobs_equal_naive(model, params, drawn):
+    logits = oracle.completion_logits(oracle.float64(params), drawn, model.config)
+    expected = oracle.logprobs(logits, drawn.tokens)
+    np.testing.assert_allclose(drawn.logprobs[drawn.mask], expected[drawn.mask], atol=1e-5)
+
+
+STEPS: list[int] = []
+
+
+class Counting(Transformer):
+    """Notes each decode step of each prompt."""
+
+    def decode(self, token, t, *args):
+        jax.debug.callback(lambda t: STEPS.append(int(t)), t)
+        return super().decode(token, t, *args)
+
+
+def test_the_loop_ends_when_all_rows_have(model, params, prompts, drawn):
+    """The longest row's length, less the token that prefill predicts, is the number of decode steps."""
+    counting = Counting(model.config)
+
+    def steps(eos_ids, seed):
+        STEPS.clear()
+        eos_ids = np.resize(eos_ids, 34)  # one shape, one compilation
+        out = completions(counting, params, prompts, eos_ids=eos_ids, seed=seed)
+        jax.effects_barrier()
+        assert sorted(set(STEPS)) == list(range(len(set(STEPS))))
+        return len(set(STEPS)), out
+
+    made, out = steps(EOS, seed=0)
+    assert made == 6
+    assert tiny.same(out, drawn)
+    seen = set()
+    for seed in range(6):
+        made, out = steps(np.arange(0, tiny.VOCAB, 2), seed)  # half of all tokens end a row
+        assert made == out.mask.sum(-1).max() - 1
+        assert out.ended.all() or made == 6
+        seen.add(made)
+    assert min(seen) < 5
+
+
+# Randomness
+
+
+def test_a_rollout_does_not_depend_on_the_batch_layout(model, params, prompts, drawn):
+    """A prompt's completions are the same alone and elsewhere in the batch."""
+    order = np.array([2, 0, 3, 1])
+    shuffled = completions(model, params, jax.tree.map(lambda x: x[order], prompts))
+    np.testing.assert_array_equal(shuffled.tokens, drawn.tokens[order])
+    alone = completions(model, params, jax.tree.map(lambda x: x[2:3], prompts))
+    np.testing.assert_array_equal(alone.tokens[0], drawn.tokens[2])
+    np.testing.assert_allclose(alone.logprobs[0], drawn.logprobs[2], atol=1e-5)
+
+
+def test_a_larger_group_and_a_longer_limit_only_add(model, params, prompts, drawn):
+    larger = completions(model, params, prompts, group_size=6, max_tokens=9)
+    np.testing.assert_array_equal(larger.tokens[:, :4, :7], drawn.tokens)
+    np.testing.assert_array_equal(larger.mask[:, :4, :7], drawn.mask)
+
+
+def test_what_the_randomness_depends_on(model, params, prompts, drawn):
+    again = completions(model, params, prompts)
+    assert tiny.same(again, drawn)
+    shifted = prompts._replace(index=prompts.index + 1)
+    for other in (
+        completions(model, params, prompts, step=1),
+        completions(model, params, prompts, seed=1),
+        completions(model, params, shifted),
+    ):
+        assert (other.tokens != drawn.tokens).any(axis=(1, 2)).all()
+
+
+def test_equal_prompts_of_different_rows_differ(model, params, prompts):
+    """Also the completions within a group: no two rows share their noise."""
+    equal = Prompts(
+        np.repeat(prompts.tokens[:1], 4, axis=0), np.repeat(prompts.length[:1], 4), prompts.index
+    )
+    out = completions(model, params, equal, eos_ids=np.zeros(0, np.int32))
+    assert len({row.tobytes() for row in out.tokens.reshape(16, -1)}) == 16
+
+
+def test_row_keys_are_all_different():
+    keys = [
+        jax.random.key_data(row_keys(seed, step, np.arange(5), 3)).reshape(-1, 2)
+        for seed in range(3)
+        for step in range(4)
+    ]
+    assert len(np.unique(np.concatenate(keys), axis=0)) == 3 * 4 * 5 * 3
+
+
+def test_sampling_compiles_once_per_shape(model, params, prompts, drawn):
+    del drawn  # compiled by now
+    before = sample._cache_size()
+    for i, sampling in enumerate(FILTERS.values()):
+        completions(model, params, prompts, seed=i, step=2 * i, sampling=sampling, eos_ids=EOS + i)
+    assert sample._cache_size() == before
+    completions(model, params, prompts, max_tokens=2)
+    assert sample._cache_size() == before + 1

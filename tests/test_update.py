@@ -1,0 +1,545 @@
+"""The update program, whole, against loops over scalars in float64.
+
+Most tests use `tiny.Bigram`, whose program compiles fast. The recording optimizer keeps the gradient it
+was given, so gradients are compared as they are and not through rounded parameters.
+"""
+
+import functools
+import itertools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+import tiny
+
+from grpo_jax.flops import count_flops
+from grpo_jax.losses import Objective
+from grpo_jax.score import group_logprobs
+from grpo_jax.types import Prompts, Rollout, Sampling, TrainState
+from grpo_jax.update import Algorithm, adamw, init_state, make_step, update
+
+RATE = 3.0  # large: two inner updates must leave the clip range
+RECORDER = optax.sgd(RATE, momentum=0.0)  # its trace is the last gradient
+ADAM = optax.adam(0.1)
+
+SAMPLING = Sampling(temperature=0.8)
+OBJECTIVE = Objective(clip_low=0.2, clip_high=0.28, beta=0.3)
+
+BIGRAM = tiny.Bigram()
+PARAMS = BIGRAM.make_params(0)
+REFERENCE = jax.tree.map(lambda a, b: a + 0.3 * b, PARAMS, BIGRAM.make_params(1))
+
+
+@functools.cache
+def compiled(model=BIGRAM, optimizer=RECORDER, **options):
+    """The step of `make_step` without its donation, compiled in half the time."""
+    settings = {'model': model, 'optimizer': optimizer, 'algorithm': Algorithm(**options)}
+    return tiny.jit(functools.partial(update, **settings))
+
+
+def fresh(params, optimizer=RECORDER):
+    params = jax.tree.map(jnp.asarray, params)
+    return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
+
+
+def gradient_of(state):
+    return jax.device_get(state.opt_state[0].trace)
+
+
+class Case:
+    """One call of the update program from the same start, its gradient and metrics."""
+
+    def __init__(self, options, rollout, rewards, ref=REFERENCE):
+        step = compiled(**options)
+        state, metrics = step(fresh(PARAMS), ref, rollout, rewards, SAMPLING, OBJECTIVE)
+        self.gradient = gradient_of(state)
+        self.params = jax.device_get(state.params)
+        self.metrics = {name: float(value) for name, value in metrics.items()}
+
+
+class Expected:
+    """The same by the oracle, for any number of inner updates."""
+
+    def __init__(self, options, rollout, rewards, ref=REFERENCE):
+        a = Algorithm(**options)
+        mask, tokens = rollout.mask, rollout.tokens
+        params = oracle.float64(PARAMS)
+
+        def logprobs(params):
+            return oracle.logprobs(oracle.bigram_logits(params, rollout), tokens, SAMPLING.temperature)
+
+        old = logprobs(params)
+        kls = None if ref is None else (a.kl, logprobs(oracle.float64(ref)))
+        if kls is not None and a.kl_place == 'reward':
+            penalty = np.zeros(rewards.shape)
+            for b, g, t in np.argwhere(mask):
+                penalty[b, g] += oracle.kl(a.kl, old[b, g, t], kls[1][b, g, t])
+            rewards = rewards - OBJECTIVE.beta * penalty
+        advantages = [oracle.advantages(r, a.baseline, a.scale, a.advantage_eps) for r in rewards]
+        self.advantages = np.broadcast_to(np.array(advantages)[..., None], mask.shape)
+        weights = oracle.weights(mask, a.aggregation)
+        total = functools.partial(
+            oracle.total_loss,
+            old=old,
+            advantages=self.advantages,
+            weights=weights,
+            loss=a.loss,
+            low=OBJECTIVE.clip_low,
+            high=OBJECTIVE.clip_high,
+            beta=OBJECTIVE.beta,
+            kls=kls if a.kl_place == 'loss' else None,
+        )
+        self.losses, self.ratios, estimates = [], [], []
+        for _ in range(a.inner_updates):
+            current = logprobs(params)
+            self.losses.append(total(current))
+            self.ratios.append(np.exp(current - old))
+            if kls is not None:
+                estimates += [
+                    oracle.kl(a.kl, current[i], kls[1][i]) for i in map(tuple, np.argwhere(mask))
+                ]
+            self.gradient = oracle.pull_back(
+                lambda p, xp: oracle.bigram_logits(p, rollout),
+                params,
+                tokens,
+                oracle.slope(total, current),
+                SAMPLING.temperature,
+            )
+            params = jax.tree.map(lambda p, g: p - RATE * g, params, self.gradient)
+        self.params = params
+        self.kl = np.mean(estimates) if estimates else None
+
+
+CASES = {
+    'default': {},
+    'nll': {'loss': 'nll', 'inner_updates': 2},  # on-policy it has the gradient of `clipped`
+    'leave one out': {'baseline': 'leave_one_out'},
+    'no baseline': {'baseline': 'none'},
+    'no scale': {'scale': 'none'},
+    'eps': {'advantage_eps': 0.5},
+    'token mean': {'aggregation': 'token_mean'},
+    'constant': {'aggregation': 'constant'},
+    'k2': {'kl': 'k2'},
+    'k3 in the reward': {'kl_place': 'reward'},
+    'k1 in the reward': {'kl_place': 'reward', 'kl': 'k1'},
+    'two inner updates': {'inner_updates': 2},
+}
+NEUTRAL = {
+    'entropy': {'entropy': True},
+    'microbatch of 2': {'microbatch': 2},
+    'microbatch of B': {'microbatch': 4},
+    'chunk of 2': {'logprob_chunk': 2},
+}
+
+
+@pytest.fixture(scope='module')
+def outcome(rollout, rewards):
+    """The case of a name, computed once."""
+    return functools.cache(lambda name: Case((CASES | NEUTRAL)[name], rollout, rewards))
+
+
+@pytest.mark.parametrize('name', CASES)
+def test_gradient_and_loss_equal_the_oracle(name, outcome, rollout, rewards):
+    ours, expected = outcome(name), Expected(CASES[name], rollout, rewards)
+    assert tiny.largest(expected.gradient) > 0.02
+    assert tiny.gap(ours.gradient, expected.gradient) <= 1e-5
+    assert ours.metrics['loss'] == pytest.approx(np.mean(expected.losses), abs=1e-5)
+    assert ours.metrics['kl'] == pytest.approx(expected.kl, rel=1e-4)
+
+
+@pytest.mark.parametrize('name', [name for name in CASES if name != 'default'])
+def test_every_option_changes_the_gradient(name, outcome):
+    other = outcome('two inner updates' if name == 'nll' else 'default').gradient
+    assert tiny.gap(outcome(name).gradient, other) > 0.01 * tiny.largest(other)
+
+
+@pytest.mark.parametrize('name', NEUTRAL)
+def test_options_of_speed_and_of_metrics_do_not(name, outcome):
+    default, ours = outcome('default'), outcome(name)
+    assert tiny.gap(ours.gradient, default.gradient) <= 1e-6
+    metrics = {key: ours.metrics[key] for key in default.metrics}
+    assert metrics == pytest.approx(default.metrics, abs=1e-5)
+
+
+def test_second_inner_update_uses_the_first_ones_logprobs(outcome, rollout, rewards):
+    """Parameters after two updates, and the share of tokens that each clip bound has cut."""
+    ours = outcome('two inner updates')
+    expected = Expected({'inner_updates': 2}, rollout, rewards)
+    assert tiny.gap(ours.params, expected.params) <= 1e-4  # RATE times the gradient's tolerance
+    low, high = [], []
+    for ratio, b in itertools.product(expected.ratios, range(4)):
+        mask, sign = rollout.mask[b], expected.advantages[b]
+        low.append(((ratio[b] < 1 - OBJECTIVE.clip_low) & (sign < 0))[mask].mean())
+        high.append(((ratio[b] > 1 + OBJECTIVE.clip_high) & (sign > 0))[mask].mean())
+    assert max(low) > 0
+    assert max(high) > 0
+    metrics = {
+        'clip_ratio/low_mean': np.mean(low),
+        'clip_ratio/low_min': np.min(low),
+        'clip_ratio/high_mean': np.mean(high),
+        'clip_ratio/high_max': np.max(high),
+        'clip_ratio/region_mean': np.mean(low) + np.mean(high),
+    }
+    assert {name: ours.metrics[name] for name in metrics} == pytest.approx(metrics, abs=1e-6)
+
+
+def test_without_reference_there_is_no_kl(rollout, rewards):
+    ours, expected = Case({}, rollout, rewards, None), Expected({}, rollout, rewards, None)
+    assert tiny.gap(ours.gradient, expected.gradient) <= 1e-5
+    assert 'kl' not in ours.metrics
+
+
+def test_entropy_metric(outcome, rollout):
+    logits = oracle.bigram_logits(oracle.float64(PARAMS), rollout)
+    p = np.stack([oracle.distribution(row, SAMPLING.temperature) for row in logits[rollout.mask]])
+    expected = -(p * np.log(p)).sum(-1).mean()
+    assert outcome('entropy').metrics['entropy'] == pytest.approx(expected, rel=1e-5)
+    assert 'entropy' not in outcome('default').metrics
+
+
+@pytest.mark.parametrize('shift', [0.0, 9.0, -9.0])
+def test_sampling_metrics_look_at_completion_tokens_only(shift, rollout, rewards):
+    """With a shift all ratios lie on one side of 1, where padding must not show through."""
+    shifted = rollout._replace(logprobs=rollout.logprobs + np.float32(shift))
+    metrics = Case({}, shifted, rewards).metrics
+    logits = oracle.bigram_logits(oracle.float64(PARAMS), rollout)
+    policy = oracle.logprobs(logits, rollout.tokens, SAMPLING.temperature)
+    difference = (policy - shifted.logprobs)[rollout.mask]
+    expected = {
+        'sampling/sampling_logp_difference/mean': np.abs(difference).mean(),
+        'sampling/sampling_logp_difference/max': np.abs(difference).max(),
+        'sampling/importance_sampling_ratio/min': np.exp(difference).min(),
+        'sampling/importance_sampling_ratio/mean': np.exp(difference).mean(),
+        'sampling/importance_sampling_ratio/max': np.exp(difference).max(),
+    }
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+
+
+def test_nothing_behind_the_mask_matters(rollout, rewards, outcome):
+    rng = np.random.default_rng(7)
+    other = rollout._replace(
+        tokens=np.where(rollout.mask, rollout.tokens, rng.integers(0, tiny.VOCAB, rollout.mask.shape)),
+        logprobs=np.where(rollout.mask, rollout.logprobs, np.float32(np.nan)),
+    )
+    ours = Case({}, other._replace(tokens=np.int32(other.tokens)), rewards)
+    assert tiny.same(ours.gradient, outcome('default').gradient)
+    assert ours.metrics == pytest.approx(outcome('default').metrics)
+
+
+def test_scalars_change_the_gradient_and_never_recompile(rollout, rewards):
+    """The second inner update sees the clip bounds; every other scalar acts from the first."""
+    step = compiled(inner_updates=2)
+    changes = [
+        (Sampling(), Objective()),
+        *((Sampling(), Objective(**{name: 0.05})) for name in Objective._fields),
+        (Sampling(temperature=0.5), Objective()),
+        (Sampling(top_k=40), Objective()),
+        (Sampling(top_p=0.9), Objective()),
+        (Sampling(min_p=0.05), Objective()),
+    ]
+    gradients = []
+    for sampling, objective in changes:
+        state, _ = step(fresh(PARAMS), REFERENCE, rollout, rewards, sampling, objective)
+        gradients.append(gradient_of(state))
+    for change, gradient in zip(changes[1:], gradients[1:], strict=True):
+        assert tiny.gap(gradient, gradients[0]) > 1e-3, change
+    assert step._cache_size() == 1
+
+
+def test_ten_steps_compile_once(rollout, rewards):
+    """From the initial state on, with AdamW, the reference, and every scalar on the move."""
+    optimizer, _ = adamw(learning_rate=1e-3, steps=10, warmup_steps=2, decay='cosine')
+    step = make_step(BIGRAM, optimizer, Algorithm(microbatch=2))
+    state = init_state(BIGRAM, optimizer, PARAMS)
+    losses = []
+    for i in range(10):
+        sampling = Sampling(1.0 - 0.05 * i, top_k=40 - i, top_p=1 - 0.01 * i, min_p=0.001 * i)
+        objective = Objective(0.2 + 0.01 * i, 0.3 - 0.01 * i, 0.01 * i)
+        state, metrics = step(state, REFERENCE, rollout, rewards, sampling, objective)
+        losses.append(float(metrics['loss']))
+    assert step._cache_size() == 1
+    assert int(state.step) == 10
+    assert len(set(losses)) == 10
+
+
+# With the real model
+
+
+def test_gradient_is_the_naive_one_at_every_microbatch(rollout, rewards):
+    """To 1e-5 of a plain forward over every prompt and completion concatenated."""
+    model = tiny.make_model()
+    params = tiny.make_params(model)
+    logits = functools.partial(oracle.completion_logits, rollout=rollout, config=model.config)
+    current = oracle.logprobs(logits(oracle.float64(params)), rollout.tokens)
+    advantages = np.array([oracle.advantages(r) for r in rewards])
+    advantages = np.broadcast_to(advantages[..., None], rollout.mask.shape)
+    weights = oracle.weights(rollout.mask, 'sequence_mean')
+    expected = oracle.pull_back(
+        lambda p, xp: logits(p, xp=xp), params, rollout.tokens, -weights * advantages
+    )
+    assert tiny.largest(expected) > 0.05
+    loss = oracle.total_loss(current, current, advantages, weights)
+    gradients = []
+    for microbatch in (1, 2, 4):
+        step = compiled(model, microbatch=microbatch)
+        state, metrics = step(fresh(params), None, rollout, rewards, Sampling(), Objective())
+        gradients.append(gradient_of(state))
+        assert metrics['loss'] == pytest.approx(loss, abs=1e-5)
+        worst = tiny.gap(gradients[-1], expected), tiny.gap(gradients[-1], gradients[0])
+        print(f'microbatch {microbatch}: {worst[0]:.1e} of naive, {worst[1]:.1e} of microbatch 1')
+        assert max(worst) <= 1e-5
+
+
+def shapes_of(model, groups, group_size, length, max_tokens):
+    """Arguments of a step, as ShapeDtypeStructs."""
+    integers = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.int32)
+    floats = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+    shape = (groups, group_size, max_tokens)
+    rollout = Rollout(
+        Prompts(integers((groups, length)), integers((groups,)), integers((groups,))),
+        integers(shape),
+        jax.ShapeDtypeStruct(shape, bool),
+        floats(shape),
+        jax.ShapeDtypeStruct(shape[:2], bool),
+    )
+    params = tiny.shapes(model)
+    state = jax.eval_shape(functools.partial(init_state, model, RECORDER), params)
+    return state, params, rollout, floats(shape[:2]), Sampling(), Objective()
+
+
+def test_only_the_passes_that_are_needed(model):
+    """In exact FLOPs: a reference pass only with a reference, old log-probs only where they differ."""
+    state, ref, rollout, rewards, *scalars = shapes_of(model, 4, 3, 6, 5)
+    group = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), rollout)
+
+    def forward(params, group):
+        return group_logprobs(model, params, group, Sampling(), chunk=128)[0]
+
+    one_pass = 4 * count_flops(forward, ref, group)
+
+    def flops(ref, **options):
+        return count_flops(compiled(model, **options), state, ref, rollout, rewards, *scalars)
+
+    plain = flops(None)
+    assert one_pass < plain / 3
+    assert flops(ref) == plain + one_pass
+    assert flops(ref, kl_place='reward') == plain + 2 * one_pass
+    assert flops(None, kl_place='reward') == plain
+    assert flops(None, inner_updates=3) == 3 * plain + one_pass
+    assert flops(ref, inner_updates=3) == 3 * plain + 2 * one_pass
+    assert flops(None, microbatch=2) == plain
+
+
+def test_no_buffer_of_full_logits():
+    """At V = 32,768 and T = 512 no [B, G, T, V] exists, nor one group's [G, T, V].
+
+    With microbatch = B and a chunk of T it is the program that would: the test tells them apart.
+    """
+    groups, group_size, max_tokens, vocab = 4, 4, 512, 32_768
+    model = tiny.make_model(vocab_size=vocab, layers=1)
+    args = shapes_of(model, groups, group_size, 8, max_tokens)
+    full = groups * group_size * max_tokens * vocab
+
+    def memory(**options):
+        program = compiled(model, **options).lower(*args).compile()
+        found = re.findall(r'\b[a-z]+\d*\[([\d,]+)\]', program.as_text())
+        largest = max(np.prod([int(n) for n in dims.split(',')], dtype=int) for dims in found)
+        return int(largest), program.memory_analysis().temp_size_in_bytes
+
+    largest, temporary = memory(microbatch=1, logprob_chunk=32)
+    print(f'largest {largest / full:.4f}, temporary {temporary / (4 * full):.4f} of B G T V')
+    assert largest < full / groups / 8
+    assert temporary < 4 * full / 4
+    largest, temporary = memory(microbatch=groups, logprob_chunk=max_tokens)
+    assert largest >= full
+    assert temporary > 4 * full
+
+
+def test_init_state_copies_parameters_or_makes_them(model, params):
+    state = init_state(model, RECORDER, params)
+    assert tiny.same(state.params, params)
+    assert int(state.step) == int(state.skipped) == 0
+    pointers = [{x.unsafe_buffer_pointer() for x in jax.tree.leaves(t)} for t in (state.params, params)]
+    assert not pointers[0] & pointers[1]
+    made = init_state(model, RECORDER, jax.random.key(0))
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, state)
+
+
+# Gradients that are not finite
+
+
+@pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize('inner_updates', [1, 2])
+def test_a_reward_that_is_not_finite_skips_the_update(value, inner_updates, rollout, rewards):
+    step = compiled(optimizer=ADAM, inner_updates=inner_updates)
+    start = fresh(PARAMS, ADAM)
+    bad = rewards.copy()
+    bad[1, 2] = value
+    args = rollout, rewards, SAMPLING, OBJECTIVE
+    state, metrics = step(start, REFERENCE, rollout, bad, SAMPLING, OBJECTIVE)
+    assert tiny.same((state.params, state.opt_state), (start.params, start.opt_state))
+    assert int(state.skipped) == metrics['skipped_updates'] == inner_updates
+    assert int(state.step) == 1
+    assert not np.isfinite(metrics['grad_norm'])
+
+    state, metrics = step(state, REFERENCE, *args)
+    clean, _ = step(start, REFERENCE, *args)
+    assert tiny.same((state.params, state.opt_state), (clean.params, clean.opt_state))
+    assert not tiny.same(state.params, start.params)
+    assert int(state.skipped) == metrics['skipped_updates'] == inner_updates  # a total
+    assert int(state.step) == 2
+
+
+def test_a_parameter_that_is_not_finite_skips_the_update(rollout, rewards):
+    broken = jax.tree.map(np.array, PARAMS)
+    broken['head'][0, 0] = np.inf
+    step = compiled(optimizer=ADAM, inner_updates=1)
+    start = fresh(broken, ADAM)
+    state, _ = step(start, REFERENCE, rollout, rewards, SAMPLING, OBJECTIVE)
+    assert tiny.same((state.params, state.opt_state), (start.params, start.opt_state))
+    assert int(state.skipped) == 1
+
+
+# The optimizer
+
+
+def adamw_by_hand(params, gradients, rates, *, b1, b2, eps, weight_decay, clip_norm):
+    """Loshchilov and Hutter (1711.05101), algorithm 2, behind a clip of the global norm."""
+    params = {name: np.array(p, np.float64) for name, p in params.items()}
+    first = {name: 0.0 for name in params}
+    second = dict(first)
+    for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
+        for name, g in gradient.items():
+            g = g * min(1, clip_norm / norm)
+            first[name] = b1 * first[name] + (1 - b1) * g
+            second[name] = b2 * second[name] + (1 - b2) * g**2
+            change = first[name] / (1 - b1**t) / (np.sqrt(second[name] / (1 - b2**t)) + eps)
+            if not name.endswith(('scale', 'bias')):
+                change = change + weight_decay * params[name]
+            params[name] = params[name] - rate * change
+    return params
+
+
+ADAMW = {'b1': 0.9, 'b2': 0.999, 'eps': 1e-8, 'weight_decay': 0.0, 'clip_norm': 1.0}
+
+
+@pytest.mark.parametrize(
+    'change',
+    [{}, {'b1': 0.5}, {'b2': 0.9}, {'eps': 0.1}, {'weight_decay': 0.3}, {'clip_norm': 0.2}],
+    ids=lambda change: next(iter(change), 'default'),
+)
+def test_adamw(change):
+    """Its defaults are ADAMW; every option moves the result, and weight decay leaves vectors alone."""
+    rng = np.random.default_rng(0)
+    shapes = {'gate': (3, 4), 'scale': (4,), 'query_bias': (2, 2)}
+
+    def random():
+        return {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+
+    start, gradients = random(), [random() for _ in range(3)]
+    gradients[2] = jax.tree.map(lambda g: g / 100, gradients[2])  # below every clip norm
+    optimizer, _ = adamw(learning_rate=0.1, steps=3, **change)
+    params = jax.tree.map(jnp.float32, start)
+    state = optimizer.init(params)
+    for gradient in gradients:
+        updates, state = optimizer.update(jax.tree.map(jnp.float32, gradient), state, params)
+        params = optax.apply_updates(params, updates)
+    expected = adamw_by_hand(start, gradients, [0.1] * 3, **(ADAMW | change))
+    assert tiny.gap(params, expected) <= 1e-5
+    if change:
+        assert tiny.gap(expected, adamw_by_hand(start, gradients, [0.1] * 3, **ADAMW)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        ({}, [4, 4, 4, 4, 4, 4]),
+        ({'warmup_steps': 3}, [1, 2, 3, 4, 4, 4]),
+        ({'decay': 'linear'}, [4, 4 * 5 / 6, 4 * 4 / 6, 2, 4 * 2 / 6, 4 / 6]),
+        ({'warmup_steps': 2, 'decay': 'linear'}, [4 / 3, 8 / 3, 4, 3, 2, 1]),
+        ({'warmup_steps': 2, 'decay': 'cosine'}, [4 / 3, 8 / 3, 4, 2 + 2**0.5, 2, 2 - 2**0.5]),
+    ],
+)
+def test_learning_rates(options, expected):
+    """Six updates at a peak of 4; the first already moves, and the decay would reach 0 at the seventh."""
+    optimizer, schedule = adamw(learning_rate=4.0, steps=6, eps=0.0, **options)
+    np.testing.assert_allclose([schedule(i) for i in range(6)], expected, rtol=1e-5)
+    params = {'gate': jnp.zeros(())}
+    state = optimizer.init(params)
+    for rate in expected:  # Adam moves by the rate itself where all gradients are equal
+        updates, state = optimizer.update({'gate': jnp.ones(())}, state, params)
+        assert updates['gate'] == pytest.approx(-rate, rel=1e-4)
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'loss': 'dpo'}, r"loss='dpo' is unknown: use one of clipped, nll"),
+        ({'baseline': 'max'}, r"baseline='max' is unknown: use one of mean, leave_one_out, none"),
+        ({'scale': 'iqr'}, r"scale='iqr' is unknown: use one of std, none"),
+        ({'aggregation': 'sum'}, r"aggregation='sum' is unknown: use one of sequence_mean, "),
+        ({'kl': 'k4'}, r"kl='k4' is unknown: use one of k1, k2, k3"),
+        ({'kl_place': 'both'}, r"kl_place='both' is unknown: use one of loss, reward"),
+        ({'inner_updates': 0}, r'inner_updates=0 must be at least 1'),
+        ({'microbatch': 0}, r'microbatch=0 must be at least 1'),
+        ({'logprob_chunk': -1}, r'logprob_chunk=-1 must be at least 1'),
+        ({'kl': 'k1'}, r"kl='k1' with kl_place='loss' .*use kl='k2' or 'k3', or kl_place='reward'"),
+    ],
+)
+def test_bad_algorithm(options, message):
+    with pytest.raises(ValueError, match=message):
+        Algorithm(**options)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'decay': 'step'}, r"decay='step' is unknown: use one of constant, linear, cosine"),
+        ({'warmup_steps': 11}, r'warmup_steps=11 is more than steps=10: shorten the warm-up'),
+    ],
+)
+def test_bad_optimizer(options, message):
+    with pytest.raises(ValueError, match=message):
+        adamw(learning_rate=1.0, steps=10, **options)
+
+
+def call(algorithm, rollout, rewards):
+    return update(
+        fresh(PARAMS),
+        None,
+        rollout,
+        rewards,
+        SAMPLING,
+        OBJECTIVE,
+        model=BIGRAM,
+        optimizer=RECORDER,
+        algorithm=algorithm,
+    )
+
+
+def test_a_microbatch_that_does_not_divide_the_batch(rollout, rewards):
+    with pytest.raises(ValueError, match=r'microbatch=3 .*batch of 4 .*use one of 1, 2, 4$'):
+        call(Algorithm(microbatch=3), rollout, rewards)
+
+
+@pytest.mark.parametrize('options', [{}, {'scale': 'none'}, {'baseline': 'none'}])
+def test_a_group_of_one_with_a_group_baseline(options):
+    rollout = tiny.make_rollout(group_size=1)
+    with pytest.raises(ValueError, match=r'group_size=1 with .*use group_size >= 2, or'):
+        call(Algorithm(**options), rollout, np.ones((4, 1), np.float32))
+
+
+@pytest.mark.parametrize('shape', [(4,), (4, 1), (3, 3), (4, 2), (4, 3, 1)])
+def test_rewards_of_another_shape_than_the_rollout(shape, rollout):
+    """One reward for each completion: a single one per prompt must not spread over the group."""
+    algorithm = Algorithm(baseline='none', scale='none')
+    with pytest.raises(ValueError, match=r'rewards.*(4, 3)'):
+        call(algorithm, rollout, np.ones(shape, np.float32))
