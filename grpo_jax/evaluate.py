@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 from grpo_jax import checkpoint, data, models, rewards, sharding
 from grpo_jax.config import run_command
 from grpo_jax.sample import sample
+from grpo_jax.tokens import eos_ids, load_tokenizer, texts
 from grpo_jax.types import Params, Prompts, Rollout, Sampling
 
 log = logging.getLogger('grpo_jax')
@@ -105,10 +106,10 @@ def judge(
     prompts, (batch, group_size, _) = rollout.prompts, rollout.tokens.shape
     columns = data.columns(problems.rows, prompts.index, group_size)
     real = np.arange(prompts.tokens.shape[1]) < prompts.length[:, None]
-    questions = data.texts(problems.tokenizer, prompts.tokens, real)
+    questions = texts(problems.tokenizer, prompts.tokens, real)
     questions = [text for text in questions for _ in range(group_size)]
     tokens, mask = (np.reshape(x, (batch * group_size, -1)) for x in (rollout.tokens, rollout.mask))
-    completions = data.texts(problems.tokenizer, tokens, mask)
+    completions = texts(problems.tokenizer, tokens, mask)
     ids = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
     scores = rewards.score(
         functions,
@@ -228,9 +229,9 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     """
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(config.eval.batch_size, config.eval.batch_size, mesh)
-    tokenizer = data.load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer)
     model = models.Transformer(models.ModelConfig(vocab_size=len(tokenizer), **config.model))
-    eos_ids = np.array(data.eos_ids(tokenizer), np.int32)
+    ends = np.array(eos_ids(tokenizer), np.int32)
 
     def sampler(params: Params, prompts: Prompts, **rest: Any) -> Rollout:
         return sample(
@@ -238,7 +239,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
             params,
             sharding.put_groups(prompts, mesh),
             seed=config.seed,
-            eos_ids=eos_ids,
+            eos_ids=ends,
             max_tokens=config.data.completion_length,
             **rest,
         )

@@ -106,6 +106,21 @@ def bigram_logits(params, rollout):
     return (params['embedding'][seen] @ params['head']).reshape(*rollout.tokens.shape, -1)
 
 
+def bigram_pull_back(params, rollout, cotangent, temperature):
+    """Gradient of sum(cotangent * log-probs) by the bigram policy's parameters, token by token."""
+    rows, places = sequences(rollout)
+    seen = np.take_along_axis(rows, places, 1).reshape(rollout.tokens.shape)
+    gradient = {name: np.zeros_like(value) for name, value in params.items()}
+    for i in map(tuple, np.argwhere(cotangent)):
+        hidden = params['embedding'][seen[i]]
+        error = -distribution(hidden @ params['head'], temperature)
+        error[rollout.tokens[i]] += 1
+        error *= cotangent[i] / temperature
+        gradient['head'] += np.outer(hidden, error)
+        gradient['embedding'][seen[i]] += params['head'] @ error
+    return gradient
+
+
 def logprobs(logits, tokens, temperature=1.0, xp=np):
     """[..., T] of the tokens under softmax(logits / temperature)."""
     scaled = logits / temperature

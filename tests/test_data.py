@@ -13,13 +13,13 @@ import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-import tokenizers
+import tiny
 
-from grpo_jax import data, datasets
+from grpo_jax import data, datasets, tokens
 from grpo_jax.datasets.arithmetic import carryless, chain, row
 
 ARITHMETIC = {'train_size': 80, 'test_size': 20}
-BYTES = data.byte_tokenizer()
+BYTES = tokens.byte_tokenizer()
 NATURAL = st.integers(0, 9999)
 
 
@@ -351,55 +351,6 @@ def test_gsm8k(cache_dir):
     assert text == rows[int(table.index[7])]['question'] + '\n'
 
 
-# Tokenizers
-
-
-@hypothesis.given(st.text())
-def test_the_byte_tokenizer_is_utf8(text):
-    assert BYTES.encode(text) == list(text.encode())
-    assert BYTES.decode(list(text.encode())) == text
-
-
-def test_special_tokens_of_the_byte_tokenizer():
-    assert (BYTES.pad_token_id, BYTES.eos_token_id, len(BYTES)) == (256, 257, 258)
-    assert BYTES.encode('<eos>') == list(b'<eos>')
-    assert BYTES.decode([97, 257, 256]) == 'a<eos><pad>'
-    assert BYTES.decode([97, 257, 256], skip_special_tokens=True) == 'a'
-
-
-def adding(template, **special):
-    """A byte tokenizer that adds to every text what `template` does."""
-    tokenizer = data.byte_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
-        single=template, special_tokens=[('<pad>', 256), ('<eos>', 257)]
-    )
-    tokenizer.add_special_tokens(special)
-    return tokenizer
-
-
-def test_load_tokenizer(tmp_path):
-    BYTES.save_pretrained(tmp_path / 'same')
-    for name in ('bytes', str(tmp_path / 'same')):
-        assert data.load_tokenizer(name).encode('<eos>é') == list('<eos>é'.encode())
-    without = data.byte_tokenizer()
-    without.eos_token = None
-    without.save_pretrained(tmp_path / 'without')
-    with pytest.raises(ValueError, match=r'/without.* has no end-of-sequence token.*set eos_token'):
-        data.load_tokenizer(str(tmp_path / 'without'))
-    adding('$A <eos>').save_pretrained(tmp_path / 'adding')
-    with pytest.raises(ValueError, match=r'/adding.* ends every text with <eos>.*add_eos_token'):
-        data.load_tokenizer(str(tmp_path / 'adding'))
-    with pytest.raises(ValueError, match="/none' cannot be loaded: give 'bytes', a folder"):
-        data.load_tokenizer(str(tmp_path / 'none'))
-
-
-def test_eos_ids():
-    assert data.eos_ids(BYTES) == (257,)
-    assert data.eos_ids(BYTES, '<pad>', 'A') == (257, 256, 65)
-    with pytest.raises(ValueError, match="'<stop>' cannot end completions"):
-        data.eos_ids(BYTES, '<stop>')
-
-
 # Tables
 
 
@@ -444,7 +395,7 @@ def test_demonstrations_by_hand():
 
 
 def test_the_tokenizer_adds_to_prompts_alone():
-    tokenizer = adding('<pad> $A', bos_token='<pad>')
+    tokenizer = tiny.adding('<pad> $A', bos_token='<pad>')
     table = demonstrations(tokenizer=tokenizer)
     assert table.prompts.tokens[0].tolist() == [256, 97, 98, 99]
     assert table.tokens[0, :2].tolist() == [120, 257]
@@ -476,12 +427,6 @@ def test_tables_that_cannot_be():
 def test_columns_repeat_in_group_order():
     expected = {'q': ['é', 'é', 'abc', 'abc'], 'a': ['long', 'long', 'x', 'x']}
     assert data.columns(ROWS, np.array([2, 0], np.int32), 2) == expected
-
-
-def test_texts():
-    tokens = np.array([[*b'abc', 257], [0xC3, 0xA9, 257, 120]])
-    mask = np.array([[True] * 4, [True, True, True, False]])
-    assert data.texts(BYTES, tokens, mask) == ['abc', 'é']
 
 
 # Batches

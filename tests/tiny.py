@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tokenizers
 
+from grpo_jax import tokens
 from grpo_jax.models import ModelConfig, Transformer, init
 from grpo_jax.types import Prompts, Rollout
 
@@ -121,3 +123,13 @@ def same(a, b):
     """Whether two trees are equal bit for bit."""
     pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
     return all(np.asarray(x).tobytes() == np.asarray(y).tobytes() for x, y in pairs)
+
+
+def adding(template, **special):
+    """A byte tokenizer that adds to every text what `template` does."""
+    tokenizer = tokens.byte_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single=template, special_tokens=[('<pad>', 256), ('<eos>', 257)]
+    )
+    tokenizer.add_special_tokens(special)
+    return tokenizer

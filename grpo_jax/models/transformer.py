@@ -111,9 +111,7 @@ class Block(nn.Module):
         causal = jnp.tri(x.shape[1], dtype=bool)
         pieces = [Piece(kv.k, kv.v, mask) for kv, mask in zip(past, where.masks, strict=True)]
         out = attend(q, [*pieces, Piece(k, v, causal)])
-        out = jnp.einsum(
-            'gsnh,nhd->gsd', out, self._kernel('out', c.heads, c.head_dim, c.width)
-        )
+        out = jnp.einsum('gsnh,nhd->gsd', out, self._kernel('out', c.heads, c.head_dim, c.width))
         return out, KeyValues(k, v)
 
     def _mlp(self, x: jax.Array) -> jax.Array:

@@ -1,0 +1,231 @@
+"""The table, the meshes, and that no number depends on them. Needs the eight devices of conftest."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from jax.sharding import PartitionSpec
+
+from grpo_jax import sharding
+from grpo_jax.losses import Objective
+from grpo_jax.sample import sample
+from grpo_jax.types import Sampling
+from grpo_jax.update import Algorithm, adamw, init_state, make_step, update
+
+pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason='needs eight devices')
+
+MESHES = [(8, 1), (4, 2), (2, 4)]
+# Sizes that every mesh divides, but for the 2 key/value heads and a tensor axis of 4.
+MODEL = tiny.make_model(vocab_size=72, attention_bias=True, tied_head=False)
+ROLLOUT = tiny.make_rollout(vocab=72, groups=8)
+REWARDS = tiny.make_rewards(groups=8)
+
+
+def mesh_of(shape):
+    return sharding.make_mesh(fsdp=shape[0], tensor=shape[1])
+
+
+# The table
+
+
+def test_every_parameter_is_in_the_table_or_replicated_on_purpose():
+    model = tiny.make_model(attention_bias=True, qk_norm=True, tied_head=False)
+    names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(tiny.shapes(model))}
+    assert names - set(sharding.TABLE) == {'scale'}
+    assert set(sharding.TABLE) <= names
+
+
+def test_specs_by_hand():
+    params = tiny.shapes(MODEL)
+    specs = jax.tree.map(lambda s: s.spec, sharding.shardings(params, mesh_of((2, 2))))
+    spec, block = PartitionSpec, specs['blocks']
+    assert specs['embedding'] == spec('tensor', 'fsdp')
+    assert specs['head'] == spec('fsdp', 'tensor')
+    assert block['query'] == block['key'] == block['value'] == spec(None, 'fsdp', 'tensor', None)
+    assert block['key_bias'] == spec(None, 'tensor', None)
+    assert block['out'] == spec(None, 'tensor', None, 'fsdp')
+    assert block['gate'] == block['up'] == spec(None, 'fsdp', 'tensor')
+    assert block['down'] == spec(None, 'tensor', 'fsdp')
+    assert block['attention_norm']['scale'] == specs['final_norm']['scale'] == spec()
+
+
+def test_what_does_not_divide_stays_whole():
+    """Two key/value heads over a tensor axis of four; a vocabulary of 67 over anything."""
+    model = tiny.make_model(vocab_size=67)
+    specs = jax.tree.map(lambda s: s.spec, sharding.shardings(tiny.shapes(model), mesh_of((2, 4))))
+    assert specs['blocks']['key'] == PartitionSpec(None, 'fsdp', None, None)
+    assert specs['blocks']['query'] == PartitionSpec(None, 'fsdp', 'tensor', None)
+    assert specs['embedding'] == PartitionSpec(None, 'fsdp')
+
+
+def test_moments_lie_like_their_parameters():
+    optimizer, _ = adamw(learning_rate=1e-3, steps=10)
+    state = init_state(MODEL, optimizer, tiny.make_params(MODEL), mesh_of((4, 2)))
+    wanted = jax.tree.map(lambda x: x.sharding, state.params)
+    adam = next(s for s in jax.tree.leaves(state.opt_state, is_leaf=is_adam) if is_adam(s))
+    for moments in (adam.mu, adam.nu):
+        assert jax.tree.map(lambda x: x.sharding, moments) == wanted
+    assert adam.count.sharding.is_fully_replicated
+    embedding = state.params['embedding']
+    assert {shard.data.shape for shard in embedding.addressable_shards} == {(72 // 2, 16 // 4)}
+
+
+def is_adam(x):
+    return isinstance(x, optax.ScaleByAdamState)
+
+
+def test_groups_are_spread_over_fsdp():
+    placed = sharding.put_groups(ROLLOUT, mesh_of((4, 2)))
+    assert tiny.same(placed, ROLLOUT)
+    for leaf in jax.tree.leaves(placed):
+        assert {shard.data.shape[0] for shard in leaf.addressable_shards} == {2}
+
+
+# Meshes
+
+
+def test_make_mesh():
+    assert dict(sharding.make_mesh().shape) == {'fsdp': 1, 'tensor': 1}
+    assert dict(sharding.make_mesh(fsdp=-1).shape) == {'fsdp': 8, 'tensor': 1}
+    assert dict(sharding.make_mesh(fsdp=-1, tensor=4).shape) == {'fsdp': 2, 'tensor': 4}
+    assert dict(sharding.make_mesh(fsdp=3, tensor=2).shape) == {'fsdp': 3, 'tensor': 2}
+
+
+@pytest.mark.parametrize(
+    ('sizes', 'message'),
+    [
+        ({'fsdp': 0}, r'mesh fsdp=0, tensor=1: sizes are at least 1'),
+        ({'fsdp': -2}, r'mesh fsdp=-2, tensor=1: sizes are at least 1'),
+        ({'tensor': 0}, r'mesh fsdp=1, tensor=0: sizes are at least 1'),
+        (
+            {'fsdp': 16},
+            r'fsdp=16 x tensor=1 needs 16 devices, but JAX sees 8: make the mesh smaller',
+        ),
+        ({'fsdp': 3, 'tensor': 3}, r'fsdp=3 x tensor=3 needs 9 devices, but JAX sees 8'),
+        ({'fsdp': -1, 'tensor': 9}, r'tensor=9 needs 9 devices, but JAX sees 8'),
+    ],
+)
+def test_a_mesh_that_does_not_fit(sizes, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.make_mesh(**sizes)
+
+
+@pytest.mark.parametrize(
+    ('batch', 'microbatch', 'fsdp', 'message'),
+    [
+        (6, 4, None, r'microbatch=4 .*batch of 6 prompts.*use one of 1, 2, 3, 6$'),
+        (6, 12, None, r'microbatch=12 .*use one of 1, 2, 3, 6$'),
+        (6, 2, 4, r'batch of 6 prompts does not divide over mesh fsdp=4: use 4, 8 prompts'),
+        (2, 2, 4, r'batch of 2 prompts does not divide over mesh fsdp=4: use 4 prompts'),
+        (16, 2, 4, r'microbatch=2 .*over fsdp=4 .*use one of 4, 8, 16$'),
+        (24, 16, 4, r'microbatch=16 .*use one of 4, 8, 12, 24$'),
+    ],
+)
+def test_a_batch_that_does_not_divide(batch, microbatch, fsdp, message):
+    mesh = None if fsdp is None else mesh_of((fsdp, 1))
+    with pytest.raises(ValueError, match=message):
+        sharding.check_batch(batch, microbatch, mesh)
+
+
+def test_batches_that_divide():
+    for batch, microbatch, shape in (
+        (6, 3, (1, 1)),
+        (16, 4, (4, 2)),
+        (16, 16, (8, 1)),
+        (8, 8, (2, 4)),
+    ):
+        sharding.check_batch(batch, microbatch, mesh_of(shape))
+
+
+def test_the_update_checks_its_batch_against_the_mesh():
+    step = make_step(MODEL, optax.sgd(1.0), Algorithm(microbatch=2), mesh_of((4, 2)))
+    state = init_state(MODEL, optax.sgd(1.0), tiny.make_params(MODEL), mesh_of((4, 2)))
+    with pytest.raises(ValueError, match=r'microbatch=2 .*over fsdp=4 .*use one of 4, 8$'):
+        step(state, None, ROLLOUT, REWARDS, Sampling(), Objective())
+
+
+# The same numbers on each
+
+
+@functools.cache
+def alone():
+    """Gradient, metrics and samples on one device."""
+    optimizer = optax.sgd(1.0, momentum=0.0)
+    params = tiny.make_params(MODEL)
+    settings = {'model': MODEL, 'optimizer': optimizer, 'algorithm': Algorithm()}
+    state = init_state(MODEL, optimizer, params)
+    ref = tiny.make_params(MODEL, spread=0.9)
+    step = tiny.jit(functools.partial(update, **settings))
+    state, metrics = step(state, ref, ROLLOUT, REWARDS, Sampling(), Objective(beta=0.1))
+    return jax.device_get((state.opt_state[0].trace, metrics, draw(params, ROLLOUT.prompts)))
+
+
+def draw(params, prompts):
+    return sample(
+        MODEL,
+        params,
+        prompts,
+        seed=0,
+        step=0,
+        sampling=Sampling(),
+        eos_ids=np.arange(6),
+        group_size=3,
+        max_tokens=6,
+    )
+
+
+@pytest.mark.parametrize('shape', MESHES, ids=str)
+def test_gradient_and_compilation_on_a_mesh(shape):
+    """The first of ten steps has one device's gradient and metrics; the other nine compile nothing."""
+    gradient, metrics, _ = alone()
+    mesh = mesh_of(shape)
+    optimizer = optax.sgd(1.0, momentum=0.0)
+    state = init_state(MODEL, optimizer, tiny.make_params(MODEL), mesh)
+    layout = jax.tree.map(lambda x: x.sharding, state)
+    ref = tiny.make_params(MODEL, spread=0.9)
+    ref = jax.device_put(ref, sharding.shardings(ref, mesh))
+    rollout, rewards = sharding.put_groups((ROLLOUT, REWARDS), mesh)
+    step = make_step(MODEL, optimizer, Algorithm(microbatch=shape[0]), mesh)
+    for i in range(10):
+        sampling = Sampling(1 - 0.01 * i, top_k=60 * i)
+        objective = Objective(0.2 + 0.01 * i, 0.2 + 0.02 * i, beta=0.1 + i)
+        state, ours = step(state, ref, rollout, rewards, sampling, objective)
+        if i == 0:
+            gap = tiny.gap(state.opt_state[0].trace, gradient)
+            print(f'mesh {shape}: gradient differs by {gap:.1e}')
+            assert tiny.largest(gradient) > 0.05
+            assert gap <= 1e-5
+            assert jax.device_get(ours) == pytest.approx(metrics, abs=1e-5, rel=1e-5)
+        assert jax.tree.map(lambda x: x.sharding, state) == layout
+    assert step._cache_size() == 1
+    assert int(state.step) == 10
+
+
+@pytest.mark.parametrize('shape', MESHES, ids=str)
+def test_samples_on_a_mesh(shape):
+    expected = alone()[2]
+    mesh = mesh_of(shape)
+    params = tiny.make_params(MODEL)
+    params = jax.device_put(params, sharding.shardings(params, mesh))
+    ours = draw(params, sharding.put_groups(ROLLOUT.prompts, mesh))
+    np.testing.assert_array_equal(ours.tokens, expected.tokens)
+    np.testing.assert_array_equal(ours.mask, expected.mask)
+    np.testing.assert_allclose(ours.logprobs, expected.logprobs, atol=1e-5)
+
+
+def test_microbatches_leave_each_group_where_it_lies():
+    """Cutting a batch moves parameters between devices, never a rollout."""
+    mesh = mesh_of((4, 1))
+    optimizer = optax.sgd(1.0)
+    state = init_state(MODEL, optimizer, tiny.make_params(MODEL), mesh)
+    args = sharding.put_groups((ROLLOUT, jnp.asarray(REWARDS)), mesh)
+    step = make_step(MODEL, optimizer, Algorithm(microbatch=4), mesh)
+    program = step.lower(state, None, *args, Sampling(), Objective()).compile().as_text()
+    assert 'all-gather' in program
+    for line in program.splitlines():
+        if ' all-to-all(' in line or ' collective-permute(' in line:
+            raise AssertionError(line)
