@@ -25,7 +25,7 @@ from grpo_jax.update import Algorithm
 
 FREE = ('data.options', 'grpo.rewards')  # replaced as a whole, with keys of their own
 
-_OPTIMIZER = {  # see `update.adamw`
+_OPTIMIZER = {  # see `optimizer.adamw`
     'learning_rate': 1e-6,
     'warmup_steps': 0,
     'decay': 'constant',

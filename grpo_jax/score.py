@@ -99,30 +99,3 @@ def token_weights(mask: jax.Array, *, aggregation: str) -> jax.Array:
         known = ', '.join(AGGREGATIONS)
         raise ValueError(f'aggregation={aggregation!r} is unknown: use one of {known}')
     return jnp.where(mask, scale, 0.0)
-
-
-def rollout_metrics(rollout: Rollout, rewards: jax.Array) -> dict[str, jax.Array]:
-    """Scalars about completions and rewards under TRL's metric names.
-
-    Terminated completions are those that ended by themselves; the others are counted as clipped.
-
-    Args:
-      rollout: [B, G, T] arrays.
-      rewards: f32[B, G].
-    """
-    length, ended = rollout.mask.sum(-1), rollout.ended
-    terminated = jnp.where(ended, length, 0)
-    shortest = jnp.where(ended, length, rollout.mask.shape[-1]).min()
-    return {
-        'reward': rewards.mean(),
-        'reward_std': jnp.std(rewards, axis=1).mean(),
-        'frac_reward_zero_std': (rewards.max(1) == rewards.min(1)).mean(),
-        'num_tokens': rollout.prompts.length.sum() + length.sum(),
-        'completions/mean_length': length.mean(),
-        'completions/min_length': length.min(),
-        'completions/max_length': length.max(),
-        'completions/mean_terminated_length': terminated.sum() / jnp.maximum(ended.sum(), 1),
-        'completions/min_terminated_length': jnp.where(ended.any(), shortest, 0),
-        'completions/max_terminated_length': terminated.max(),
-        'completions/clipped_ratio': 1 - ended.mean(),
-    }

@@ -26,6 +26,7 @@ from grpo_jax import checkpoint, data, evaluate, models, report, rewards, shardi
 from grpo_jax.advantages import check_group_options
 from grpo_jax.config import run_command
 from grpo_jax.losses import Objective
+from grpo_jax.optimizer import adamw
 from grpo_jax.sample import check_sampling
 from grpo_jax.types import Params, Rollout, Sampling, TrainState
 
@@ -117,7 +118,7 @@ def _sft_stage(setup: evaluate.Setup) -> Stage:
     def collect(step: int, params: Params) -> Collected:
         return Collected(batches[step], ones, {}, [])
 
-    optimizer, schedule = update.adamw(steps=max(c.steps, 1), **c.optimizer)
+    optimizer, schedule = adamw(steps=max(c.steps, 1), **c.optimizer)
     return Stage(
         'sft', c.steps, algorithm, optimizer, schedule, Sampling(), Objective(), collect, None, 1
     )
@@ -161,7 +162,7 @@ def _grpo_stage(setup: evaluate.Setup) -> Stage:
     heldout = functools.partial(
         evaluate.evaluate, setup.sampler, problems=setup.heldout, **evaluate.settings(config.eval)
     )
-    optimizer, schedule = update.adamw(steps=c.steps * algorithm.inner_updates, **c.optimizer)
+    optimizer, schedule = adamw(steps=c.steps * algorithm.inner_updates, **c.optimizer)
     objective = Objective(**c.objective)
     return Stage(
         'grpo', c.steps, algorithm, optimizer, schedule, sampling, objective, collect, heldout,

@@ -8,7 +8,6 @@ groups. SFT is the same program with one demonstration per group, reward 1 and t
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grpo_jax import losses, models, sharding
 from grpo_jax.advantages import check_group_options, group_advantages
 from grpo_jax.losses import Objective
-from grpo_jax.score import AGGREGATIONS, group_logprobs, rollout_metrics, token_weights
+from grpo_jax.metrics import group_terms, reduce_terms, rollout_metrics
+from grpo_jax.score import AGGREGATIONS, group_logprobs, token_weights
 from grpo_jax.types import Batch, Params, Rollout, Sampling, TrainState
 
 LOSSES = ('clipped', 'nll')
@@ -70,66 +70,6 @@ class Algorithm:
             )
 
 
-def adamw(
-    *,
-    learning_rate: float,
-    steps: int,
-    warmup_steps: int = 0,
-    decay: str = 'constant',
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    clip_norm: float = 1.0,
-) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """AdamW behind a clip of the gradient's global norm, with linear warm-up.
-
-    Args:
-      learning_rate: the peak.
-      steps: optimizer updates in all, where the decay ends.
-      warmup_steps: updates over which the rate rises linearly; the first already moves.
-      decay: 'constant', 'linear' or 'cosine' (both to zero at `steps`).
-      b1: decay of the first moment.
-      b2: decay of the second moment.
-      eps: Adam's epsilon.
-      weight_decay: of matrices; norm scales and biases are left alone.
-      clip_norm: largest global norm of the gradient.
-
-    Returns:
-      The transformation, and its schedule from the number of updates made to the learning rate.
-
-    Raises:
-      ValueError: unknown decay, or a warm-up that is longer than the run.
-    """
-    if warmup_steps > steps:
-        raise ValueError(
-            f'warmup_steps={warmup_steps} is more than steps={steps}: shorten the warm-up'
-        )
-    shapes: dict[str, Callable[[Any], Any]] = {
-        'constant': lambda x: 1.0,
-        'linear': lambda x: 1.0 - x,
-        'cosine': lambda x: 0.5 * (1 + jnp.cos(jnp.pi * x)),
-    }
-    if decay not in shapes:
-        raise ValueError(f'decay={decay!r} is unknown: use one of {", ".join(shapes)}')
-
-    def schedule(count):
-        warm = jnp.minimum((count + 1) / (warmup_steps + 1), 1.0)
-        done = jnp.clip((count - warmup_steps) / max(steps - warmup_steps, 1), 0.0, 1.0)
-        return learning_rate * warm * shapes[decay](done)
-
-    def matrices(params):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: not path[-1].key.endswith(('scale', 'bias')), params
-        )
-
-    optimizer = optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=matrices),
-    )
-    return optimizer, schedule
-
-
 def init_state(
     model: models.Transformer,
     optimizer: optax.GradientTransformation,
@@ -140,7 +80,7 @@ def init_state(
 
     Args:
       model: the decoder.
-      optimizer: from `adamw`, or any optax transformation.
+      optimizer: from `optimizer.adamw`, or any optax transformation.
       params: parameters (copied: the update program takes its state's memory over), or a random key
         to
         make them from.
@@ -170,7 +110,7 @@ def make_step(
 
     Args:
       model: the decoder.
-      optimizer: from `adamw`, or any optax transformation.
+      optimizer: from `optimizer.adamw`, or any optax transformation.
       algorithm: what to compute.
       mesh: the devices; with one, rollout and rewards lie as `sharding.groups` says and the new
         state as
@@ -224,7 +164,7 @@ def update(
         return state, terms | applied
 
     state, terms = jax.lax.scan(inner, state, length=algorithm.inner_updates)
-    return state._replace(step=state.step + 1), metrics | _reduce(terms)
+    return state._replace(step=state.step + 1), metrics | reduce_terms(terms)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -306,7 +246,7 @@ class _Program:
             if a.kl_place == 'loss':
                 per_token = per_token + self.objective.beta * kl
         loss = jnp.where(rollout.mask, group.weights * per_token, 0.0).sum()
-        terms = _group_terms(logprobs, group, self.objective, kl, entropy)
+        terms = group_terms(logprobs, group, self.objective, kl, entropy)
         return loss, jax.lax.stop_gradient(terms | {'loss': loss})
 
     def _logprobs(self, params, rollout: Rollout) -> jax.Array:
@@ -334,53 +274,3 @@ class _Program:
             )
 
         return jax.tree.map(cut, tree)
-
-
-def _group_terms(logprobs, group: Batch, objective: Objective, kl, entropy) -> dict[str, jax.Array]:
-    """Sums and extremes over one group's tokens, from which `_reduce` makes the metrics."""
-    mask = group.rollout.mask
-    count = mask.sum()
-    low, high = losses.clip_masks(logprobs, group, objective)
-    mismatch = jnp.where(mask, group.old_logprobs - group.rollout.logprobs, 0.0)
-    ratio = jnp.exp(mismatch)
-    terms = {
-        'count': count,
-        'clip_low': (low & mask).sum() / jnp.maximum(count, 1),
-        'clip_high': (high & mask).sum() / jnp.maximum(count, 1),
-        'difference_sum': jnp.abs(mismatch).sum(),
-        'difference_max': jnp.abs(mismatch).max(),
-        'ratio_min': ratio.min(),
-        'ratio_sum': jnp.where(mask, ratio, 0.0).sum(),
-        'ratio_max': ratio.max(),
-    }
-    if kl is not None:
-        terms['kl_sum'] = jnp.where(mask, kl, 0.0).sum()
-    if entropy is not None:
-        terms['entropy_sum'] = jnp.where(mask, entropy, 0.0).sum()
-    return terms
-
-
-def _reduce(terms: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Metrics from terms [inner updates, microbatches, m]: means over tokens, groups or updates."""
-    per_update = terms['loss'].shape[0]
-    tokens = jnp.maximum(terms['count'].sum(), 1)
-    low, high = terms['clip_low'], terms['clip_high']
-    metrics = {
-        'loss': terms['loss'].sum() / per_update,
-        'grad_norm': terms['grad_norm'].mean(),
-        'skipped_updates': terms['skipped_updates'][-1],
-        'clip_ratio/low_mean': low.mean(),
-        'clip_ratio/low_min': low.min(),
-        'clip_ratio/high_mean': high.mean(),
-        'clip_ratio/high_max': high.max(),
-        'clip_ratio/region_mean': (low + high).mean(),
-        'sampling/sampling_logp_difference/mean': terms['difference_sum'].sum() / tokens,
-        'sampling/sampling_logp_difference/max': terms['difference_max'].max(),
-        'sampling/importance_sampling_ratio/min': terms['ratio_min'].min(),
-        'sampling/importance_sampling_ratio/mean': terms['ratio_sum'].sum() / tokens,
-        'sampling/importance_sampling_ratio/max': terms['ratio_max'].max(),
-    }
-    for name in ('kl', 'entropy'):
-        if f'{name}_sum' in terms:
-            metrics[name] = terms[f'{name}_sum'].sum() / tokens
-    return metrics

@@ -10,7 +10,8 @@ import pytest
 import tiny
 
 from grpo_jax.sample import sample
-from grpo_jax.score import group_logprobs, rollout_metrics, token_weights
+from grpo_jax.metrics import rollout_metrics
+from grpo_jax.score import group_logprobs, token_weights
 from grpo_jax.types import Prompts, Rollout, Sampling
 
 VARIANTS = {

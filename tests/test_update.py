@@ -20,7 +20,8 @@ from grpo_jax.flops import count_flops
 from grpo_jax.losses import Objective
 from grpo_jax.score import group_logprobs
 from grpo_jax.types import Prompts, Rollout, Sampling, TrainState
-from grpo_jax.update import Algorithm, adamw, init_state, make_step, update
+from grpo_jax.optimizer import adamw
+from grpo_jax.update import Algorithm, init_state, make_step, update
 
 RATE = 3.0  # large: two inner updates must leave the clip range
 RECORDER = optax.sgd(RATE, momentum=0.0)  # its trace is the last gradient

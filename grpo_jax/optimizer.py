@@ -1,0 +1,68 @@
+"""The optimizer: optax's AdamW behind a gradient clip, with warm-up and decay."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def adamw(
+    *,
+    learning_rate: float,
+    steps: int,
+    warmup_steps: int = 0,
+    decay: str = 'constant',
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+    clip_norm: float = 1.0,
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """AdamW behind a clip of the gradient's global norm, with linear warm-up.
+
+    Args:
+      learning_rate: the peak.
+      steps: optimizer updates in all, where the decay ends.
+      warmup_steps: updates over which the rate rises linearly; the first already moves.
+      decay: 'constant', 'linear' or 'cosine' (both to zero at `steps`).
+      b1: decay of the first moment.
+      b2: decay of the second moment.
+      eps: Adam's epsilon.
+      weight_decay: of matrices; norm scales and biases are left alone.
+      clip_norm: largest global norm of the gradient.
+
+    Returns:
+      The transformation, and its schedule from the number of updates made to the learning rate.
+
+    Raises:
+      ValueError: unknown decay, or a warm-up that is longer than the run.
+    """
+    if warmup_steps > steps:
+        raise ValueError(
+            f'warmup_steps={warmup_steps} is more than steps={steps}: shorten the warm-up'
+        )
+    shapes: dict[str, Callable[[Any], Any]] = {
+        'constant': lambda x: 1.0,
+        'linear': lambda x: 1.0 - x,
+        'cosine': lambda x: 0.5 * (1 + jnp.cos(jnp.pi * x)),
+    }
+    if decay not in shapes:
+        raise ValueError(f'decay={decay!r} is unknown: use one of {", ".join(shapes)}')
+
+    def schedule(count):
+        warm = jnp.minimum((count + 1) / (warmup_steps + 1), 1.0)
+        done = jnp.clip((count - warmup_steps) / max(steps - warmup_steps, 1), 0.0, 1.0)
+        return learning_rate * warm * shapes[decay](done)
+
+    def matrices(params):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: not path[-1].key.endswith(('scale', 'bias')), params
+        )
+
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=matrices),
+    )
+    return optimizer, schedule
