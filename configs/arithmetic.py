@@ -13,7 +13,7 @@ from grpo_jax import config as grpo_config
 
 def get_config() -> ConfigDict:
     config = grpo_config.defaults()
-    config.model.update(width=128, layers=4, heads=4, kv_heads=2, head_dim=32, mlp_width=384)
+    config.model.update(width=96, layers=3, heads=6, kv_heads=6, head_dim=16, mlp_width=256)
     config.model.remat = False
     config.data.name = 'arithmetic'
     config.data.options = {
@@ -29,11 +29,11 @@ def get_config() -> ConfigDict:
     }
     config.data.prompt_length = 9
     config.data.completion_length = 22
-    config.sft.update(steps=1500, batch_size=64, microbatch=64)
-    config.sft.optimizer.update(learning_rate=1e-3, warmup_steps=50, decay='cosine')
-    config.grpo.update(steps=300, batch_size=32, group_size=8)
+    config.sft.update(steps=1100, batch_size=64, microbatch=64)
+    config.sft.optimizer.update(learning_rate=3e-3, warmup_steps=30, decay='cosine')
+    config.grpo.update(steps=200, batch_size=32, group_size=8)
     config.grpo.algorithm.update(microbatch=32)
-    config.grpo.objective.beta = 0.0
+    config.grpo.objective.beta = 0.005
     config.grpo.rewards = {'exact_answer': 1.0}
     config.grpo.optimizer.update(learning_rate=3e-4, warmup_steps=20)
     config.eval.update(every=50, batch_size=250, correct='exact_answer', extract='final_result')

@@ -204,10 +204,11 @@ def _run_stage(
     records = report.Records(setup.workdir, stage.name, start)
     with _closing(manager, records), _bar(stage, start) as bar:
         for k in range(start, stage.steps):
-            if stage.heldout and k % stage.eval_every == 0:
-                records.heldout(k, stage.heldout(state.params))
-            began = time.perf_counter()
-            collected = stage.collect(k, state.params)
+            with _saving_on_failure(manager, k, state):
+                if stage.heldout and k % stage.eval_every == 0:
+                    records.heldout(k, stage.heldout(state.params))
+                began = time.perf_counter()
+                collected = stage.collect(k, state.params)
             state, metrics = _update(setup, stage, step, state, ref_params, collected, began)
             records.metrics(k, metrics)
             records.completions(k, collected.completions)
@@ -243,6 +244,17 @@ def _update(setup, stage, step, state, ref_params, collected: Collected, began: 
             stage.name, int(state.step) - 1, int(metrics['skipped_updates']),
         )  # fmt: skip
     return state, metrics
+
+
+@contextmanager
+def _saving_on_failure(manager: Any, k: int, state: TrainState) -> Iterator[None]:
+    """Saves the state of before step k when a reward, an interrupt or the like ends the run."""
+    try:
+        yield
+    except BaseException:
+        if k and manager.latest_step() != k:
+            checkpoint.save(manager, k, state)
+        raise
 
 
 @contextmanager

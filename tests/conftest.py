@@ -25,7 +25,7 @@ def params(model):
 
 @pytest.fixture(scope='session')
 def rollout():
-    """Random completions of ragged length for prompts of ragged length: B = 4, G = 3, P = 6, T = 5."""
+    """Random ragged completions of ragged prompts: B = 4, G = 3, P = 6, T = 5."""
     return tiny.make_rollout()
 
 

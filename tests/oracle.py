@@ -1,7 +1,8 @@
-"""The same mathematics once more, written from the papers, slow and plain: nothing of the package in it.
+"""The same mathematics once more, from the papers, slow and plain: nothing of the package in it.
 
-The transformer keeps no cache and shares nothing: a completion is read together with its prompt, as one
-sequence. It takes its array library as an argument: NumPy for float64 values, jax.numpy for gradients.
+The transformer keeps no cache and shares nothing: a completion is read together with its prompt, as
+one sequence. It takes its array library as an argument, NumPy for float64 values and jax.numpy for
+gradients.
 The rest is Python loops over scalars.
 """
 
@@ -16,7 +17,7 @@ import numpy as np
 
 
 def hidden_states(params, tokens, config, xp=np):
-    """[N, S, D] from tokens [N, S]: RMSNorm, rotary grouped-query attention, gated MLP, full scores."""
+    """[N, S, D] from tokens [N, S]: RMSNorm, rotary grouped-query attention, gated MLP."""
     x = params['embedding'][tokens]
     for layer in range(config.layers):
         block = _layer(params['blocks'], layer)
@@ -75,7 +76,7 @@ def float64(params):
 
 
 def sequences(rollout):
-    """Each prompt's real tokens and one completion without a gap: [B * G, P + T], padded on the right.
+    """A prompt's real tokens and one completion, no gap between: [B * G, P + T], padded at the end.
 
     Also the positions [B * G, T] whose states predict the completion's tokens.
     """
@@ -129,15 +130,14 @@ def logprobs(logits, tokens, temperature=1.0, xp=np):
 
 
 def pull_back(make_logits, params, tokens, cotangent, temperature=1.0):
-    """Gradient of sum(cotangent * log-probs) by the parameters, in float64; make_logits(params, xp)."""
+    """Gradient of sum(cotangent * log-probs) by the parameters of make_logits(params, xp)."""
     with jax.enable_x64(True):
 
         def loss(params):
             return (logprobs(make_logits(params, jnp), tokens, temperature, jnp) * cotangent).sum()
 
-        quick = {
-            'xla_backend_optimization_level': 0
-        }  # halves the compile time of a program run once
+        # A program that runs once: half the compile time, however slow it is.
+        quick = {'xla_backend_optimization_level': 0}
         gradient = jax.jit(jax.grad(loss), compiler_options=quick)(
             jax.tree.map(jnp.asarray, float64(params))
         )
@@ -148,7 +148,7 @@ def pull_back(make_logits, params, tokens, cotangent, temperature=1.0):
 
 
 def distribution(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, keep=None):
-    """Probabilities [V] after sorting, cutting and renormalising; `keep` stays whatever the filters say."""
+    """Probabilities [V], sorted, cut, renormalised; `keep` stays whatever the filters say."""
     scaled = np.asarray(logits, np.float64) / temperature
     probability = np.exp(scaled - scaled.max())
     order = sorted(range(len(scaled)), key=lambda i: -probability[i])
@@ -216,7 +216,7 @@ def weights(mask, aggregation):
 def total_loss(
     logprobs, old, advantages, weights, *, loss='clipped', low=0.2, high=0.2, beta=0.0, kls=None
 ):
-    """sum of weights * (loss + beta * kl) over tokens of weight; kls = (name, reference log-probs)."""
+    """Sum of weights * (loss + beta * kl) over tokens; kls = (name, reference log-probs)."""
     total = 0.0
     for i in map(tuple, np.argwhere(weights)):
         if loss == 'clipped':

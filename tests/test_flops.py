@@ -1,4 +1,4 @@
-"""The FLOP counter against hand counts and, where XLA can count, against XLA; then what it is for."""
+"""The FLOP counter by hand and, where XLA can count, against XLA; then what it is for."""
 
 import functools
 
@@ -95,7 +95,7 @@ def test_refuses_what_it_does_not_count():
     def convolve(x, w):
         return jax.lax.conv(x, w, (1, 1), 'SAME')
 
-    with pytest.raises(ValueError, match='conv_general_dilated.*not counted'):
+    with pytest.raises(ValueError, match=r'conv_general_dilated.*not counted'):
         count_flops(convolve, floats(1, 2, 8, 8), floats(2, 2, 3, 3))
 
 
@@ -190,8 +190,8 @@ SIZES = {  # Qwen2.5-0.5B, and the size of model that the arithmetic example tra
 def test_a_shared_prompt_saves_two_thirds_of_the_work(size, remat):
     """Log-probs and their gradient at G = 8, P = 512, T = 64, against G sequences of P + T tokens.
 
-    The plain program computes logits of completion tokens only. It stores everything; with `remat` the
-    group program recomputes each layer and, always, each chunk of logits, and still stays below.
+    The plain program computes logits of completion tokens only, and stores everything. With `remat`
+    the group program recomputes each layer, and always each chunk of logits, and still stays below.
     """
     group_size, length, max_tokens = 8, 512, 64
     model = models.Transformer(models.ModelConfig(**SIZES[size], remat=remat))

@@ -1,9 +1,10 @@
 """Per-token losses and KL estimators against scalar oracles, values and slopes.
 
-The grid holds both signs of the advantage, and ratios below, inside and above the clip bounds, none of
-them on a bound, where the slope jumps.
+The grid holds both signs of the advantage, and ratios below, inside and above the clip bounds, none
+of them on a bound, where the slope jumps.
 """
 
+import functools
 import itertools
 import math
 
@@ -121,16 +122,19 @@ def test_kl_estimators_in_expectation():
         return (fixed * getattr(losses, name)(logp, ref)).sum()
 
     logits = jnp.float32(logits)
-    exact = lambda x: (jax.nn.softmax(x) * (jax.nn.log_softmax(x) - ref)).sum()  # noqa: E731
+
+    def exact(x):
+        return (jax.nn.softmax(x) * (jax.nn.log_softmax(x) - ref)).sum()
+
     np.testing.assert_allclose(mean('k1', logits), exact(logits), rtol=1e-5)
     np.testing.assert_allclose(mean('k3', logits), exact(logits), rtol=1e-5)
-    slopes = {name: jax.grad(lambda x, n=name: mean(n, x))(logits) for name in ('k1', 'k2')}
+    slopes = {n: jax.grad(functools.partial(mean, n))(logits) for n in ('k1', 'k2')}
     np.testing.assert_allclose(slopes['k2'], jax.grad(exact)(logits), atol=1e-6)
     np.testing.assert_allclose(slopes['k1'], 0, atol=1e-6)
 
 
 def test_slope_of_the_on_policy_objective():
-    """-(A + beta * (ref / pi - 1)): the gradient coefficient of DeepSeekMath (2402.03300), appendix A.1.6."""
+    """-(A + beta * (ref / pi - 1)), as in DeepSeekMath (2402.03300), appendix A.1.6."""
     rng = np.random.default_rng(1)
     logprob, ref, advantage = rng.normal(-2, 1, (3, 2, 8)).astype(np.float32)
     batch = group(logprob, advantage)  # the policy is the one that sampled: ratio 1

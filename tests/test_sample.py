@@ -1,4 +1,4 @@
-"""Sampling: the distribution drawn from, the end of completions, and where the randomness comes from."""
+"""Sampling: the distribution drawn from, how completions end, where randomness comes from."""
 
 import jax
 import numpy as np
@@ -218,7 +218,7 @@ class Counting(Transformer):
 
 
 def test_the_loop_ends_when_all_rows_have(model, params, prompts, drawn):
-    """The longest row's length, less the token that prefill predicts, is the number of decode steps."""
+    """As many decode steps as the longest row has tokens, less the one that prefill predicts."""
     counting = Counting(model.config)
 
     def steps(eos_ids, seed):

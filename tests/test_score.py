@@ -1,18 +1,16 @@
-"""The group program against a plain forward pass and against the sampler; weights; rollout metrics."""
+"""The group program against a plain forward pass and against the sampler; weights."""
 
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 import tiny
 
 from grpo_jax.sample import sample
-from grpo_jax.metrics import rollout_metrics
 from grpo_jax.score import group_logprobs, token_weights
-from grpo_jax.types import Prompts, Rollout, Sampling
+from grpo_jax.types import Sampling
 
 VARIANTS = {
     'grouped query': {},
@@ -57,7 +55,7 @@ def scorer(model, **options):
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_shared_prompt_equals_naive(variant, rollout):
-    """Log-probs and gradients, to 1e-5, of prompts of 6, 1, 4 and 5 tokens with 3 completions each."""
+    """Log-probs and gradients, to 1e-5: 3 completions of prompts of 6, 1, 4 and 5 tokens."""
     model = tiny.make_model(**VARIANTS[variant])
     params = tiny.make_params(model)
     cotangent = np.random.default_rng(1).standard_normal(rollout.mask.shape) * rollout.mask / 10
@@ -183,34 +181,3 @@ def test_unknown_aggregation():
         ValueError, match=r"aggregation='sum' is unknown: use one of sequence_mean, "
     ):
         token_weights(MASK, aggregation='sum')
-
-
-# Metrics
-
-
-def test_rollout_metrics_by_hand():
-    prompts = Prompts(np.zeros((2, 4), np.int32), np.array([4, 2], np.int32), np.arange(2))
-    ended = np.array([[True, True], [False, True]])
-    mask = np.arange(5) < np.array([[2, 4], [5, 1]])[..., None]
-    rollout = Rollout(prompts, np.zeros((2, 2, 5), np.int32), mask, np.zeros((2, 2, 5)), ended)
-    rewards = jnp.array([[1.0, 0.0], [0.5, 0.5]])
-    expected = {
-        'reward': 0.5,
-        'frac_reward_zero_std': 0.5,
-        'num_tokens': 4 + 2 + 2 + 4 + 5 + 1,
-        'completions/mean_length': 3,
-        'completions/min_length': 1,
-        'completions/max_length': 5,
-        'completions/mean_terminated_length': 7 / 3,
-        'completions/min_terminated_length': 1,
-        'completions/max_terminated_length': 4,
-        'completions/clipped_ratio': 0.25,
-    }
-    ours = rollout_metrics(rollout, rewards)
-    assert {name: float(ours[name]) for name in expected} == pytest.approx(expected)
-    assert ours['reward_std'] > 0
-
-    none = rollout_metrics(rollout._replace(ended=np.zeros((2, 2), bool)), rewards)
-    for name in ('mean', 'min', 'max'):
-        assert none[f'completions/{name}_terminated_length'] == 0
-    assert none['completions/clipped_ratio'] == 1

@@ -1,4 +1,4 @@
-"""The table, the meshes, and that no number depends on them. Needs the eight devices of conftest."""
+"""The table, the meshes, and that no number depends on them: on the eight devices of conftest."""
 
 import functools
 import re
@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec
 
 from grpo_jax import sharding
 from grpo_jax.losses import Objective
+from grpo_jax.optimizer import adamw
 from grpo_jax.sample import sample
 from grpo_jax.types import Sampling, TrainState
-from grpo_jax.optimizer import adamw
 from grpo_jax.update import Algorithm, init_state, make_step, update
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason='needs eight devices')
@@ -163,7 +163,7 @@ def alone():
     settings = {'model': MODEL, 'optimizer': RECORDER, 'algorithm': Algorithm()}
     step = tiny.jit(functools.partial(update, **settings))
     state = TrainState(jnp.int32(0), params, RECORDER.init(params), jnp.int32(0))
-    state, metrics = step(state, params, ROLLOUT, REWARDS, Sampling(), Objective())
+    state, metrics = step(state, None, ROLLOUT, REWARDS, Sampling(), Objective())
     return jax.device_get((state.opt_state[0].trace, metrics, draw(params, ROLLOUT.prompts)))
 
 
@@ -187,15 +187,14 @@ def ten_steps(shape):
     mesh = mesh_of(shape)
     state = init_state(MODEL, RECORDER, tiny.make_params(MODEL), mesh)
     layout = jax.tree.map(lambda x: x.sharding, state)
-    ref = jax.device_put(tiny.make_params(MODEL), sharding.shardings(state.params, mesh))
     batch = sharding.put_groups((ROLLOUT, REWARDS), mesh)
     step = make_step(MODEL, RECORDER, Algorithm(microbatch=8), mesh)
-    program = step.lower(state, ref, *batch, Sampling(), Objective()).compile()
+    program = step.lower(state, None, *batch, Sampling(), Objective()).compile()
     first = None
     for i in range(10):
         sampling = Sampling(1 - 0.01 * i, top_k=60 * i)
-        objective = Objective(0.2 + 0.01 * i, 0.2 + 0.02 * i, beta=0.1 * i)
-        state, metrics = step(state, ref, *batch, sampling, objective)
+        objective = Objective(0.2 + 0.01 * i, 0.2 + 0.02 * i)
+        state, metrics = step(state, None, *batch, sampling, objective)
         first = first or jax.device_get((state.opt_state[0].trace, metrics))
         assert jax.tree.map(lambda x: x.sharding, state) == layout
     assert step._cache_size() == 1
@@ -205,7 +204,7 @@ def ten_steps(shape):
 
 @pytest.mark.parametrize('shape', MESHES, ids=str)
 def test_ten_steps_on_a_mesh(shape):
-    """They compile once, leave every array where it lay, and give one device's gradient and metrics."""
+    """They compile once, leave all arrays where they lay, and give one device's gradient."""
     expected, expected_metrics, _ = alone()
     gradient, metrics, _ = ten_steps(shape)
     gap = tiny.gap(gradient, expected)
@@ -216,10 +215,9 @@ def test_ten_steps_on_a_mesh(shape):
         assert metrics[name] == pytest.approx(value, abs=1e-5, rel=1e-5), name
 
 
-@pytest.mark.parametrize('shape', MESHES, ids=str)
-def test_samples_on_a_mesh(shape):
+def test_samples_on_a_mesh():
     expected = alone()[2]
-    mesh = mesh_of(shape)
+    mesh = mesh_of((4, 2))
     params = tiny.make_params(MODEL)
     params = jax.device_put(params, sharding.shardings(params, mesh))
     ours = draw(params, sharding.put_groups(ROLLOUT.prompts, mesh))
@@ -229,11 +227,13 @@ def test_samples_on_a_mesh(shape):
 
 
 def test_fsdp_moves_parameters_and_no_activations():
-    """On 8 x 1 no device ever holds another's hidden states or logits: [8 groups, rows, tokens, ...]."""
-    moved = re.findall(
-        r'f32\[([\d,]+)\]\S* (?:all-gather|all-reduce|reduce-scatter)(?:-start)?\(',
-        ten_steps((8, 1))[2],
-    )
-    shapes = {tuple(map(int, dims.split(','))) for dims in moved}
+    """On 8 x 1 no device holds another's hidden states or logits [8 groups, rows, tokens, .]."""
+    collective = r'= (.*) (?:all-gather|all-reduce|reduce-scatter)(?:-start)?\('
+    moved = re.findall(collective, ten_steps((8, 1))[2])
+    shapes = {
+        tuple(map(int, dims.split(',')))
+        for result in moved
+        for dims in re.findall(r'f32\[([\d,]+)\]', result)
+    }
     assert shapes
     assert not {shape for shape in shapes if len(shape) >= 4 and shape[0] == 8}

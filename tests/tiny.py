@@ -1,4 +1,4 @@
-"""Small models and rollouts, made of NumPy random numbers so that no test waits for a compilation."""
+"""Small models and rollouts of NumPy random numbers: making them compiles nothing."""
 
 import functools
 from types import SimpleNamespace
@@ -38,7 +38,7 @@ def shapes(model):
 
 
 def make_params(model, seed=0, spread=1.0):
-    """Random parameters in which nothing is left at its neutral value: no bias is 0, no scale is 1."""
+    """Random parameters with nothing at its neutral value: no bias is 0, no scale is 1."""
     rng = np.random.default_rng(seed)
 
     def fill(path, leaf):
@@ -82,7 +82,7 @@ def make_rewards(seed=0, groups=4, group_size=3):
 
 
 class Bigram:
-    """A policy that looks at one token: all that the update asks of a model, in a tenth of the compile time."""
+    """A policy that looks at one token: all that the update asks of a model, compiled fast."""
 
     config = SimpleNamespace(dtype='float32')
 

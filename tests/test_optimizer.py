@@ -1,0 +1,91 @@
+"""AdamW, its schedule and its clip against the update rule written out."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from grpo_jax.optimizer import adamw
+
+
+def adamw_by_hand(params, gradients, rates, *, b1, b2, eps, weight_decay, clip_norm):
+    """Loshchilov and Hutter (1711.05101), algorithm 2, behind a clip of the global norm."""
+    params = {name: np.array(p, np.float64) for name, p in params.items()}
+    first = {name: 0.0 for name in params}
+    second = dict(first)
+    for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
+        norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
+        for name, g in gradient.items():
+            g = g * min(1, clip_norm / norm)
+            first[name] = b1 * first[name] + (1 - b1) * g
+            second[name] = b2 * second[name] + (1 - b2) * g**2
+            change = first[name] / (1 - b1**t) / (np.sqrt(second[name] / (1 - b2**t)) + eps)
+            if not name.endswith(('scale', 'bias')):
+                change = change + weight_decay * params[name]
+            params[name] = params[name] - rate * change
+    return params
+
+
+ADAMW = {'b1': 0.9, 'b2': 0.999, 'eps': 1e-8, 'weight_decay': 0.0, 'clip_norm': 1.0}
+
+
+@pytest.mark.parametrize(
+    'change',
+    [{}, {'b1': 0.5}, {'b2': 0.9}, {'eps': 0.1}, {'weight_decay': 0.3}, {'clip_norm': 0.2}],
+    ids=lambda change: next(iter(change), 'default'),
+)
+def test_adamw(change):
+    """Its defaults are ADAMW; every option counts, and weight decay leaves vectors alone."""
+    rng = np.random.default_rng(0)
+    shapes = {'gate': (3, 4), 'scale': (4,), 'query_bias': (2, 2)}
+
+    def random():
+        return {name: rng.standard_normal(shape) for name, shape in shapes.items()}
+
+    start, gradients = random(), [random() for _ in range(3)]
+    gradients[2] = jax.tree.map(lambda g: g / 100, gradients[2])  # below every clip norm
+    optimizer, _ = adamw(learning_rate=0.1, steps=3, **change)
+    params = jax.tree.map(jnp.float32, start)
+    state = optimizer.init(params)
+    for gradient in gradients:
+        updates, state = optimizer.update(jax.tree.map(jnp.float32, gradient), state, params)
+        params = optax.apply_updates(params, updates)
+    expected = adamw_by_hand(start, gradients, [0.1] * 3, **(ADAMW | change))
+    assert tiny.gap(params, expected) <= 1e-5
+    if change:
+        assert tiny.gap(expected, adamw_by_hand(start, gradients, [0.1] * 3, **ADAMW)) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        ({}, [4, 4, 4, 4, 4, 4]),
+        ({'warmup_steps': 3}, [1, 2, 3, 4, 4, 4]),
+        ({'decay': 'linear'}, [4, 4 * 5 / 6, 4 * 4 / 6, 2, 4 * 2 / 6, 4 / 6]),
+        ({'warmup_steps': 2, 'decay': 'linear'}, [4 / 3, 8 / 3, 4, 3, 2, 1]),
+        ({'warmup_steps': 2, 'decay': 'cosine'}, [4 / 3, 8 / 3, 4, 2 + 2**0.5, 2, 2 - 2**0.5]),
+    ],
+)
+def test_learning_rates(options, expected):
+    """Six updates, peak 4; the first already moves, the decay would reach 0 at the seventh."""
+    optimizer, schedule = adamw(learning_rate=4.0, steps=6, eps=0.0, **options)
+    np.testing.assert_allclose([schedule(i) for i in range(6)], expected, rtol=1e-5)
+    params = {'gate': jnp.zeros(())}
+    state = optimizer.init(params)
+    for rate in expected:  # Adam moves by the rate itself where all gradients are equal
+        updates, state = optimizer.update({'gate': jnp.ones(())}, state, params)
+        assert updates['gate'] == pytest.approx(-rate, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'decay': 'step'}, r"decay='step' is unknown: use one of constant, linear, cosine"),
+        ({'warmup_steps': 11}, r'warmup_steps=11 is more than steps=10: shorten the warm-up'),
+    ],
+)
+def test_bad_optimizer(options, message):
+    with pytest.raises(ValueError, match=message):
+        adamw(learning_rate=1.0, steps=10, **options)
