@@ -28,6 +28,7 @@ FREE = ('data.options', 'grpo.rewards')  # replaced as a whole, with keys of the
 _OPTIMIZER = {  # see `optimizer.adamw`
     'learning_rate': 1e-6,
     'warmup_steps': 0,
+    'hold_steps': 0,
     'decay': 'constant',
     'b1': 0.9,
     'b2': 0.999,

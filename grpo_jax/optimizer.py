@@ -13,6 +13,7 @@ def adamw(
     learning_rate: float,
     steps: int,
     warmup_steps: int = 0,
+    hold_steps: int = 0,
     decay: str = 'constant',
     b1: float = 0.9,
     b2: float = 0.999,
@@ -26,6 +27,7 @@ def adamw(
       learning_rate: the peak.
       steps: optimizer updates in all, where the decay ends.
       warmup_steps: updates over which the rate rises linearly; the first already moves.
+      hold_steps: updates at the peak between warm-up and decay.
       decay: 'constant', 'linear' or 'cosine' (both to zero at `steps`).
       b1: decay of the first moment.
       b2: decay of the second moment.
@@ -37,11 +39,13 @@ def adamw(
       The transformation, and its schedule from the number of updates made to the learning rate.
 
     Raises:
-      ValueError: unknown decay, or a warm-up that is longer than the run.
+      ValueError: unknown decay, or a warm-up and hold that are longer than the run.
     """
-    if warmup_steps > steps:
+    start = warmup_steps + hold_steps
+    if start > steps:
         raise ValueError(
-            f'warmup_steps={warmup_steps} is more than steps={steps}: shorten the warm-up'
+            f'warmup_steps={warmup_steps} and hold_steps={hold_steps} are more than steps={steps}: '
+            'shorten them'
         )
     shapes: dict[str, Callable[[Any], Any]] = {
         'constant': lambda x: 1.0,
@@ -53,7 +57,7 @@ def adamw(
 
     def schedule(count):
         warm = jnp.minimum((count + 1) / (warmup_steps + 1), 1.0)
-        done = jnp.clip((count - warmup_steps) / max(steps - warmup_steps, 1), 0.0, 1.0)
+        done = jnp.clip((count - start) / max(steps - start, 1), 0.0, 1.0)
         return learning_rate * warm * shapes[decay](done)
 
     def matrices(params):

@@ -65,6 +65,7 @@ def test_adamw(change):
         ({'warmup_steps': 3}, [1, 2, 3, 4, 4, 4]),
         ({'decay': 'linear'}, [4, 4 * 5 / 6, 4 * 4 / 6, 2, 4 * 2 / 6, 4 / 6]),
         ({'warmup_steps': 2, 'decay': 'linear'}, [4 / 3, 8 / 3, 4, 3, 2, 1]),
+        ({'warmup_steps': 1, 'hold_steps': 2, 'decay': 'linear'}, [2, 4, 4, 4, 8 / 3, 4 / 3]),
         ({'warmup_steps': 2, 'decay': 'cosine'}, [4 / 3, 8 / 3, 4, 2 + 2**0.5, 2, 2 - 2**0.5]),
     ],
 )
@@ -83,7 +84,8 @@ def test_learning_rates(options, expected):
     ('options', 'message'),
     [
         ({'decay': 'step'}, r"decay='step' is unknown: use one of constant, linear, cosine"),
-        ({'warmup_steps': 11}, r'warmup_steps=11 is more than steps=10: shorten the warm-up'),
+        ({'warmup_steps': 2, 'hold_steps': 9}, r'hold_steps=9 are more than steps=10: shorten'),
+        ({'warmup_steps': 11}, r'warmup_steps=11 and hold_steps=0 are more than steps=10'),
     ],
 )
 def test_bad_optimizer(options, message):

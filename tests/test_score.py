@@ -144,6 +144,25 @@ def test_sampler_equals_scorer(name, model, params, rollout):
         assert np.abs(np.where(drawn.mask, drawn.logprobs - ignored, 0)).max() > 1e-2
 
 
+def test_sampler_equals_scorer_in_bfloat16(rollout):
+    """Both round the same things: norm scales stay float32, matrices and biases do not."""
+    model = tiny.make_model(dtype='bfloat16', attention_bias=True, qk_norm=True)
+    params = tiny.make_params(model)
+    drawn = sample(
+        model,
+        params,
+        rollout.prompts,
+        seed=0,
+        step=0,
+        sampling=Sampling(),
+        eos_ids=np.array([3]),
+        group_size=8,
+        max_tokens=9,
+    )
+    scored = scorer(model)(params, drawn)[0]
+    assert np.abs(np.where(drawn.mask, drawn.logprobs - scored, 0)).max() <= 1e-4
+
+
 # Weights
 
 

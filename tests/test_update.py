@@ -259,7 +259,9 @@ def test_ten_steps_compile_once(rollout, rewards):
     for i in range(10):
         sampling = Sampling(1.0 - 0.05 * i, top_k=40 - i, top_p=1 - 0.01 * i, min_p=0.001 * i)
         objective = Objective(0.2 + 0.01 * i, 0.3 - 0.01 * i, 0.01 * i)
-        state, metrics = step(state, REFERENCE, rollout, rewards, sampling, objective)
+        before = state
+        state, metrics = step(before, REFERENCE, rollout, rewards, sampling, objective)
+        assert before.params['head'].is_deleted()  # its memory is the new state's
         losses.append(float(metrics['loss']))
     assert step._cache_size() == 1
     assert int(state.step) == 10

@@ -136,7 +136,7 @@ class Transformer(nn.Module):
     def setup(self) -> None:
         c = self.config
         self.embedding = self.param(
-            'embedding', nn.initializers.normal(0.02), (c.vocab_size, c.width)
+            'embedding', nn.initializers.normal(c.width**-0.5), (c.vocab_size, c.width)
         )
         block = nn.remat(Block, prevent_cse=False) if c.remat else Block
         self.blocks = nn.scan(
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
         )(c)
         self.final_norm = RMSNorm(c.norm_eps)
         if not c.tied_head:
-            init = nn.initializers.normal(0.02)
+            init = nn.initializers.normal(c.width**-0.5)
             self.head = self.param('head', init, (c.width, c.vocab_size))
 
     def prefill(self, tokens: jax.Array, length: jax.Array) -> tuple[KeyValues, jax.Array]:

@@ -1,0 +1,98 @@
+"""Short training runs in this process, one of them shared, and the config that they have.
+
+The shared run needs rewards that vary and an accuracy between 0 and 1 without any learning:
+`lucky` calls about half of all completions right, `bonus` pays for length. The tests of failures
+put another function in the place of `bonus`.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import zlib
+from types import SimpleNamespace
+
+import jax
+import pytest
+
+from configs import smoke
+from grpo_jax import models, update
+from grpo_jax import train as command
+from grpo_jax.optimizer import adamw
+
+
+def get_config():
+    """The smoke config with fewer steps. This file can be given as --config."""
+    config = smoke.get_config()
+    config.sft.update(steps=5)
+    config.sft.optimizer.update(warmup_steps=2)
+    config.grpo.update(steps=8)
+    config.grpo.rewards = {'runs:lucky': 1.0, 'chain_format': 0.5, 'runs:bonus': 1.0}
+    config.eval.update(every=4, batch_size=4, correct='runs:lucky')
+    config.checkpoint.update(every=3)
+    config.log.completions = 16  # all of them
+    return config
+
+
+def lucky(prompts, completions, **columns):
+    pairs = zip(prompts, completions, strict=True)
+    return [float(zlib.crc32((prompt + text).encode()) % 2) for prompt, text in pairs]
+
+
+def bonus(prompts, completions, **columns):
+    return [0.125 * len(text) for text in completions]
+
+
+# What a run compiles is kept for the next one in this process, and compiled fast.
+_adamw = functools.cache(adamw)
+_make_step = functools.cache(update.make_step)
+_made = {}
+
+
+def _init(model, key):
+    if isinstance(key, jax.core.Tracer):
+        return models.init(model, key)
+    name = (model, jax.random.key_data(key).tobytes())
+    if name not in _made:
+        _made[name] = models.init(model, key)
+    return _made[name]
+
+
+@contextlib.contextmanager
+def compiled_once():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(command, 'adamw', _adamw)
+        patch.setattr(command, 'update', SimpleNamespace(**vars(update) | {'make_step': _make_step}))
+        patch.setattr(command, 'models', SimpleNamespace(**vars(models) | {'init': _init}))
+        jax.config.update('jax_disable_most_optimizations', True)
+        try:
+            yield
+        finally:
+            jax.config.update('jax_disable_most_optimizations', False)
+
+
+def train(config, workdir):
+    """Trains and returns what was printed."""
+    with compiled_once(), contextlib.redirect_stdout(io.StringIO()) as printed:
+        command.train(config, str(workdir))
+    return printed.getvalue()
+
+
+@functools.cache
+def finished(tmp_path_factory):
+    """The folder and the printed text of the shared run, which began with a mistake."""
+    workdir = tmp_path_factory.mktemp('runs') / 'new' / 'finished'
+    config = get_config()
+    config.data.prompt_length = 3
+    with pytest.raises(ValueError, match='all 10 prompts are longer than prompt_length=3 tokens'):
+        command.train(config, str(workdir))
+    return workdir, train(get_config(), workdir)
+
+
+def lines(path):
+    """The objects of a JSON lines file; what JSON does not know, such as NaN, is refused."""
+
+    def refuse(name):
+        raise AssertionError(f'{path}: {name} is not JSON')
+
+    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
