@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.data.completion_length = 22
     config.sft.update(steps=800, batch_size=64, microbatch=64)
     config.sft.optimizer.update(learning_rate=3e-3, warmup_steps=30, hold_steps=520, decay='linear')
-    config.grpo.update(steps=200, batch_size=32, group_size=8)
+    config.grpo.update(steps=250, batch_size=32, group_size=8)
     config.grpo.algorithm.update(microbatch=32)
     config.grpo.objective.beta = 0.005
     config.grpo.rewards = {'exact_answer': 1.0}

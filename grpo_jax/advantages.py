@@ -43,7 +43,7 @@ def group_advantages(
         advantages = rewards
     if scale == 'std':
         advantages = advantages / (jnp.std(rewards, ddof=1) + eps)
-    if baseline != 'none':  # r - mean(r) rounds to something other than zero
+    if baseline != 'none' or scale != 'none':  # r - mean(r) and std(r) round to other than zero
         advantages = jnp.where(rewards.max() == rewards.min(), 0.0, advantages)
     return advantages
 

@@ -147,10 +147,11 @@ def to_json(config: ConfigDict) -> str:
 
 def from_json(text: str) -> ConfigDict:
     """A locked config from the text that a run saved."""
-    config = ConfigDict(json.loads(text))
-    config.eval.k = tuple(config.eval.k)
+    values = json.loads(text)
+    check_keys(values)
+    values['eval']['k'] = tuple(values['eval']['k'])  # JSON knows lists only
+    config = ConfigDict(values)
     config.lock()
-    check_keys(config)
     return config
 
 
@@ -172,7 +173,7 @@ def run_command(main: Callable[[ConfigDict, str], Any], *, saved: bool = False) 
     except (ValueError, OSError) as error:
         if os.environ.get('GRPO_JAX_TRACEBACK'):
             raise
-        print(f'error: {error}', file=sys.stderr)
+        print('error:', ' '.join(str(error).split()), file=sys.stderr)
         sys.exit(2)
 
 
@@ -230,8 +231,21 @@ def _load(path: str) -> ConfigDict:
     if spec is None or spec.loader is None:
         raise ValueError(f'--config={path}: not a Python file')
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config()
+    try:
+        spec.loader.exec_module(module)
+        config = module.get_config()
+    except Exception as error:
+        raise ValueError(f'--config={path}: {_reason(error)}') from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f'--config={path}: get_config() returned {config!r}: return a ConfigDict')
+    return config
+
+
+def _reason(error: Exception) -> str:
+    unknown = re.search(r'Key "(\w+)" does not exist', str(error))  # what a locked config says
+    if unknown:
+        return f'unknown config key {unknown[1]!r}: {_nearest(unknown[1])}'
+    return f'{type(error).__name__}: {error}: mend the file (GRPO_JAX_TRACEBACK=1 shows where)'
 
 
 def _leaves(config: ConfigDict) -> list[str]:

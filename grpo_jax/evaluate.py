@@ -241,6 +241,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
             seed=config.seed,
             eos_ids=ends,
             max_tokens=config.data.completion_length,
+            mesh=mesh,
             **rest,
         )
 

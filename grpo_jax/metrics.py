@@ -41,16 +41,17 @@ def group_terms(logprobs, group: Batch, objective: Objective, kl, entropy) -> di
     count = mask.sum()
     low, high = losses.clip_masks(logprobs, group, objective)
     mismatch = jnp.where(mask, group.old_logprobs - group.rollout.logprobs, 0.0)
-    ratio = jnp.exp(mismatch)
+    ratio = jnp.where(mask, jnp.exp(mismatch), 1.0)
+    inside = mask | (count == 0)  # a group without tokens counts as ratio 1
     terms = {
         'count': count,
         'clip_low': (low & mask).sum() / jnp.maximum(count, 1),
         'clip_high': (high & mask).sum() / jnp.maximum(count, 1),
         'difference_sum': jnp.abs(mismatch).sum(),
         'difference_max': jnp.abs(mismatch).max(),
-        'ratio_min': ratio.min(),
+        'ratio_min': jnp.where(inside, ratio, jnp.inf).min(),
         'ratio_sum': jnp.where(mask, ratio, 0.0).sum(),
-        'ratio_max': ratio.max(),
+        'ratio_max': jnp.where(inside, ratio, -jnp.inf).max(),
     }
     if kl is not None:
         terms['kl_sum'] = jnp.where(mask, kl, 0.0).sum()

@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from grpo_jax import sharding
 from grpo_jax.models import KeyValues, Transformer, apply
 from grpo_jax.types import Array, Params, Prompts, Rollout, Sampling
 
@@ -147,7 +149,7 @@ class _Carry(NamedTuple):
     logprobs: jax.Array  # f32[B, G, T]
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'group_size', 'max_tokens'))
+@functools.partial(jax.jit, static_argnames=('model', 'group_size', 'max_tokens', 'mesh'))
 def sample(
     model: Transformer,
     params: Params,
@@ -159,6 +161,7 @@ def sample(
     eos_ids: Array,
     group_size: int,
     max_tokens: int,
+    mesh: Mesh | None = None,
 ) -> Rollout:
     """Samples `group_size` completions of each prompt.
 
@@ -174,40 +177,55 @@ def sample(
       eos_ids: i32[E], tokens that end a completion.
       group_size: G.
       max_tokens: T.
+      mesh: the devices; with one, prompts lie as `sharding.groups` says.
 
     Returns:
       Rollout of [B, G, T] arrays. Tokens after the end are 0 and masked; the end token itself is
       not.
     """
-    dtype = jnp.dtype(model.config.dtype)
-    params = jax.tree.map(lambda x: x.astype(dtype), params)  # once, not in every decode step
     keys = row_keys(seed, step, prompts.index, group_size)
-    shape = (prompts.tokens.shape[0], group_size, max_tokens)
+    with sharding.use(mesh):
+        params = _compute_copy(params, model.config.dtype)
+        return _sample(model, params, prompts, keys, sampling, eos_ids, max_tokens)
 
-    def pick(hidden, t, carry):
+
+def _compute_copy(params: Params, dtype: str) -> Params:
+    """Matrices in the computation's dtype: cast once, not in every decode step.
+
+    Norm scales stay as they are, since they are used in float32.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, x: x if path[-1].key == 'scale' else x.astype(dtype), params
+    )
+
+
+def _sample(model, params, prompts: Prompts, keys, sampling, eos_ids, max_tokens: int) -> Rollout:
+    shape = (*keys.shape, max_tokens)
+
+    def pick(hidden, t, carry: _Carry) -> _Carry:
         """Draws column t from hidden states [B, G, D] and writes it down."""
         logits = apply(model, params, hidden, method='logits')
         folded = jax.vmap(lambda key: jax.random.fold_in(key, t))(keys.reshape(-1))
         token, logprob = draw(folded, logits.reshape(len(folded), -1), sampling)
         live = ~carry.done
-        token = jnp.where(live, token.reshape(shape[:2]), 0)
-        logprob = jnp.where(live, logprob.reshape(shape[:2]), 0.0)
+        token = jnp.where(live, token.reshape(keys.shape), 0)
+        logprob = jnp.where(live, logprob.reshape(keys.shape), 0.0)
         return carry._replace(
             t=t + 1,
             token=token,
-            done=carry.done | (token[..., None] == eos_ids).any(-1),
+            done=carry.done | (live & (token[..., None] == eos_ids).any(-1)),
             tokens=carry.tokens.at[:, :, t].set(token),
             mask=carry.mask.at[:, :, t].set(live),
             logprobs=carry.logprobs.at[:, :, t].set(logprob),
         )
 
-    prefill = functools.partial(apply, model, params, method='prefill')
-    prompt, last = jax.vmap(prefill)(prompts.tokens, prompts.length)
-
+    groups = functools.partial(jax.vmap, spmd_axis_name=sharding.group_axis())
+    prefill = groups(functools.partial(apply, model, params, method='prefill'))
     decode = functools.partial(apply, model, params, method='decode')
-    decode = jax.vmap(decode, in_axes=(0, None, 0, 0, 1), out_axes=(0, 1))
+    decode = groups(decode, in_axes=(0, None, 0, 0, 1), out_axes=(0, 1))
+    prompt, last = prefill(prompts.tokens, prompts.length)
 
-    def advance(carry):
+    def advance(carry: _Carry) -> _Carry:
         t = carry.t - 1
         hidden, column = decode(carry.token, t, prompt, prompts.length, carry.own)
         own = jax.tree.map(
@@ -217,18 +235,22 @@ def sample(
         )
         return pick(hidden, carry.t, carry._replace(own=own))
 
+    first = jnp.broadcast_to(last[:, None], (*keys.shape, last.shape[-1]))
+    carry = pick(first, jnp.int32(0), _empty(model, shape))
+    carry = jax.lax.while_loop(lambda c: (c.t < max_tokens) & ~c.done.all(), advance, carry)
+    return Rollout(prompts, carry.tokens, carry.mask, carry.logprobs, carry.done)
+
+
+def _empty(model: Transformer, shape: tuple[int, ...]) -> _Carry:
+    """The loop's state before the first token of `shape` [B, G, T]."""
     c = model.config
-    empty = jnp.zeros((c.layers, *shape[:2], c.kv_heads, max_tokens, c.head_dim), dtype)
-    carry = _Carry(
+    cache = jnp.zeros((c.layers, *shape[:2], c.kv_heads, shape[2], c.head_dim), c.dtype)
+    return _Carry(
         t=jnp.int32(0),
         token=jnp.zeros(shape[:2], jnp.int32),
         done=jnp.zeros(shape[:2], bool),
-        own=KeyValues(empty, empty),
+        own=KeyValues(cache, cache),
         tokens=jnp.zeros(shape, jnp.int32),
         mask=jnp.zeros(shape, bool),
         logprobs=jnp.zeros(shape, jnp.float32),
     )
-    first = jnp.broadcast_to(last[:, None], (*shape[:2], last.shape[-1]))
-    carry = pick(first, jnp.int32(0), carry)
-    carry = jax.lax.while_loop(lambda c: (c.t < max_tokens) & ~c.done.all(), advance, carry)
-    return Rollout(prompts, carry.tokens, carry.mask, carry.logprobs, carry.done)

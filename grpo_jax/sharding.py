@@ -5,6 +5,8 @@ where they are used); `tensor` splits heads, the MLP and the vocabulary. One dev
 1.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -88,6 +90,32 @@ def groups(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
     """A whole copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh | None) -> Iterator[None]:
+    """Traces what is inside for the mesh (none: for one device); see `group_axis` and `anchor`."""
+    if mesh is None:
+        yield
+    else:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            yield
+
+
+def group_axis() -> str | None:
+    """The mesh axis that holds the groups, for `spmd_axis_name` of a vmap over them."""
+    return None if jax.sharding.get_abstract_mesh().empty else 'fsdp'
+
+
+def anchor(x: jax.Array) -> jax.Array:
+    """Keeps one group's activations whole on the devices of its `fsdp` row.
+
+    Without it the compiler may gather the batch and split the width instead, since parameters are
+    split along that axis too. Does nothing without a mesh.
+    """
+    if group_axis() is None:
+        return x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec())
 
 
 def put_groups(tree: Any, mesh: Mesh) -> Any:

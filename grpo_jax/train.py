@@ -75,8 +75,11 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       rewards.RewardError: a reward function failed; what was computed until then is kept.
     """
     setup = evaluate.prepare(config, checkpoint.check_workdir(workdir, config))
-    sft = _sft_stage(setup)
-    grpo = _grpo_stage(setup)
+    training = evaluate.load_problems(
+        config, setup.workdir, setup.tokenizer, config.data.train_split
+    )
+    sft = _sft_stage(setup, training)
+    grpo = _grpo_stage(setup, training)
     checkpoint.claim_workdir(setup.workdir, config)
     params = models.init(setup.model, jax.random.key(config.seed))
     params = jax.device_put(params, sharding.shardings(params, setup.mesh))
@@ -92,18 +95,15 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     return tests[-1]['metrics']
 
 
-def _sft_stage(setup: evaluate.Setup) -> Stage:
+def _sft_stage(setup: evaluate.Setup, training: evaluate.Problems) -> Stage:
     c, config = setup.config.sft, setup.config
     algorithm = dataclasses.replace(SFT, microbatch=c.microbatch)
     batches: Any = None
     ones = np.ones((c.batch_size, 1), np.float32)
     if c.steps:
         sharding.check_batch(c.batch_size, c.microbatch, setup.mesh)
-        problems = evaluate.load_problems(
-            config, setup.workdir, setup.tokenizer, config.data.train_split
-        )
         table = data.tokenize_demonstrations(
-            problems.rows,
+            training.rows,
             setup.tokenizer,
             template=config.data.prompt,
             completion_template=config.data.demonstration,
@@ -111,7 +111,7 @@ def _sft_stage(setup: evaluate.Setup) -> Stage:
             completion_length=config.data.completion_length,
         )
         if table.prompts.dropped:
-            dropped, rows = table.prompts.dropped, len(problems.rows)
+            dropped, rows = table.prompts.dropped, len(training.rows)
             log.warning('dropped %d of %d demonstrations, too long', dropped, rows)
         batches = data.batches(table, c.batch_size, seed=config.seed)
 
@@ -124,7 +124,7 @@ def _sft_stage(setup: evaluate.Setup) -> Stage:
     )
 
 
-def _grpo_stage(setup: evaluate.Setup) -> Stage:
+def _grpo_stage(setup: evaluate.Setup, training: evaluate.Problems) -> Stage:
     c, config = setup.config.grpo, setup.config
     algorithm = update.Algorithm(**c.algorithm)
     sampling = Sampling(**c.sampling)
@@ -135,10 +135,7 @@ def _grpo_stage(setup: evaluate.Setup) -> Stage:
         raise ValueError('grpo.rewards is empty: name at least one reward function and its weight')
     weights = {name: float(weight) for name, weight in c.rewards.items()}
     functions = {name: rewards.resolve(name) for name in weights}
-    problems = evaluate.load_problems(
-        config, setup.workdir, setup.tokenizer, config.data.train_split
-    )
-    batches = data.batches(problems.table, c.batch_size, seed=config.seed)
+    batches = data.batches(training.table, c.batch_size, seed=config.seed)
 
     def collect(step: int, params: Params) -> Collected:
         start = time.perf_counter()
@@ -147,7 +144,7 @@ def _grpo_stage(setup: evaluate.Setup) -> Stage:
         )
         host = jax.device_get(rollout)
         sampled = time.perf_counter()
-        judged = evaluate.judge(host, problems, functions, weights)
+        judged = evaluate.judge(host, training, functions, weights)
         metrics = {
             **rewards.statistics(judged.scores),
             'timing/sample': sampled - start,

@@ -152,18 +152,24 @@ def update(
         small.
     """
     size, group_size, _ = rollout.tokens.shape
+    if rewards.shape != (size, group_size):
+        raise ValueError(
+            f'rewards have shape {rewards.shape}: the rollout needs one for each completion, '
+            f'[B, G] = ({size}, {group_size})'
+        )
     sharding.check_batch(size, algorithm.microbatch, mesh)
     check_group_options(group_size, baseline=algorithm.baseline, scale=algorithm.scale)
     program = _Program(model, optimizer, algorithm, mesh, sampling, objective)
-    metrics = rollout_metrics(rollout, rewards)
-    batch = program.score(state.params, ref_params, rollout, rewards)
 
     def inner(state, _):
         gradient, terms = program.gradient(state.params, batch)
         state, applied = program.apply(state, gradient)
         return state, terms | applied
 
-    state, terms = jax.lax.scan(inner, state, length=algorithm.inner_updates)
+    with sharding.use(mesh):
+        metrics = rollout_metrics(rollout, rewards)
+        batch = program.score(state.params, ref_params, rollout, rewards)
+        state, terms = jax.lax.scan(inner, state, length=algorithm.inner_updates)
     return state._replace(step=state.step + 1), metrics | reduce_terms(terms)
 
 
@@ -212,7 +218,7 @@ class _Program:
 
     def apply(self, state: TrainState, gradient):
         """One optimizer update, or none where the gradient is not finite."""
-        norm = optax.global_norm(gradient)
+        norm = optax.tree.norm(gradient)
         finite = jnp.isfinite(norm)
         updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -228,7 +234,8 @@ class _Program:
         }
 
     def _loss(self, params, microbatch: Batch):
-        loss, terms = jax.vmap(functools.partial(self._group_loss, params))(microbatch)
+        one = functools.partial(self._group_loss, params)
+        loss, terms = jax.vmap(one, spmd_axis_name=sharding.group_axis())(microbatch)
         return loss.sum(), terms
 
     def _group_loss(self, params, group: Batch):
@@ -257,7 +264,7 @@ class _Program:
             return group_logprobs(self.model, params, group, self.sampling, chunk=chunk)[0]
 
         def some(microbatch):
-            return jax.vmap(one)(microbatch)
+            return jax.vmap(one, spmd_axis_name=sharding.group_axis())(microbatch)
 
         out = jax.lax.map(some, self._cut(rollout)).swapaxes(0, 1)
         return jax.lax.stop_gradient(out.reshape(-1, *out.shape[2:]))

@@ -1,8 +1,8 @@
 """Short training runs in this process, one of them shared, and the config that they have.
 
 The shared run needs rewards that vary and an accuracy between 0 and 1 without any learning:
-`lucky` calls about half of all completions right, `bonus` pays for length. The tests of failures
-put another function in the place of `bonus`.
+`lucky` calls about half of all completions right, `bonus` likes three characters. The tests of
+failures put another function in the place of `bonus`.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ def lucky(prompts, completions, **columns):
 
 
 def bonus(prompts, completions, **columns):
-    return [0.125 * len(text) for text in completions]
+    return [-0.125 * abs(len(text) - 3) for text in completions]
 
 
 # What a run compiles is kept for the next one in this process, and compiled fast.
@@ -79,9 +79,9 @@ def train(config, workdir):
 
 
 @functools.cache
-def finished(tmp_path_factory):
-    """The folder and the printed text of the shared run, which began with a mistake."""
-    workdir = tmp_path_factory.mktemp('runs') / 'new' / 'finished'
+def finished(folder):
+    """The workdir and the printed text of the shared run, which began with a mistake."""
+    workdir = folder / 'runs' / 'finished'
     config = get_config()
     config.data.prompt_length = 3
     with pytest.raises(ValueError, match='all 10 prompts are longer than prompt_length=3 tokens'):

@@ -142,8 +142,8 @@ def test_evaluate_without_samples():
 def test_judge_gives_every_completion_its_row():
     seen = {}
 
-    def watching(prompts, completions, completion_ids, answer, question):
-        seen.update(locals())
+    def watching(completion_ids, **others):
+        seen.update(others, completion_ids=completion_ids)
         return [float(len(ids)) for ids in completion_ids]
 
     prompts, _ = next(data.in_order(problems().table, 2))
@@ -166,7 +166,7 @@ def test_judge_gives_every_completion_its_row():
 
 @pytest.fixture(scope='module')
 def finished(tmp_path_factory):
-    return runs.finished(tmp_path_factory)[0]
+    return runs.finished(tmp_path_factory.getbasetemp())[0]
 
 
 def run(monkeypatch, *arguments):

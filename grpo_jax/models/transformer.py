@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.models.attention import Piece, attend, rotate
+from grpo_jax.sharding import anchor
 from grpo_jax.types import Params
 
 
@@ -81,7 +82,7 @@ class Block(nn.Module):
         y, own = self._attention(RMSNorm(c.norm_eps, name='attention_norm')(x), past, where)
         x = x + y
         x = x + self._mlp(RMSNorm(c.norm_eps, name='mlp_norm')(x))
-        return x, own
+        return anchor(x), own
 
     def _kernel(self, name: str, *shape: int) -> jax.Array:
         """A matrix; those that write into the residual stream start small, so that tokens show."""
@@ -207,7 +208,7 @@ class Transformer(nn.Module):
         return jnp.matmul(hidden, head.astype(c.dtype), preferred_element_type=jnp.float32)
 
     def _run(self, tokens, past, where):
-        x = self.embedding.astype(self.config.dtype)[tokens]
+        x = anchor(self.embedding.astype(self.config.dtype)[tokens])
         x, own = self.blocks(x, past, where)
         return self.final_norm(x), own
 

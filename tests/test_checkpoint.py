@@ -1,0 +1,124 @@
+"""States come back bit for bit, on any mesh; a folder belongs to one run."""
+
+import jax
+import numpy as np
+import pytest
+import runs
+import tiny
+
+from grpo_jax import checkpoint, sharding
+from grpo_jax.optimizer import adamw
+from grpo_jax.types import TrainState
+
+
+@pytest.fixture(scope='module')
+def state(params):
+    """A state of which no two leaves are equal."""
+    optimizer, _ = adamw(learning_rate=1e-3, steps=10)
+    state = TrainState(np.int32(7), params, jax.eval_shape(optimizer.init, params), np.int32(2))
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return (100 * rng.standard_normal(leaf.shape)).astype(leaf.dtype)
+        return np.asarray(leaf)
+
+    return jax.tree.map(fill, state)
+
+
+def saved(folder, states, keep=3):
+    manager = checkpoint.open_manager(folder, keep=keep)
+    for step, state in states.items():
+        checkpoint.save(manager, step, state)
+        manager.wait_until_finished()
+    return manager
+
+
+def test_a_state_comes_back_on_any_mesh(tmp_path, state):
+    manager = saved(tmp_path, {7: state})
+    abstract = jax.eval_shape(lambda: state)
+    for shape in ({'fsdp': 1, 'tensor': 1}, {'fsdp': 2, 'tensor': 2}, {'fsdp': 8, 'tensor': 1}):
+        mesh = sharding.make_mesh(**shape)
+        restored = checkpoint.restore(manager, abstract, mesh)
+        assert jax.tree.structure(restored) == jax.tree.structure(state)
+        assert tiny.same(restored, state)
+        assert jax.tree.map(lambda x: x.dtype, restored) == jax.tree.map(lambda x: x.dtype, state)
+        wanted = sharding.shardings(abstract, mesh)
+        lies = jax.tree.map(lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), restored, wanted)
+        assert all(jax.tree.leaves(lies))
+        assert tiny.same(checkpoint.restore_params(manager, abstract.params, mesh), state.params)
+
+
+def test_the_newest_or_the_named_step_of_those_kept(tmp_path, state):
+    mesh = sharding.make_mesh()
+    manager = saved(tmp_path, {k: state._replace(step=np.int32(k)) for k in (2, 5, 9)}, keep=2)
+    assert int(checkpoint.restore(manager, state, mesh).step) == 9
+    assert int(checkpoint.restore(manager, state, mesh, step=5).step) == 5
+    with pytest.raises(ValueError, match=r'holds no checkpoint of step 2; it has \[5, 9\]'):
+        checkpoint.restore(manager, state, mesh, step=2)
+
+
+def test_no_checkpoint_is_an_error(tmp_path, state):
+    manager = checkpoint.open_manager(tmp_path / 'checkpoints' / 'sft', keep=1)
+    with pytest.raises(ValueError, match='holds no checkpoint of step None'):
+        checkpoint.restore_params(manager, state.params, sharding.make_mesh())
+    with pytest.raises(ValueError, match=f'{tmp_path} holds no checkpoint: train first, or name'):
+        checkpoint.newest_manager(tmp_path)
+
+
+def test_a_save_that_was_cut_off_does_not_count(tmp_path, state):
+    manager = saved(tmp_path, {3: state, 6: state._replace(step=np.int32(6))})
+    manager.close()
+    (tmp_path / '6').rename(tmp_path / '6.orbax-checkpoint-tmp')
+    manager = checkpoint.open_manager(tmp_path, keep=3)
+    assert manager.latest_step() == 3
+    assert int(checkpoint.restore(manager, state, sharding.make_mesh()).step) == 7
+    checkpoint.save(manager, 6, state)
+    manager.wait_until_finished()
+    assert manager.all_steps() == [3, 6]
+
+
+def test_the_newest_manager_is_that_of_the_last_stage(tmp_path, state):
+    for stage, step in (('sft', 60), ('grpo', 4)):
+        assert not list(tmp_path.glob(f'checkpoints/{stage}'))
+        saved(tmp_path / 'checkpoints' / stage, {step: state}).close()
+        manager = checkpoint.newest_manager(tmp_path)
+        assert (manager.directory.name, manager.latest_step()) == (stage, step)
+
+
+# Whose folder is it?
+
+
+def test_a_folder_is_claimed_by_one_config(tmp_path):
+    config = runs.get_config()
+    path = checkpoint.check_workdir(str(tmp_path / 'new' / 'run'), config)
+    assert path.is_dir()
+    assert not list(path.iterdir())
+    config.seed = 1
+    checkpoint.check_workdir(str(path), config)  # a failed start leaves no claim
+    checkpoint.claim_workdir(path, config)
+    checkpoint.claim_workdir(path, config)
+    assert [file.name for file in path.iterdir()] == ['config.json']
+    assert checkpoint.check_workdir(str(path), config) == path
+    config.eval.samples = 5
+    config.seed = 2
+    with pytest.raises(ValueError) as error:  # noqa: PT011 the message follows
+        checkpoint.check_workdir(str(path), config)
+    assert str(error.value) == (
+        f"workdir '{path}' holds the run of another config: eval.samples (there 4, here 5); "
+        'seed (there 1, here 2). Use another --workdir, or the same config to resume'
+    )
+
+
+def test_a_relative_folder_is_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert checkpoint.check_workdir('run', runs.get_config()) == tmp_path / 'run'
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    file = tmp_path / 'file'
+    file.touch()
+    for workdir, reason in ((file / 'run', 'Not a directory'), (file, 'File exists')):
+        message = rf"workdir '{workdir}' cannot be written to \({reason}\): name another folder"
+        with pytest.raises(ValueError, match=message):
+            checkpoint.check_workdir(str(workdir), runs.get_config())
