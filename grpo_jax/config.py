@@ -7,8 +7,10 @@ locked, so a key that does not exist is an error wherever it is set; only `data.
 
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import json
+import operator
 import os
 import re
 import sys
@@ -35,6 +37,24 @@ _OPTIMIZER = {  # see `optimizer.adamw`
     'eps': 1e-8,
     'weight_decay': 0.0,
     'clip_norm': 1.0,
+}
+
+_LEAST = {  # the smallest value of what nothing else checks before training
+    'seed': 0,
+    'model.layers': 1,
+    'data.completion_length': 1,
+    'sft.steps': 0,
+    'sft.batch_size': 1,
+    'grpo.steps': 1,
+    'grpo.batch_size': 1,
+    'grpo.group_size': 1,
+    'eval.every': 1,
+    'eval.batch_size': 1,
+    'eval.samples': 0,
+    'eval.temperature': 0,
+    'log.completions': 0,
+    'checkpoint.every': 1,
+    'checkpoint.keep': 1,
 }
 
 
@@ -107,6 +127,15 @@ def check_keys(config: Mapping[str, Any]) -> None:
         raise ValueError(f'unknown config key {key!r}: {_nearest(key)}')
     for key in sorted(known - given):
         raise ValueError(f'config key {key!r} is missing: start from grpo_jax.config.defaults()')
+
+
+def check_values(config: ConfigDict) -> None:
+    """Raises ValueError for a number that is too small."""
+    values = config.to_dict()
+    for path, least in _LEAST.items():
+        value = functools.reduce(operator.getitem, path.split('.'), values)
+        if value < least:
+            raise ValueError(f'{path}={value} is too small: make it at least {least}')
 
 
 def _flat(config: Mapping[str, Any], prefix: str = '', free: Sequence[str] = FREE) -> list[str]:

@@ -18,7 +18,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from grpo_jax import checkpoint, data, models, rewards, sharding
-from grpo_jax.config import run_command
+from grpo_jax.config import check_values, run_command
 from grpo_jax.sample import sample
 from grpo_jax.tokens import eos_ids, load_tokenizer, texts
 from grpo_jax.types import Params, Prompts, Rollout, Sampling
@@ -227,6 +227,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     Raises:
       ValueError: anything in `config` that does not fit, or data that are missing or malformed.
     """
+    check_values(config)
     mesh = sharding.make_mesh(**config.mesh)
     sharding.check_batch(config.eval.batch_size, config.eval.batch_size, mesh)
     tokenizer = load_tokenizer(config.tokenizer)

@@ -78,12 +78,12 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     training = evaluate.load_problems(
         config, setup.workdir, setup.tokenizer, config.data.train_split
     )
-    sft = _sft_stage(setup, training)
+    sft = _sft_stage(setup, training) if config.sft.steps else None
     grpo = _grpo_stage(setup, training)
     checkpoint.claim_workdir(setup.workdir, config)
     params = models.init(setup.model, jax.random.key(config.seed))
     params = jax.device_put(params, sharding.shardings(params, setup.mesh))
-    if sft.steps:
+    if sft:
         params = _run_stage(setup, sft, params, None).params
     _run_stage(setup, grpo, params, params if grpo.objective.beta else None)
     picture = report.plot(setup.workdir)
@@ -98,27 +98,25 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
 def _sft_stage(setup: evaluate.Setup, training: evaluate.Problems) -> Stage:
     c, config = setup.config.sft, setup.config
     algorithm = dataclasses.replace(SFT, microbatch=c.microbatch)
-    batches: Any = None
     ones = np.ones((c.batch_size, 1), np.float32)
-    if c.steps:
-        sharding.check_batch(c.batch_size, c.microbatch, setup.mesh)
-        table = data.tokenize_demonstrations(
-            training.rows,
-            setup.tokenizer,
-            template=config.data.prompt,
-            completion_template=config.data.demonstration,
-            prompt_length=config.data.prompt_length,
-            completion_length=config.data.completion_length,
-        )
-        if table.prompts.dropped:
-            dropped, rows = table.prompts.dropped, len(training.rows)
-            log.warning('dropped %d of %d demonstrations, too long', dropped, rows)
-        batches = data.batches(table, c.batch_size, seed=config.seed)
+    sharding.check_batch(c.batch_size, c.microbatch, setup.mesh)
+    table = data.tokenize_demonstrations(
+        training.rows,
+        setup.tokenizer,
+        template=config.data.prompt,
+        completion_template=config.data.demonstration,
+        prompt_length=config.data.prompt_length,
+        completion_length=config.data.completion_length,
+    )
+    if table.prompts.dropped:
+        dropped, rows = table.prompts.dropped, len(training.rows)
+        log.warning('dropped %d of %d demonstrations, too long', dropped, rows)
+    batches = data.batches(table, c.batch_size, seed=config.seed)
 
     def collect(step: int, params: Params) -> Collected:
         return Collected(batches[step], ones, {}, [])
 
-    optimizer, schedule = adamw(steps=max(c.steps, 1), **c.optimizer)
+    optimizer, schedule = adamw(steps=c.steps, **c.optimizer)
     return Stage(
         'sft', c.steps, algorithm, optimizer, schedule, Sampling(), Objective(), collect, None, 1
     )

@@ -9,11 +9,12 @@ import contextlib
 import functools
 import io
 import json
+import tempfile
 import zlib
-from types import SimpleNamespace
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from configs import smoke
 from grpo_jax import models, update
@@ -44,31 +45,43 @@ def bonus(prompts, completions, **columns):
 
 
 # What a run compiles is kept for the next one in this process, and compiled fast.
-_adamw = functools.cache(adamw)
-_make_step = functools.cache(update.make_step)
+_adamw, _make_step, _init = functools.cache(adamw), functools.cache(update.make_step), models.init
 _made = {}
 
 
-def _init(model, key):
+def _init_once(model, key):
     if isinstance(key, jax.core.Tracer):
-        return models.init(model, key)
+        return _init(model, key)
     name = (model, jax.random.key_data(key).tobytes())
     if name not in _made:
-        _made[name] = models.init(model, key)
+        _made[name] = _init(model, key)
     return _made[name]
 
 
 @contextlib.contextmanager
 def compiled_once():
+    folder = jax.config.jax_compilation_cache_dir
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(command, 'adamw', _adamw)
-        patch.setattr(command, 'update', SimpleNamespace(**vars(update) | {'make_step': _make_step}))
-        patch.setattr(command, 'models', SimpleNamespace(**vars(models) | {'init': _init}))
-        jax.config.update('jax_disable_most_optimizations', True)
+        patch.setattr(update, 'make_step', _make_step)
+        patch.setattr(models, 'init', _init_once)
         try:
+            set_up_compiler(fast=True, folder=programs().name)
             yield
         finally:
-            jax.config.update('jax_disable_most_optimizations', False)
+            set_up_compiler(fast=False, folder=folder)
+
+
+def set_up_compiler(*, fast, folder):
+    jax.config.update('jax_disable_most_optimizations', fast)
+    jax.config.update('jax_compilation_cache_dir', folder)
+    compilation_cache.reset_cache()
+
+
+@functools.cache
+def programs():
+    """A folder of compiled programs, for other processes that run the same."""
+    return tempfile.TemporaryDirectory()
 
 
 def train(config, workdir):

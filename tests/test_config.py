@@ -87,8 +87,7 @@ def test_json_and_back():
     config.grpo.optimizer.eps = 1e-11
     text = grpo_config.to_json(config)
     again = grpo_config.from_json(text)
-    assert again == config
-    assert again.eval.k == (1, 4)
+    assert again.to_dict() == config.to_dict()
     assert again.is_locked
     assert grpo_config.to_json(again) == text
     assert text.isascii()
@@ -97,6 +96,14 @@ def test_json_and_back():
         'chain_format': 0.5,
         'runs:bonus': 1.0,
     }
+
+
+def test_a_saved_config_takes_changes(tmp_path):
+    (tmp_path / 'config.json').write_text(grpo_config.to_json(runs.get_config()))
+    changes = ('--config.eval.k=(2,)', '--config.eval.samples=2', '--config.seed=3')
+    config, workdir = grpo_config.parse([f'--workdir={tmp_path}', *changes], saved=True)
+    assert (config.eval.k, config.eval.samples, config.seed) == ((2,), 2, 3)
+    assert workdir == str(tmp_path)
 
 
 def test_from_json_refuses_other_keys():
@@ -144,7 +151,8 @@ def test_parse():
     assert (config.seed, config.grpo.objective.beta) == (3, 1.0)
     assert isinstance(config.grpo.objective.beta, float)
     assert config.sft.optimizer.learning_rate == 1e-3
-    assert (config.model.qk_norm, config.eval.k, config.data.prompt) == (False, (2,), 'a={question} ')
+    assert (config.model.qk_norm, config.eval.k) == (False, (2,))
+    assert config.data.prompt == 'a={question} '
     assert config.data.options.train_size == 80
     assert config.grpo.rewards.to_dict() == {'exact_answer': 1.0, 'chain_format': 0.25}
     assert config.is_locked
@@ -156,9 +164,9 @@ def test_parse():
         ([], '--workdir=FOLDER is missing: name the folder of the run'),
         ([SMOKE, '--workdir='], '--workdir=FOLDER is missing'),
         (['--workdir=w'], '--config=: no such file: give the path of a config file'),
-        (['--workdir=w', '--config=no.py'], '--config=no.py: no such file: give the path of a conf'),
-        ([SMOKE, '--workdir=w', 'more'], "unexpected argument 'more': options are --config=FILE, --"),
-        ([SMOKE, '--workdir=w', '--config.seed'], "unexpected argument '--config.seed': options are"),
+        (['--workdir=w', '--config=no.py'], '--config=no.py: no such file: give the path'),
+        ([SMOKE, '--workdir=w', 'more'], "unexpected argument 'more': options are --config=FILE"),
+        ([SMOKE, '--workdir=w', '--config.seed'], "unexpected argument '--config.seed'"),
         ([SMOKE, '--workdir=w', '--wrkdir=w'], "unexpected argument '--wrkdir=w'"),
         (
             [SMOKE, '--workdir=w', '--config.grpo.grup_size=4'],
@@ -178,11 +186,11 @@ def test_parse():
         ),
         (
             [SMOKE, '--workdir=w', '--config.seed=1.5'],
-            "flag --config.seed=1.5: invalid literal for int() with base 10: '1.5': give a value of "
-            'the same type as the default',
+            "flag --config.seed=1.5: invalid literal for int() with base 10: '1.5': give a value "
+            'of the same type as the default',
         ),
-        ([SMOKE, '--workdir=w', '--config.grpo.objective.beta=x'], "could not convert string to fl"),
-        ([SMOKE, '--workdir=w', '--config.model.qk_norm=x'], "('Non-boolean argument to boolean fl"),
+        ([SMOKE, '--workdir=w', '--config.grpo.objective.beta=x'], 'could not convert string'),
+        ([SMOKE, '--workdir=w', '--config.model.qk_norm=x'], 'Non-boolean argument'),
     ],
 )
 def test_parse_refuses(arguments, message):
@@ -205,7 +213,7 @@ def test_parse_refuses(arguments, message):
         ),
         (
             'config.unlock(); config.grpo.sampling.temperatur = 1.0',
-            "unknown config key 'grpo.sampling.temperatur': did you mean 'grpo.sampling.temperature'",
+            "key 'grpo.sampling.temperatur': did you mean 'grpo.sampling.temperature'?",
         ),
         ("config.grpo.steps = 'ten'", "TypeError: Could not override field 'steps'"),
         ('config = None', 'get_config() returned None: return a ConfigDict'),
@@ -265,7 +273,7 @@ def test_the_command_ends_with_one_line(tmp_path):
     assert found.stderr == f'error: {expected}\n'
 
 
-@pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda path: path.stem)
+@pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda p: p.stem)
 def test_configs_name_their_command(path):
     config, _ = grpo_config.parse([f'--config={path}', '--workdir=w'])
     assert config.is_locked

@@ -1,0 +1,572 @@
+"""The training command: bad input, what a run leaves behind, and stops of every kind."""
+
+import json
+import logging
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import runs
+import tiny
+
+from configs import arithmetic, gsm8k_tiny
+from grpo_jax import data, report, rewards, tokens, train
+
+ROOT = pathlib.Path(__file__).parents[1]
+FILES = ('metrics.jsonl', 'completions.jsonl', 'heldout.jsonl')
+TIMES = re.compile('timing/|step_time$|perf/')
+
+SFT_METRICS = {'loss', 'grad_norm', 'num_tokens', 'skipped_updates', 'learning_rate'}
+GRPO_METRICS = SFT_METRICS | {
+    'accuracy',
+    'reward',
+    'reward_std',
+    'rewards/runs:lucky/mean',
+    'rewards/runs:lucky/std',
+    'rewards/runs:bonus/mean',
+    'rewards/runs:bonus/std',
+    'rewards/chain_format/mean',
+    'rewards/chain_format/std',
+    'frac_reward_zero_std',
+    'completions/mean_length',
+    'completions/min_length',
+    'completions/max_length',
+    'completions/mean_terminated_length',
+    'completions/min_terminated_length',
+    'completions/max_terminated_length',
+    'completions/clipped_ratio',
+    'kl',
+    'entropy',
+    'clip_ratio/low_mean',
+    'clip_ratio/low_min',
+    'clip_ratio/high_mean',
+    'clip_ratio/high_max',
+    'clip_ratio/region_mean',
+    'sampling/sampling_logp_difference/mean',
+    'sampling/sampling_logp_difference/max',
+    'sampling/importance_sampling_ratio/min',
+    'sampling/importance_sampling_ratio/mean',
+    'sampling/importance_sampling_ratio/max',
+}
+SFT_TIMES = {'step_time', 'timing/update', 'perf/tokens_per_second'}
+GRPO_TIMES = SFT_TIMES | {'timing/sample', 'timing/reward'}
+
+
+LETHAL = """
+import itertools, os, pathlib, signal, time
+
+import runs
+from runs import get_config
+
+calls, bonus = itertools.count(), runs.bonus
+
+
+def lethal(**columns):
+    if next(calls) == 5:
+        while not pathlib.Path({saved!r}).exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return bonus(**columns)
+
+
+runs.bonus = lethal
+"""
+
+
+@pytest.fixture(scope='module')
+def killed(tmp_path_factory):
+    """A process that trains, beside the first tests, and kills itself at a step between saves."""
+    folder = tmp_path_factory.mktemp('killed')
+    script = folder / 'lethal.py'
+    script.write_text(LETHAL.format(saved=str(folder / 'run' / 'checkpoints' / 'grpo' / '3')))
+    environment = {
+        'PYTHONPATH': f'{ROOT}:{ROOT}/tests',
+        'JAX_NUM_CPU_DEVICES': str(jax.device_count()),
+        'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+        'JAX_COMPILATION_CACHE_DIR': runs.programs().name,
+    }
+    command = [sys.executable, '-m', 'grpo_jax.train']
+    with (folder / 'printed').open('w') as printed:
+        process = subprocess.Popen(
+            [*command, f'--config={script}', f'--workdir={folder}/run'],
+            env=os.environ | environment,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+        )
+    yield process, folder
+    process.kill()
+    process.wait()
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory, killed):
+    return runs.finished(tmp_path_factory.getbasetemp())[0]
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+    return str(tmp_path_factory.mktemp('cache'))
+
+
+# What a run leaves behind
+
+
+def test_metrics_have_their_standard_names(finished):
+    rows = runs.lines(finished / 'metrics.jsonl')
+    assert [(row['stage'], row['step']) for row in rows] == [
+        *(('sft', k) for k in range(5)),
+        *(('grpo', k) for k in range(8)),
+    ]
+    names = {'sft': SFT_METRICS | SFT_TIMES, 'grpo': GRPO_METRICS | GRPO_TIMES}
+    for row in rows:
+        assert row.keys() == {'stage', 'step'} | names[row['stage']]
+        assert all(row[name] is not None for name in row)
+    tests = runs.lines(finished / 'heldout.jsonl')
+    assert [row['step'] for row in tests] == [0, 4, 8]
+    expected = {'accuracy', 'mean_length', 'clipped_ratio', 'pass@1', 'pass@4', 'maj@1', 'maj@4'}
+    assert all(row['metrics'].keys() == {f'eval/{name}' for name in expected} for row in tests)
+
+
+def test_metrics_agree_with_the_completions(finished):
+    completions = runs.lines(finished / 'completions.jsonl')
+    for metrics in report.read(finished / 'metrics.jsonl', 'grpo'):
+        rows = [row for row in completions if row['step'] == metrics['step']]
+        assert len(rows) == 16
+        parts = {name: [row['rewards'][name] for row in rows] for name in rows[0]['rewards']}
+        texts = {
+            'prompts': [row['prompt'] for row in rows],
+            'completions': [row['completion'] for row in rows],
+        }
+        assert parts == {
+            'runs:lucky': runs.lucky(**texts),
+            'runs:bonus': runs.bonus(**texts),
+            'chain_format': rewards.chain_format(**texts),
+        }
+        total = [row['reward'] for row in rows]
+        by_hand = np.array(parts['runs:lucky']) + parts['runs:bonus']
+        by_hand += 0.5 * np.array(parts['chain_format'])
+        np.testing.assert_allclose(total, by_hand, rtol=1e-6)
+        groups = np.reshape(total, (4, 4))
+        assert metrics['reward'] == pytest.approx(np.mean(groups), rel=1e-5)
+        assert metrics['reward_std'] == pytest.approx(np.std(groups, axis=1).mean(), rel=1e-5)
+        assert metrics['accuracy'] == np.mean(parts['runs:lucky'])
+        assert metrics['rewards/runs:bonus/std'] == pytest.approx(np.std(parts['runs:bonus']))
+    prompts = [[row['prompt'] for row in completions[start : start + 4]] for start in (0, 4, 8, 12)]
+    assert all(len(set(group)) == 1 for group in prompts)
+    assert len({tuple(group) for group in prompts}) == 4
+
+
+def test_the_policy_learns_and_is_on_policy_at_first(finished):
+    rows = report.read(finished / 'metrics.jsonl', 'sft')
+    assert rows[-1]['loss'] < rows[0]['loss']
+    rows = report.read(finished / 'metrics.jsonl', 'grpo')
+    assert 0 < rows[0]['kl'] < rows[-1]['kl'] / 2  # the second inner update has moved a little
+    assert all(row['sampling/sampling_logp_difference/max'] < 1e-4 for row in rows)
+    assert all(row['skipped_updates'] == 0 for row in rows)
+
+
+def test_the_last_lines_printed(finished, tmp_path_factory):
+    workdir, printed = runs.finished(tmp_path_factory.getbasetemp())
+    tests = runs.lines(workdir / 'heldout.jsonl')
+    before, after = (row['metrics']['eval/accuracy'] for row in (tests[0], tests[-1]))
+    *table, curves, last = printed.splitlines()
+    assert before != after
+    assert last == f'held-out accuracy: {before:.1%} → {after:.1%}'
+    assert curves == f'curves: {workdir}/reward.png'
+    assert '\n'.join(table) == report.before_and_after(workdir)
+    assert len(table) == 2 + 8
+    assert table[2].startswith(tests[0]['prompts'][0])
+
+
+def test_a_finished_run_that_is_started_again_changes_nothing(tmp_path_factory):
+    workdir, printed = runs.finished(tmp_path_factory.getbasetemp())
+    before = {name: (workdir / name).read_bytes() for name in (*FILES, 'config.json')}
+    states = sorted(workdir.glob('checkpoints/*/*'))
+    dates = [path.stat().st_mtime_ns for path in states]
+    assert [path.name for path in states] == ['6', '8', '3', '5']
+    again = runs.train(runs.get_config(), workdir)
+    resumed = 'sft: resumed at step 5 of 5\ngrpo: resumed at step 8 of 8\n'
+    assert again == resumed + printed
+    assert {name: (workdir / name).read_bytes() for name in before} == before
+    assert sorted(workdir.glob('checkpoints/*/*')) == states
+    assert [path.stat().st_mtime_ns for path in states] == dates
+
+
+# Stops
+
+
+def final_state(workdir):
+    with ocp.CheckpointManager(workdir / 'checkpoints' / 'grpo') as manager:
+        assert manager.latest_step() == 8
+        items = ('params', 'rest')
+        args = ocp.args.Composite(**{name: ocp.args.StandardRestore() for name in items})
+        return {name: manager.restore(8, args=args)[name] for name in items}
+
+
+def assert_same_run(workdir, other):
+    """Everything but times is equal, to the last bit."""
+
+    def rows(path):
+        return [{k: v for k, v in row.items() if not TIMES.match(k)} for row in runs.lines(path)]
+
+    for name in FILES:
+        assert rows(workdir / name) == rows(other / name)
+    states = final_state(workdir), final_state(other)
+    assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])
+    assert len(jax.tree.leaves(states[0])) > 20
+    assert tiny.same(*states)
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(killed, finished):
+    process, folder = killed
+    assert process.wait(timeout=300) == -signal.SIGKILL, (folder / 'printed').read_text()
+    rows = runs.lines(folder / 'run' / 'metrics.jsonl')
+    assert (rows[-1]['stage'], rows[-1]['step']) == ('grpo', 4)
+    with (folder / 'run' / 'metrics.jsonl').open('a') as file:
+        file.write('{"stage": "grpo", "ste')  # as if the machine had gone in the middle of a line
+    printed = runs.train(runs.get_config(), folder / 'run')
+    assert printed.startswith('sft: resumed at step 5 of 5\ngrpo: resumed at step 3 of 8\n')
+    assert_same_run(folder / 'run', finished)
+
+
+def test_a_run_that_is_stopped_again_and_again(tmp_path, monkeypatch, finished):
+    """Each stop keeps what was computed, names its cause, and the next start goes on from there."""
+
+    def start(message, kind=rewards.RewardError):
+        with pytest.raises(kind) as error:
+            runs.train(runs.get_config(), tmp_path)
+        assert message in str(error.value)
+        rows = runs.lines(tmp_path / 'metrics.jsonl')
+        return rows[-1]['stage'], rows[-1]['step']
+
+    with monkeypatch.context() as patch:
+        write = report.Records.metrics
+
+        def interrupt(records, step, values):
+            if step == 4:
+                raise KeyboardInterrupt('in SFT')
+            write(records, step, values)
+
+        patch.setattr(report.Records, 'metrics', interrupt)
+        assert start('in SFT', KeyboardInterrupt) == ('sft', 3)
+    bonus = runs.bonus
+
+    def failing(call, failure):
+        """From the given call on, counted over one start."""
+        left = iter(range(call))
+
+        def reward(**columns):
+            return failure(bonus(**columns)) if next(left, None) is None else bonus(**columns)
+
+        monkeypatch.setattr(runs, 'bonus', reward)
+
+    failing(2, lambda values: 1 / 0)
+    assert start("reward 'runs:bonus', called with prompts, completions, ") == ('grpo', 1)
+    failing(0, lambda values: ['1/0'] * 16)
+    assert start("reward 'runs:bonus' returned '1/0' for row 0 (prompt ") == ('grpo', 1)
+    failing(2, lambda values: [0.5])
+    assert start("reward 'runs:bonus' returned 1 values for 16 completions") == ('grpo', 3)
+    failing(1, lambda values: [*values[:-1], float('nan')])
+    assert start("reward 'runs:bonus' returned nan for row 15 (prompt ") == ('grpo', 4)
+    monkeypatch.setattr(runs, 'bonus', bonus)
+    printed = runs.train(runs.get_config(), tmp_path)
+    assert printed.startswith('sft: resumed at step 5 of 5\ngrpo: resumed at step 5 of 8\n')
+    assert_same_run(tmp_path, finished)
+
+
+def test_a_gradient_that_is_not_finite_is_left_out_and_reported(tmp_path, monkeypatch, caplog):
+    calls = iter(range(8))
+    bonus = runs.bonus
+
+    def huge(**columns):
+        values = bonus(**columns)
+        return [3e38, 3e38, *values[2:]] if next(calls) == 2 else values
+
+    monkeypatch.setattr(runs, 'bonus', huge)
+    with caplog.at_level(logging.WARNING):
+        runs.train(runs.get_config(), tmp_path)
+    told = [record.message for record in caplog.records if record.name == 'grpo_jax']
+    assert told == [
+        'grpo step 2: the gradient was not finite, so its update was left out (2 so far)'
+    ]
+    rows = report.read(tmp_path / 'metrics.jsonl', 'grpo')
+    assert [row['skipped_updates'] for row in rows] == [0, 0, 2, 2, 2, 2, 2, 2]
+    assert [row['step'] for row in rows if row['grad_norm'] is None] == [2]
+    assert 'NaN' not in (tmp_path / 'metrics.jsonl').read_text()
+
+
+# Bad input
+
+
+@pytest.fixture
+def compiled():
+    """The names of all programs that are compiled during a test."""
+    names = []
+
+    def listen(event, duration, *, fun_name='', **others):
+        if event.endswith('backend_compile_duration'):
+            names.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield names
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_compilations_are_noticed(compiled):
+    jax.jit(lambda x: x * 3 + 1)(np.float32(2))
+    assert len(compiled) == 1
+
+
+def changed(changes, **fixed):
+    """The config with values at dotted paths."""
+    config = runs.get_config()
+    for path, value in (fixed | changes).items():
+        *sections, name = path.split('.')
+        target = config
+        for section in sections:
+            target = target[section]
+        target[name] = value
+    return config
+
+
+BAD = [
+    ({'seed': -1}, 'seed=-1 is too small: make it at least 0'),
+    ({'mesh.fsdp': 16}, 'mesh fsdp=16 x tensor=1 needs 16 devices, but JAX sees 8: make the mesh'),
+    (
+        {'mesh.fsdp': 3},
+        'batch of 4 prompts does not divide over mesh fsdp=3: use 3, 6 prompts',
+    ),
+    (
+        {'mesh.fsdp': 4},
+        'microbatch=2 does not cut a batch of 4 prompts over fsdp=4 into .* pieces: use one of 4$',
+    ),
+    (
+        {'grpo.algorithm.microbatch': 3},
+        'microbatch=3 does not cut a batch of 4 prompts over fsdp=1 .* use one of 1, 2, 4$',
+    ),
+    ({'sft.microbatch': 5}, 'microbatch=5 does not cut a batch of 16 prompts .* use one of 1, 2'),
+    ({'sft.batch_size': 96, 'sft.microbatch': 96}, 'batch_size is 96: make it 1 to 90, the'),
+    ({'grpo.group_size': 1}, "group_size=1 with baseline='mean', scale='std': .* group_size >= 2"),
+    (
+        {'grpo.group_size': 1, 'grpo.algorithm.baseline': 'leave_one_out'},
+        "group_size=1 with baseline='leave_one_out'",
+    ),
+    ({'grpo.algorithm.loss': 'clip'}, "loss='clip' is unknown: use one of clipped, nll"),
+    ({'grpo.algorithm.kl': 'k1'}, "kl='k1' with kl_place='loss' has an expected on-policy"),
+    ({'grpo.sampling.temperature': 0.0}, r'sampling temperature=0.0: make it above 0'),
+    ({'grpo.sampling.top_k': -1}, 'sampling top_k=-1: make it at least 0'),
+    ({'grpo.sampling.top_p': 1.5}, 'sampling top_p=1.5: make it above 0 and at most 1'),
+    ({'grpo.sampling.min_p': 1.0}, 'sampling min_p=1.0: make it at least 0 and below 1'),
+    ({'grpo.optimizer.decay': 'cosin'}, "decay='cosin' is unknown: use one of constant, linear"),
+    ({'grpo.rewards': {}}, 'grpo.rewards is empty: name at least one reward function'),
+    (
+        {'grpo.rewards': {'exact_anwser': 1.0}},
+        "unknown reward 'exact_anwser', did you mean 'exact_answer'",
+    ),
+    ({'grpo.rewards': {'runs:bonuss': 1.0}}, "runs has no 'bonuss', did you mean 'bonus'"),
+    ({'grpo.rewards': {'no_module:f': 1.0}}, 'importing no_module raised ModuleNotFoundError'),
+    ({'eval.correct': 'right'}, "unknown reward 'right'"),
+    ({'eval.extract': ''}, "unknown extractor ''"),
+    ({'eval.k': (1, 5)}, 'eval.k=5 needs at least 5 samples: eval.samples=4'),
+    ({'data.prompt_length': 3}, 'all 10 prompts are longer than prompt_length=3 tokens: raise it'),
+    ({'data.completion_length': 2}, 'all 90 completions are longer than completion_length=2'),
+    ({'data.prompt': ''}, 'the prompt of row 0 has no tokens: fill the row or the template'),
+    ({'data.prompt': '{q}'}, "template '{q}' does not fit the data .*the columns are {answer},"),
+    ({'data.train_split': 'training'}, "arithmetic has no split 'training': choose train or test"),
+    ({'data.name': 'sums'}, "unknown data set 'sums': choose arithmetic, gsm8k or jsonl"),
+    ({'data.options': {'mistakes': 2.0}}, 'arithmetic: mistakes is 2.0: make it between 0 and 1'),
+    ({'data.cache_dir': f'{__file__}/x'}, 'cache_dir .*test_train.py/x: Not a directory: name'),
+    ({'tokenizer': '/no/folder'}, "tokenizer '/no/folder' cannot be loaded: give 'bytes'"),
+    ({'grpo.batch_size': 0}, 'grpo.batch_size=0 is too small: make it at least 1'),
+    ({'eval.every': 0}, 'eval.every=0 is too small: make it at least 1'),
+    ({'checkpoint.every': 0}, 'checkpoint.every=0 is too small: make it at least 1'),
+    ({'log.completions': -1}, 'log.completions=-1 is too small: make it at least 0'),
+    ({'model.kv_heads': 3}, 'model heads=4 is not a multiple of kv_heads=3'),
+]
+
+
+@pytest.mark.parametrize(('changes', 'message'), BAD, ids=[', '.join(row[0]) for row in BAD])
+def test_bad_input_is_one_line_before_anything_is_compiled(
+    changes, message, tmp_path, cache, compiled
+):
+    config = changed(changes, **{'data.cache_dir': cache})
+    with pytest.raises(ValueError, match=message) as error:
+        train.train(config, str(tmp_path))
+    assert '\n' not in str(error.value)
+    assert not compiled
+    assert not list(tmp_path.iterdir())  # the corrected command can use the folder
+
+
+def test_a_folder_of_another_run(finished, compiled):
+    before = sorted(finished.rglob('*'))
+    message = (
+        r"finished' holds the run of another config: grpo.objective.beta \(there 0.04, here 0.0\); "
+        r'seed \(there 0, here 1\)\. Use another --workdir, or the same config to resume$'
+    )
+    with pytest.raises(ValueError, match=message):
+        train.train(changed({'seed': 1, 'grpo.objective.beta': 0.0}), str(finished))
+    assert not compiled
+    assert sorted(finished.rglob('*')) == before
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch, capsys, compiled):
+    (tmp_path / 'file').touch()
+    workdir = tmp_path / 'file' / 'run'
+    monkeypatch.setattr('sys.argv', ['train', f'--config={runs.__file__}', f'--workdir={workdir}'])
+    with pytest.raises(SystemExit) as stopped:
+        train.run()
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    expected = f"workdir '{workdir}' cannot be written to (Not a directory): name another folder"
+    assert (printed.out, printed.err) == ('', f'error: {expected}\n')
+    assert not compiled
+
+
+def test_a_tokenizer_without_an_end(tmp_path, compiled):
+    without = tokens.byte_tokenizer()
+    without.eos_token = None
+    without.save_pretrained(tmp_path / 'tokenizer')
+    config = changed({'tokenizer': str(tmp_path / 'tokenizer')})
+    with pytest.raises(ValueError, match=r'has no end-of-sequence token, .*: set eos_token in its'):
+        train.train(config, str(tmp_path / 'run'))
+    assert not compiled
+
+
+class Reached(Exception):
+    """The checks are over and the parameters would be made."""
+
+
+@pytest.fixture
+def jsonl(tmp_path, monkeypatch):
+    """A config that reads its rows from files; returns it and a function that writes them."""
+    monkeypatch.setenv('GRPO_JAX_DATA_DIR', str(tmp_path / 'data'))
+    folder = tmp_path / 'data' / 'sums'
+    folder.mkdir(parents=True)
+
+    def write(name, *questions):
+        rows = [{'question': q, 'demonstration': '1', 'answer': '1'} for q in questions]
+        text = ''.join(json.dumps(row) + '\n' for row in rows)
+        (folder / f'{name}.jsonl').write_text(text)
+        return folder / f'{name}.jsonl'
+
+    def reach(*arguments):
+        raise Reached
+
+    monkeypatch.setattr(train.models, 'init', reach)
+    return changed({'data.name': 'jsonl', 'data.options': {'folder': 'sums'}}), write
+
+
+def test_prompts_that_are_too_long_are_counted(tmp_path, jsonl, caplog):
+    config, write = jsonl
+    config.sft.update(batch_size=8)
+    write('test', '1', '12345')
+    write('train', *(str(number) for number in range(9_990, 10_010)))
+    with caplog.at_level(logging.WARNING), pytest.raises(Reached):
+        train.train(config, str(tmp_path / 'run'))
+    told = [record.message for record in caplog.records if record.name == 'grpo_jax']
+    assert told == [
+        'test: dropped 1 of 2 prompts, too long',
+        'train: dropped 10 of 20 prompts, too long',
+        'dropped 10 of 20 demonstrations, too long',
+    ]
+
+
+def test_a_line_that_is_no_json(tmp_path, jsonl, compiled):
+    config, write = jsonl
+    path = write('train', *(str(number) for number in range(16)))
+    write('test', '1')
+    good = path.read_text()
+    path.write_text(good + '{"question": \n')
+    with pytest.raises(ValueError, match=f'^{path}:17: not valid JSON: .* at column') as error:
+        train.train(config, str(tmp_path / 'run'))
+    assert '\n' not in str(error.value)
+    assert not compiled
+    path.write_text(good)
+    with pytest.raises(Reached):
+        train.train(config, str(tmp_path / 'run'))
+
+
+def test_an_empty_prompt(tmp_path, jsonl, compiled):
+    config, write = jsonl
+    write('test', '1')
+    write('train', *(str(number) for number in range(16)), '')
+    with pytest.raises(ValueError, match='the prompt of row 16 has no tokens: fill the row or the'):
+        train.train(config, str(tmp_path / 'run'))
+    assert not compiled
+
+
+def test_sft_can_be_left_out(tmp_path, jsonl):
+    config, write = jsonl
+    config.data.demonstration = '{there_is_none}'
+    write('test', '1')
+    write('train', *(str(number) for number in range(16)))
+    with pytest.raises(ValueError, match='there_is_none'):
+        train.train(config, str(tmp_path / 'run'))
+    config.sft.steps = 0
+    with pytest.raises(Reached):
+        train.train(config, str(tmp_path / 'run'))
+
+
+def test_data_that_are_not_there(tmp_path, monkeypatch, compiled):
+    config = gsm8k_tiny.get_config()
+    monkeypatch.delenv('GRPO_JAX_DATA_DIR', raising=False)
+    message = 'GRPO_JAX_DATA_DIR is not set: let it name the folder that holds gsm8k/test.jsonl'
+    with pytest.raises(ValueError, match=message):
+        train.train(config, str(tmp_path / 'run'))
+    monkeypatch.setenv('GRPO_JAX_DATA_DIR', str(tmp_path / 'data'))
+    message = (
+        f'{tmp_path}/data/gsm8k/test.jsonl: no such file: put it there, or let GRPO_JAX_DATA_DIR '
+        f"(now '{tmp_path}/data') name the folder that holds gsm8k/test.jsonl"
+    )
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train.train(config, str(tmp_path / 'run'))
+    assert not compiled
+
+
+# The configs
+
+
+def test_heldout_problems_are_not_trained_on(tmp_path):
+    source = arithmetic.get_config().data
+    training, heldout = (
+        {row['question'] for row in rows}
+        for rows in (
+            data.load(source.name, split, cache_dir=tmp_path, **source.options)
+            for split in (source.train_split, source.heldout_split)
+        )
+    )
+    assert (len(training), len(heldout)) == (20_000, 500)
+    assert training.isdisjoint(heldout)
+
+
+def test_gsm8k_takes_three_steps(tmp_path):
+    folder = os.environ.get('GRPO_JAX_DATA_DIR', '')
+    if not pathlib.Path(folder, 'gsm8k', 'train.jsonl').is_file():
+        pytest.skip('GRPO_JAX_DATA_DIR names no folder with gsm8k/train.jsonl')
+    config = gsm8k_tiny.get_config()
+    config.model.update(width=16, heads=2, kv_heads=1, head_dim=8, mlp_width=16)
+    config.data.update(train_split='train[:64]', heldout_split='test[:4]', completion_length=24)
+    config.grpo.update(batch_size=4, group_size=2)
+    config.grpo.objective.beta = 0.0  # no reference model
+    config.eval.update(batch_size=4)
+    config.log.completions = 8
+    printed = runs.train(config, tmp_path)
+    assert printed.splitlines()[-1] == 'held-out accuracy: 0.0% → 0.0%'
+    rows = runs.lines(tmp_path / 'metrics.jsonl')
+    assert [(row['stage'], row['step']) for row in rows] == [('grpo', k) for k in range(3)]
+    assert all('kl' not in row for row in rows)
+    assert all(np.isfinite(row['loss']) for row in rows)
+    source = runs.lines(pathlib.Path(folder, 'gsm8k', 'train.jsonl'))
+    known = {f'Question: {row["question"]}\nAnswer: ' for row in source[:64]}
+    completions = runs.lines(tmp_path / 'completions.jsonl')
+    assert {row['prompt'] for row in completions} <= known
+    assert len({row['prompt'] for row in completions}) >= 9  # 12 draws of 64, some too long
+    for row in completions:
+        assert row['rewards'].keys() == {'gsm8k_answer', 'hash_format'}
