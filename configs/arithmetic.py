@@ -31,11 +31,11 @@ def get_config() -> ConfigDict:
     config.data.completion_length = 22
     config.sft.update(steps=1100, batch_size=64, microbatch=64)
     config.sft.optimizer.update(learning_rate=3e-3, warmup_steps=30, hold_steps=750, decay='linear')
-    config.grpo.update(steps=130, batch_size=32, group_size=8)
+    config.grpo.update(steps=170, batch_size=32, group_size=8)
     config.grpo.algorithm.update(microbatch=32)
     config.grpo.objective.beta = 0.005
     config.grpo.rewards = {'exact_answer': 1.0}
     config.grpo.optimizer.update(learning_rate=3e-4, warmup_steps=20)
-    config.eval.update(every=65, batch_size=250, correct='exact_answer', extract='final_result')
+    config.eval.update(every=85, batch_size=250, correct='exact_answer', extract='final_result')
     config.checkpoint.update(every=100)
     return config

@@ -166,6 +166,8 @@ def test_metrics_agree_with_the_completions(finished):
 def test_the_policy_learns_and_is_on_policy_at_first(finished):
     rows = report.read(finished / 'metrics.jsonl', 'sft')
     assert rows[-1]['loss'] < rows[0]['loss']
+    rates = [row['learning_rate'] for row in rows]
+    assert rates[:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])  # two steps of warm-up
     rows = report.read(finished / 'metrics.jsonl', 'grpo')
     assert 0 < rows[0]['kl'] < rows[-1]['kl'] / 2  # the second inner update has moved a little
     assert all(row['sampling/sampling_logp_difference/max'] < 1e-4 for row in rows)
