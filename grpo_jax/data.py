@@ -5,6 +5,7 @@ Rows come from a TFDS builder (`load`), are tokenised once into a table in memor
 function of the seed and k: there is no iterator whose state could be lost.
 """
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -61,13 +62,13 @@ def load(name: str, split: str, *, cache_dir: str | os.PathLike[str], **options:
 
     stem, bracket, part = split.partition('[')
     if name == 'arithmetic':
-        config = datasets.ArithmeticConfig(**options)
+        config = _options(datasets.ArithmeticConfig, name, options)
         builder = datasets.prepare(datasets.Arithmetic, config, cache_dir)
     elif name in ('gsm8k', 'jsonl'):
         if name == 'gsm8k':
             options = {'folder': 'gsm8k', 'required': ('question', 'answer'), **options}
         path = _data_file(options.pop('folder', ''), f'{stem}.jsonl')
-        config = datasets.JsonlConfig(path=path, **options)
+        config = _options(datasets.JsonlConfig, name, {**options, 'path': path})
         builder = datasets.prepare(datasets.Jsonl, config, cache_dir)
         stem = 'rows'
     else:
@@ -75,6 +76,15 @@ def load(name: str, split: str, *, cache_dir: str | os.PathLike[str], **options:
     if stem not in builder.info.splits:
         raise ValueError(f'{name} has no split {stem!r}: choose {" or ".join(builder.info.splits)}')
     return datasets.TextRows(builder.as_data_source(f'{stem}{bracket}{part}'))
+
+
+def _options(cls: Any, name: str, options: Mapping[str, Any]) -> Any:
+    """A builder's config; an option that it does not have is an error that lists those it has."""
+    known = [field.name for field in dataclasses.fields(cls) if field.init and field.kw_only]
+    for option in options:
+        if option not in known:
+            raise ValueError(f'{name} has no option {option!r}: it has {", ".join(known)}')
+    return cls(**options)
 
 
 def _data_file(folder: str | os.PathLike[str], file: str) -> pathlib.Path:

@@ -81,7 +81,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     sft = _sft_stage(setup, training) if config.sft.steps else None
     grpo = _grpo_stage(setup, training)
     checkpoint.claim_workdir(setup.workdir, config)
-    params = models.init(setup.model, jax.random.key(config.seed))
+    params = jax.jit(models.init, static_argnums=0)(setup.model, jax.random.key(config.seed))
     params = jax.device_put(params, sharding.shardings(params, setup.mesh))
     if sft:
         params = _run_stage(setup, sft, params, None).params
@@ -131,7 +131,10 @@ def _grpo_stage(setup: evaluate.Setup, training: evaluate.Problems) -> Stage:
     sharding.check_batch(c.batch_size, algorithm.microbatch, setup.mesh)
     if not c.rewards:
         raise ValueError('grpo.rewards is empty: name at least one reward function and its weight')
-    weights = {name: float(weight) for name, weight in c.rewards.items()}
+    weights = dict(c.rewards)
+    for name, weight in weights.items():
+        if not isinstance(weight, int | float) or not np.isfinite(weight):
+            raise ValueError(f'grpo.rewards.{name}={weight!r}: a weight is a finite number')
     functions = {name: rewards.resolve(name) for name in weights}
     batches = data.batches(training.table, c.batch_size, seed=config.seed)
 

@@ -367,6 +367,15 @@ BAD = [
     ({'grpo.sampling.top_p': 1.5}, 'sampling top_p=1.5: make it above 0 and at most 1'),
     ({'grpo.sampling.min_p': 1.0}, 'sampling min_p=1.0: make it at least 0 and below 1'),
     ({'grpo.optimizer.decay': 'cosin'}, "decay='cosin' is unknown: use one of constant, linear"),
+    (
+        {'grpo.rewards': {'chain_format': float('nan')}},
+        'grpo.rewards.chain_format=nan: a weight is',
+    ),
+    (
+        {'data.options': {'train_sze': 90}},
+        "arithmetic has no option 'train_sze': it has train_size",
+    ),
+    ({'model.dtype': 'float99'}, "model dtype='float99' is unknown: use one of float32"),
     ({'grpo.rewards': {}}, 'grpo.rewards is empty: name at least one reward function'),
     (
         {'grpo.rewards': {'exact_anwser': 1.0}},

@@ -17,13 +17,15 @@ from grpo_jax.models.attention import Piece, attend, rotate
 from grpo_jax.sharding import anchor
 from grpo_jax.types import Params
 
+DTYPES = ('float32', 'bfloat16', 'float16')
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
     """Sizes and options of the decoder.
 
     Raises:
-      ValueError: heads not a multiple of kv_heads, or an odd head_dim.
+      ValueError: heads not a multiple of kv_heads, an odd head_dim, or an unknown dtype.
     """
 
     vocab_size: int  # V
@@ -49,6 +51,10 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f'model head_dim={self.head_dim} is odd: rotary positions need pairs')
+        if self.dtype not in DTYPES:
+            raise ValueError(
+                f'model dtype={self.dtype!r} is unknown: use one of {", ".join(DTYPES)}'
+            )
 
 
 class KeyValues(NamedTuple):
