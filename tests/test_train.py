@@ -553,7 +553,8 @@ def test_heldout_problems_are_not_trained_on(tmp_path):
             for split in (source.train_split, source.heldout_split)
         )
     )
-    assert (len(training), len(heldout)) == (20_000, 500)
+    sizes = (source.options.train_size, source.options.test_size)
+    assert (len(training), len(heldout)) == sizes == (9000, 500)
     assert training.isdisjoint(heldout)
 
 
