@@ -13,7 +13,7 @@ from grpo_jax import config as grpo_config
 def get_config() -> ConfigDict:
     config = grpo_config.defaults()
     config.model.update(
-        width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=64, qk_norm=True
+        width=32, layers=2, heads=4, kv_heads=2, head_dim=8, mlp_width=64, qk_norm='head'
     )
     config.data.options = {
         'train_size': 90,

@@ -1,8 +1,8 @@
 """The configuration: every key with its default and meaning, and the command line that sets it.
 
 A config file holds one `get_config()` that takes `defaults()` and sets keys. The dictionary is
-locked, so a key that does not exist is an error wherever it is set; only `data.options` and
-`grpo.rewards` are free, since the data set and the reward functions name their own.
+locked, so a key that does not exist is an error wherever it is set; only those in `FREE` are open,
+since the data set, the reward functions and the kind of RoPE scaling name their own.
 """
 
 import dataclasses
@@ -20,12 +20,17 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from grpo_jax.command import one_line_errors
 from grpo_jax.losses import Objective
-from grpo_jax.models import ModelConfig
+from grpo_jax.models import Lora, ModelConfig
 from grpo_jax.types import Sampling
 from grpo_jax.update import Algorithm
 
-FREE = ('data.options', 'grpo.rewards')  # replaced as a whole, with keys of their own
+FREE = (
+    'data.options',
+    'grpo.rewards',
+    'model.rope_scaling',
+)  # replaced as a whole, with keys of their own
 
 _OPTIMIZER = {  # see `optimizer.adamw`
     'learning_rate': 1e-6,
@@ -48,6 +53,7 @@ _LEAST = {  # the smallest value of what nothing else checks before training
     'grpo.steps': 1,
     'grpo.batch_size': 1,
     'grpo.group_size': 1,
+    'grpo.sample_batch': 0,
     'eval.every': 1,
     'eval.batch_size': 1,
     'eval.samples': 0,
@@ -71,19 +77,25 @@ def defaults() -> ConfigDict:
         'kv_heads': 2,
         'head_dim': 32,
         'mlp_width': 512,
+        'rope_scaling': {},
+        'lora': _fields(Lora),
     }
     del model['vocab_size']  # the tokenizer's
     config = ConfigDict()
     config.seed = 0  # of parameters, the order of data and every sampled token
-    config.tokenizer = 'bytes'  # or a Hugging Face folder or hub id
-    config.model = model  # see `models.ModelConfig`
+    config.tokenizer = ''  # folder, hub id or 'bytes'; empty: that of `pretrained`, else bytes
+    config.pretrained = ''  # folder or hub id of a Hugging Face checkpoint; empty: random weights
+    config.model = model  # see `models.ModelConfig`; with `pretrained` only how it is computed
     config.mesh = {'fsdp': 1, 'tensor': 1}  # see `sharding.make_mesh`
     config.data = {
         'name': 'arithmetic',  # see `data.load`
         'options': {},  # of that data set
         'train_split': 'train',
         'heldout_split': 'test',
-        'prompt': '{question}',  # template over the data set's columns
+        'prompt': '{question}',  # template over the columns, or a format's name, see `prompts`
+        'chat': False,  # put it through the tokenizer's chat template
+        'system': '',  # system message, in the place of the format's
+        'stops': (),  # strings that end a completion, besides those of the format
         'demonstration': '{demonstration}',  # likewise, what SFT learns to write
         'prompt_length': 64,  # P; longer prompts are dropped and counted
         'completion_length': 64,  # T
@@ -99,10 +111,11 @@ def defaults() -> ConfigDict:
         'steps': 100,
         'batch_size': 32,  # B, prompts per step
         'group_size': 8,  # G, completions per prompt
+        'sample_batch': 0,  # prompts sampled at a time while others are rewarded; 0: all at once
         'algorithm': _fields(Algorithm),  # see `update.Algorithm`
         'objective': Objective(beta=0.04)._asdict(),  # see `losses.Objective`
         'sampling': Sampling()._asdict(),  # see `types.Sampling`
-        'rewards': {},  # function (see `rewards.resolve`) -> weight
+        'rewards': {},  # function -> weight, or weight and options, see `rewards.build`
         'optimizer': dict(_OPTIMIZER),
     }
     config.eval = {
@@ -178,32 +191,34 @@ def from_json(text: str) -> ConfigDict:
     """A locked config from the text that a run saved."""
     values = json.loads(text)
     check_keys(values)
-    values['eval']['k'] = tuple(values['eval']['k'])  # JSON knows lists only
+    _restore_tuples(values, defaults())
     config = ConfigDict(values)
     config.lock()
     return config
+
+
+def _restore_tuples(values: dict[str, Any], like: ConfigDict) -> None:
+    """Makes tuples of the lists that a default has as a tuple: JSON knows lists only."""
+    for name, value in values.items():
+        if isinstance(like.get(name), tuple):
+            values[name] = tuple(value)
+        elif isinstance(value, dict) and isinstance(like.get(name), ConfigDict):
+            _restore_tuples(value, like[name])
 
 
 def run_command(main: Callable[[ConfigDict, str], Any], *, saved: bool = False) -> None:
     """Calls main(config, workdir) with what the command line says.
 
     `--config=FILE` names a config file and `--config.key=value` changes a key of it; with `saved`
-    the config is that of the run in the workdir. What the user can mend (a ValueError or OSError)
-    ends the program with one line on standard error and exit status 2; it is raised instead where
-    the variable GRPO_JAX_TRACEBACK is set.
+    the config is that of the run in the workdir. What the user can mend ends the program with one
+    line on standard error (`command.one_line_errors`).
 
     Args:
       main: the command.
       saved: take the config from the workdir.
     """
-    try:
-        config, workdir = parse(sys.argv[1:], saved=saved)
-        main(config, workdir)
-    except (ValueError, OSError) as error:
-        if os.environ.get('GRPO_JAX_TRACEBACK'):
-            raise
-        print('error:', ' '.join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+    with one_line_errors():
+        main(*parse(sys.argv[1:], saved=saved))
 
 
 def parse(arguments: Sequence[str], *, saved: bool = False) -> tuple[ConfigDict, str]:
@@ -213,7 +228,7 @@ def parse(arguments: Sequence[str], *, saved: bool = False) -> tuple[ConfigDict,
       ValueError: an argument or key that does not exist, a value of the wrong type, a missing file.
     """
     rest = [re.sub('^--?', '--', argument) for argument in arguments]
-    workdir = _take(rest, 'workdir')
+    workdir = take(rest, 'workdir')
     if not workdir:
         raise ValueError('--workdir=FOLDER is missing: name the folder of the run')
     if saved:
@@ -223,7 +238,7 @@ def parse(arguments: Sequence[str], *, saved: bool = False) -> tuple[ConfigDict,
         with open(path) as file:
             config = from_json(file.read())
     else:
-        path = _take(rest, 'config')
+        path = take(rest, 'config')
         if not path or not os.path.isfile(path):
             raise ValueError(f'--config={path}: no such file: give the path of a config file')
         config = _load(path)
@@ -248,7 +263,7 @@ def parse(arguments: Sequence[str], *, saved: bool = False) -> tuple[ConfigDict,
     return config, workdir
 
 
-def _take(arguments: list[str], name: str) -> str:
+def take(arguments: list[str], name: str) -> str:
     """Removes `--name=value` and returns the value of the last one, or nothing."""
     values = [a.partition('=')[2] for a in arguments if a.startswith(f'--{name}=')]
     arguments[:] = [a for a in arguments if not a.startswith(f'--{name}=')]

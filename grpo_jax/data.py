@@ -5,21 +5,22 @@ Rows come from a TFDS builder (`load`), are tokenised once into a table in memor
 function of the seed and k: there is no iterator whose state could be lost.
 """
 
-import dataclasses
 import os
-import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grain
 import numpy as np
 
+from grpo_jax.prompts import fill, question_key, render, turn_end
 from grpo_jax.types import Prompts, Rollout
 
 if TYPE_CHECKING:  # importing transformers takes a second or two, so it waits until it is needed
     from transformers import PreTrainedTokenizerBase
 
 Rows = Sequence[Mapping[str, str]]
+
+_AT_ONCE = 512  # texts that are tokenised together: tokenizers keep far more than ids of each
 
 
 class PromptTable(NamedTuple):
@@ -29,6 +30,14 @@ class PromptTable(NamedTuple):
     length: np.ndarray  # i32[N], at least 1
     index: np.ndarray  # type: ignore[assignment]  # i32[N], row in the data set
     dropped: int  # rows left out because they are too long
+
+    def summary(self, leaked: int = 0) -> str:
+        """How many rows there were and why some are not used, `leaked` by `without_leaks`."""
+        used = len(self.index)
+        reasons = ((self.dropped, 'that are too long'), (leaked, 'whose question is held out'))
+        dropped = ' and '.join(f'{count} {reason}' for count, reason in reasons if count)
+        total = f'{used} of {used + self.dropped + leaked} rows used'
+        return f'{total}; dropped {dropped}' if dropped else total
 
 
 class DemonstrationTable(NamedTuple):
@@ -45,14 +54,22 @@ class DemonstrationTable(NamedTuple):
 def load(name: str, split: str, *, cache_dir: str | os.PathLike[str], **options: Any) -> Rows:
     """Opens a data set as a random-access sequence of rows, each a dict of text columns.
 
+    Generated data sets are 'arithmetic' and 'countdown', with splits train and test. All others lie
+    in files, whose names hold the split, below $GRPO_JAX_DATA_DIR: 'gsm8k', 'math', 'cmath',
+    'svamp', 'mawps' and 'humaneval' as they are published (see `datasets.sources`), and your own as
+    'jsonl' (`<split>.jsonl`, also `.gz` or `.json`), 'parquet' (`<split>.parquet`, or in parts) and
+    'hf' (a folder that `datasets` has saved, or Parquet files).
+
     Args:
-        name: 'arithmetic', 'gsm8k' or 'jsonl'.
-        split: for 'arithmetic' train or test; for the others the file `<split>.jsonl`. A TFDS slice
-            may follow, as in 'test[:100]'.
-        cache_dir: where data sets are prepared, and used again if options and file are the same.
-        **options: for 'arithmetic' those of `datasets.ArithmeticConfig`; for 'jsonl' `folder`,
-            which is relative to $GRPO_JAX_DATA_DIR unless it is absolute, and `required`, the
-            columns that must exist. 'gsm8k' sets both of these.
+        name: of the data set.
+        split: such as train or test. A TFDS slice may follow, as in 'test[:100]'.
+        cache_dir: where data sets are prepared, and used again if options and files are the same.
+        **options: of a generated data set, those of `datasets.ArithmeticConfig` and
+            `CountdownConfig`. Of one in files: `folder`, relative to $GRPO_JAX_DATA_DIR unless it
+            is absolute; `file`, a pattern such as '{split}_v2.jsonl' or the name of a file that
+            holds all rows; `columns`, a mapping of new names to those in the file; `required`, the
+            columns that must exist; and `heldout`, a share (0.1) or number (500) of the questions
+            of train, which are then taken out of it and make the split heldout.
 
     Raises:
         ValueError: the name or split is unknown, an option is out of range, a file is absent,
@@ -61,43 +78,50 @@ def load(name: str, split: str, *, cache_dir: str | os.PathLike[str], **options:
     from grpo_jax import datasets
 
     stem, bracket, part = split.partition('[')
-    if name == 'arithmetic':
-        config = _options(datasets.ArithmeticConfig, name, options)
-        builder = datasets.prepare(datasets.Arithmetic, config, cache_dir)
-    elif name in ('gsm8k', 'jsonl'):
-        if name == 'gsm8k':
-            options = {'folder': 'gsm8k', 'required': ('question', 'answer'), **options}
-        path = _data_file(options.pop('folder', ''), f'{stem}.jsonl')
-        config = _options(datasets.JsonlConfig, name, {**options, 'path': path})
-        builder = datasets.prepare(datasets.Jsonl, config, cache_dir)
-        stem = 'rows'
-    else:
-        raise ValueError(f'unknown data set {name!r}: choose arithmetic, gsm8k or jsonl')
+    builder_class, config, stem = datasets.choose(name, stem, options)
+    builder = datasets.prepare(builder_class, config, cache_dir)
     if stem not in builder.info.splits:
         raise ValueError(f'{name} has no split {stem!r}: choose {" or ".join(builder.info.splits)}')
     return datasets.TextRows(builder.as_data_source(f'{stem}{bracket}{part}'))
 
 
-def _options(cls: Any, name: str, options: Mapping[str, Any]) -> Any:
-    """A builder's config; an option that it does not have is an error that lists those it has."""
-    known = [field.name for field in dataclasses.fields(cls) if field.init and field.kw_only]
-    for option in options:
-        if option not in known:
-            raise ValueError(f'{name} has no option {option!r}: it has {", ".join(known)}')
-    return cls(**options)
+class Selection(Sequence[Mapping[str, str]]):
+    """Some rows of a data set, in an order of their own."""
+
+    def __init__(self, rows: Rows, chosen: Sequence[int]) -> None:
+        self._rows, self._chosen = rows, chosen
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def __getitem__(self, row: Any) -> Any:
+        return self._rows[self._chosen[row]]
 
 
-def _data_file(folder: str | os.PathLike[str], file: str) -> pathlib.Path:
-    root = os.environ.get('GRPO_JAX_DATA_DIR', '')
-    path = pathlib.Path(root, folder, file)
-    if path.is_file():
-        return path
-    if not root and not path.is_absolute():
-        raise ValueError(f'GRPO_JAX_DATA_DIR is not set: let it name the folder that holds {path}')
-    raise ValueError(
-        f'{path}: no such file: put it there, or let GRPO_JAX_DATA_DIR (now {root!r}) name the '
-        f'folder that holds {pathlib.Path(folder, file)}'
-    )
+def without_leaks(training: Rows, heldout: Rows, *, column: str = 'question') -> tuple[Rows, int]:
+    """The training rows whose question is none of the held-out ones, and how many that leaves out.
+
+    Questions are compared by `prompts.question_key`. Where none leaks, the rows are `training`.
+
+    Raises:
+        ValueError: rows have no such column, or no training row is left.
+    """
+    for rows in (training, heldout):
+        if len(rows) and column not in rows[0]:
+            raise ValueError(
+                f'whether held-out questions are among the training rows shows in column '
+                f"{column!r}, but there are {', '.join(rows[0])}: rename one by the data set's "
+                f"option columns={{{column!r}: 'name in the file'}}"
+            )
+    held = {question_key(row[column]) for row in heldout}
+    kept = [place for place, row in enumerate(training) if question_key(row[column]) not in held]
+    if len(training) and not kept:
+        raise ValueError(
+            f'all {len(training)} training rows are held out as well: choose other splits, or cut '
+            "one in two by the data set's option heldout=0.1"
+        )
+    leaked = len(training) - len(kept)
+    return (Selection(training, kept) if leaked else training), leaked
 
 
 def columns(rows: Rows, index: Sequence[int] | np.ndarray, repeats: int) -> dict[str, list[str]]:
@@ -113,17 +137,34 @@ def columns(rows: Rows, index: Sequence[int] | np.ndarray, repeats: int) -> dict
 
 
 def tokenize_prompts(
-    rows: Rows, tokenizer: 'PreTrainedTokenizerBase', *, template: str, prompt_length: int
+    rows: Rows,
+    tokenizer: 'PreTrainedTokenizerBase',
+    *,
+    template: str,
+    prompt_length: int,
+    chat: bool = False,
+    system: str = '',
+    examples: Rows = (),
 ) -> PromptTable:
-    """Tokenises `template.format(**row)` for every row.
+    """Tokenises the prompt of every row.
 
     A prompt of more than `prompt_length` tokens is dropped and counted, never cut. The tokenizer
-    adds to a prompt what it does by default: a beginning-of-sequence token, or nothing.
+    adds to a prompt what it does by default: a beginning-of-sequence token, or nothing; with `chat`
+    it adds nothing, since the chat template writes all there is.
+
+    Args:
+        rows: of a data set.
+        tokenizer: of the model.
+        template: a format of `prompts.FORMATS` or a template over the columns.
+        prompt_length: P.
+        chat: put the prompt through the tokenizer's chat template.
+        system: a system message, see `prompts.render`.
+        examples: rows for the worked examples that a format shows, see `prompts.render`.
 
     Raises:
-        ValueError: the template does not fit the columns, a prompt has no tokens, or none fits.
+        ValueError: as `prompts.render`; a prompt has no tokens, or none fits.
     """
-    prompts = _encode(rows, template, tokenizer, special=True)
+    prompts = _prompt_tokens(rows, tokenizer, template, chat, system, examples)
     return _prompt_table(prompts, _fits(prompts, 'prompt', prompt_length), prompt_length, tokenizer)
 
 
@@ -135,19 +176,24 @@ def tokenize_demonstrations(
     completion_template: str,
     prompt_length: int,
     completion_length: int,
+    chat: bool = False,
+    system: str = '',
+    examples: Rows = (),
 ) -> DemonstrationTable:
-    """Like `tokenize_prompts`, with a completion that ends with the end-of-sequence token.
+    """Like `tokenize_prompts`, with a completion that ends as a sampled one does.
 
-    Prompt and completion are tokenised apart, as they are in sampling. A row is dropped and counted
-    where either is too long; the end-of-sequence token counts.
+    That is with the end-of-sequence token or, with `chat`, as the chat template ends what the
+    assistant says (`prompts.turn_end`). Prompt and completion are tokenised apart, as they are in
+    sampling. A row is dropped and counted where either is too long; the last token counts.
 
     Raises:
         ValueError: as `tokenize_prompts`, for either template, or no row fits both lengths.
     """
     rows = list(rows)  # read from disk once
-    prompts = _encode(rows, template, tokenizer, special=True)
-    completions = _encode(rows, completion_template, tokenizer, special=False)
-    completions = [[*tokens, tokenizer.eos_token_id] for tokens in completions]
+    prompts = _prompt_tokens(rows, tokenizer, template, chat, system, examples)
+    ending, end = turn_end(tokenizer) if chat else ('', tokenizer.eos_token_id)
+    texts = [fill(completion_template, row) + ending for row in rows]
+    completions = [[*tokens, end] for tokens in _encode(texts, tokenizer, special=False)]
     fits = _fits(prompts, 'prompt', prompt_length)
     fits &= _fits(completions, 'completion', completion_length)
     if not fits.any():
@@ -162,24 +208,30 @@ def tokenize_demonstrations(
     return DemonstrationTable(table, _pad(kept, completion_length, tokenizer), mask)
 
 
-def _encode(
-    rows: Rows, template: str, tokenizer: 'PreTrainedTokenizerBase', *, special: bool
+def _prompt_tokens(
+    rows: Rows,
+    tokenizer: 'PreTrainedTokenizerBase',
+    template: str,
+    chat: bool,
+    system: str,
+    examples: Rows,
 ) -> list[list[int]]:
-    texts = [_render(template, row) for row in rows]
+    texts = render(
+        template, list(rows), examples=examples, system=system, chat=tokenizer if chat else None
+    )
+    return _encode(texts, tokenizer, special=not chat)
+
+
+def _encode(
+    texts: list[str], tokenizer: 'PreTrainedTokenizerBase', *, special: bool
+) -> list[list[int]]:
     if not texts:
         raise ValueError('the data set has no rows: choose another split or slice')
-    return tokenizer(texts, add_special_tokens=special, return_attention_mask=False)['input_ids']
-
-
-def _render(template: str, row: Mapping[str, str]) -> str:
-    try:
-        return template.format_map(row)
-    except (KeyError, IndexError, AttributeError, ValueError) as error:
-        names = ', '.join(f'{{{name}}}' for name in row)
-        raise ValueError(
-            f'template {template!r} does not fit the data ({type(error).__name__}: {error}): the '
-            f'columns are {names}; write a literal brace twice'
-        ) from error
+    encoded: list[list[int]] = []
+    for start in range(0, len(texts), _AT_ONCE):
+        part = texts[start : start + _AT_ONCE]
+        encoded += tokenizer(part, add_special_tokens=special).input_ids
+    return encoded
 
 
 def _fits(sequences: list[list[int]], name: str, limit: int) -> np.ndarray:

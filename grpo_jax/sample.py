@@ -1,8 +1,8 @@
 """Sampling a group of completions for each prompt: prefill once per prompt, decode [B, G] rows.
 
 The token distribution lives here as well (`filter_logits`), because sampler and scorer must agree
-on it: the log-probs that `sample` returns are those that `score.group_logprobs` computes for the
-same tokens.
+on it: the log-probs that `sample` returns are those that `score.completion_logprobs` computes for
+the same tokens.
 """
 
 import functools
@@ -143,6 +143,7 @@ class _Carry(NamedTuple):
     t: jax.Array  # i32[], columns drawn so far
     token: jax.Array  # i32[B, G], the last one drawn
     done: jax.Array  # bool[B, G]
+    matched: jax.Array  # i32[B, G], state in the table of stop strings
     own: KeyValues  # [L, B, G, K, T, h]
     tokens: jax.Array  # i32[B, G, T]
     mask: jax.Array  # bool[B, G, T]
@@ -161,6 +162,7 @@ def sample(
     eos_ids: Array,
     group_size: int,
     max_tokens: int,
+    stops: Array | None = None,
     mesh: Mesh | None = None,
 ) -> Rollout:
     """Samples `group_size` completions of each prompt.
@@ -177,16 +179,16 @@ def sample(
       eos_ids: i32[E], tokens that end a completion.
       group_size: G.
       max_tokens: T.
+      stops: [states, V] from `tokens.stop_table`, where strings end a completion as well.
       mesh: the devices; with one, prompts lie as `sharding.groups` says.
 
     Returns:
-      Rollout of [B, G, T] arrays. Tokens after the end are 0 and masked; the end token itself is
-      not.
+      Rollout of [B, G, T] arrays. Tokens after the end are 0 and masked; the one that ends is not.
     """
     keys = row_keys(seed, step, prompts.index, group_size)
     with sharding.use(mesh):
         params = _compute_copy(params, model.config.dtype)
-        return _sample(model, params, prompts, keys, sampling, eos_ids, max_tokens)
+        return _sample(model, params, prompts, keys, sampling, eos_ids, stops, max_tokens)
 
 
 def _compute_copy(params: Params, dtype: str) -> Params:
@@ -199,7 +201,9 @@ def _compute_copy(params: Params, dtype: str) -> Params:
     )
 
 
-def _sample(model, params, prompts: Prompts, keys, sampling, eos_ids, max_tokens: int) -> Rollout:
+def _sample(
+    model, params, prompts: Prompts, keys, sampling, eos_ids, stops, max_tokens: int
+) -> Rollout:
     shape = (*keys.shape, max_tokens)
 
     def pick(hidden, t, carry: _Carry) -> _Carry:
@@ -210,24 +214,28 @@ def _sample(model, params, prompts: Prompts, keys, sampling, eos_ids, max_tokens
         live = ~carry.done
         token = jnp.where(live, token.reshape(keys.shape), 0)
         logprob = jnp.where(live, logprob.reshape(keys.shape), 0.0)
+        ends = (token[..., None] == eos_ids).any(-1)
+        matched = carry.matched
+        if stops is not None:
+            matched = stops[matched, token].astype(jnp.int32)
+            ends |= matched == len(stops) - 1
         return carry._replace(
             t=t + 1,
             token=token,
-            done=carry.done | (live & (token[..., None] == eos_ids).any(-1)),
+            done=carry.done | (live & ends),
+            matched=matched,
             tokens=carry.tokens.at[:, :, t].set(token),
             mask=carry.mask.at[:, :, t].set(live),
             logprobs=carry.logprobs.at[:, :, t].set(logprob),
         )
 
-    groups = functools.partial(jax.vmap, spmd_axis_name=sharding.group_axis())
-    prefill = groups(functools.partial(apply, model, params, method='prefill'))
-    decode = functools.partial(apply, model, params, method='decode')
-    decode = groups(decode, in_axes=(0, None, 0, 0, 1), out_axes=(0, 1))
-    prompt, last = prefill(prompts.tokens, prompts.length)
+    prompt, last = apply(model, params, prompts.tokens, prompts.length, method='prefill')
 
     def advance(carry: _Carry) -> _Carry:
         t = carry.t - 1
-        hidden, column = decode(carry.token, t, prompt, prompts.length, carry.own)
+        hidden, column = apply(
+            model, params, carry.token, t, prompt, prompts.length, carry.own, method='decode'
+        )
         own = jax.tree.map(
             lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, t, axis=4),
             carry.own,
@@ -249,6 +257,7 @@ def _empty(model: Transformer, shape: tuple[int, ...]) -> _Carry:
         t=jnp.int32(0),
         token=jnp.zeros(shape[:2], jnp.int32),
         done=jnp.zeros(shape[:2], bool),
+        matched=jnp.zeros(shape[:2], jnp.int32),
         own=KeyValues(cache, cache),
         tokens=jnp.zeros(shape, jnp.int32),
         mask=jnp.zeros(shape, bool),

@@ -8,49 +8,50 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.models import Transformer, apply, group_hidden
+from grpo_jax.models import Transformer, apply, completion_hidden
 from grpo_jax.sample import filter_logits
 from grpo_jax.types import Params, Rollout, Sampling
 
 AGGREGATIONS = ('sequence_mean', 'token_mean', 'constant')
 
 
-def group_logprobs(
+def completion_logprobs(
     model: Transformer,
     params: Params,
-    group: Rollout,
+    rollout: Rollout,
     sampling: Sampling,
     *,
     chunk: int,
     entropy: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """Log-probs of one group's completion tokens under the distribution that `sampling` describes.
+    """Log-probs of a rollout's completion tokens under the distribution that `sampling` describes.
 
     Logits exist for `chunk` positions of each completion at a time and are computed again in the
-    backward pass, so no [G, T, V] array is ever made.
+    backward pass, so no [B, G, T, V] array is ever made.
 
     Args:
       model: the decoder.
       params: its parameters.
-      group: one group of a rollout (no B axis).
+      rollout: prompts and completions [B, G, T].
       sampling: temperature and filters, as in sampling. A sampled token always counts as inside the
         filters' support, so its log-prob is finite however far the policy has moved.
       chunk: completion positions per piece.
       entropy: also return the entropy of each token's distribution.
 
     Returns:
-      log-probs f32[G, T], and entropies f32[G, T] in nats or None. Values behind the mask are
-      finite and mean nothing.
+      log-probs f32[B, G, T], and entropies f32[B, G, T] in nats or None. Values behind the mask
+      are finite and mean nothing.
     """
-    prompts, tokens = group.prompts, group.tokens
-    hidden = group_hidden(model, params, prompts.tokens, prompts.length, tokens)
+    prompts, tokens = rollout.prompts, rollout.tokens
+    hidden = completion_hidden(model, params, prompts.tokens, prompts.length, tokens)
     length = tokens.shape[-1]
     chunk = min(chunk, length)
     pieces = -(-length // chunk)
 
     def cut(x):
-        x = jnp.pad(x, [(0, 0), (0, pieces * chunk - length)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(x.shape[0], pieces, chunk, *x.shape[2:]).swapaxes(0, 1)
+        """[B, G, T, ...] -> [pieces, B, G, chunk, ...]."""
+        x = jnp.pad(x, [(0, 0)] * 2 + [(0, pieces * chunk - length)] + [(0, 0)] * (x.ndim - 3))
+        return jnp.moveaxis(x.reshape(*x.shape[:2], pieces, chunk, *x.shape[3:]), 2, 0)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def piece(_, xs):
@@ -67,7 +68,9 @@ def group_logprobs(
         return None, (logprob, -jnp.where(inside, jnp.exp(logp) * logp, 0.0).sum(-1))
 
     _, out = jax.lax.scan(piece, None, (cut(hidden), cut(tokens)))
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[1], -1)[:, :length], out)
+    return jax.tree.map(
+        lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1)[..., :length], out
+    )
 
 
 def token_weights(mask: jax.Array, *, aggregation: str) -> jax.Array:

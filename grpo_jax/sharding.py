@@ -23,11 +23,30 @@ TABLE: dict[str, tuple[str | None, ...]] = {
     'query': ('fsdp', 'tensor', None),  # [D, H, h]
     'key': ('fsdp', 'tensor', None),  # [D, K, h]
     'value': ('fsdp', 'tensor', None),
+    'query_lora_a': ('fsdp', None),  # [D, r]
+    'key_lora_a': ('fsdp', None),
+    'value_lora_a': ('fsdp', None),
+    'gate_lora_a': ('fsdp', None),
+    'up_lora_a': ('fsdp', None),
+    'out_lora_a': ('tensor', None, None),  # [H, h, r]
+    'down_lora_a': ('tensor', None),  # [M, r]
+    'query_lora_b': (None, 'tensor', None),  # [r, H, h]
+    'key_lora_b': (None, 'tensor', None),
+    'value_lora_b': (None, 'tensor', None),
+    'gate_lora_b': (None, 'tensor'),  # [r, M]
+    'up_lora_b': (None, 'tensor'),
+    'out_lora_b': (None, 'fsdp'),  # [r, D]
+    'down_lora_b': (None, 'fsdp'),
     'query_bias': ('tensor', None),  # [H, h]
     'key_bias': ('tensor', None),
     'value_bias': ('tensor', None),
+    'out_bias': (None,),  # [D]
+    'gate_bias': ('tensor',),  # [M]
+    'up_bias': ('tensor',),
+    'down_bias': (None,),
+    'router': ('fsdp', None),  # [D, E]
     'out': ('tensor', None, 'fsdp'),  # [H, h, D]
-    'gate': ('fsdp', 'tensor'),  # [D, M]
+    'gate': ('fsdp', 'tensor'),  # [D, M], or [E, D, M] of experts
     'up': ('fsdp', 'tensor'),
     'down': ('tensor', 'fsdp'),  # [M, D]
 }
@@ -94,7 +113,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 @contextlib.contextmanager
 def use(mesh: Mesh | None) -> Iterator[None]:
-    """Traces what is inside for the mesh (none: for one device); see `group_axis` and `anchor`."""
+    """Traces what is inside for the mesh (none: for one device); see `anchor`."""
     if mesh is None:
         yield
     else:
@@ -102,20 +121,15 @@ def use(mesh: Mesh | None) -> Iterator[None]:
             yield
 
 
-def group_axis() -> str | None:
-    """The mesh axis that holds the groups, for `spmd_axis_name` of a vmap over them."""
-    return None if jax.sharding.get_abstract_mesh().empty else 'fsdp'
-
-
 def anchor(x: jax.Array) -> jax.Array:
-    """Keeps one group's activations whole on the devices of its `fsdp` row.
+    """Keeps activations [B, ...] whole on the devices of their groups' `fsdp` row.
 
     Without it the compiler may gather the batch and split the width instead, since parameters are
     split along that axis too. Does nothing without a mesh.
     """
-    if group_axis() is None:
+    if jax.sharding.get_abstract_mesh().empty:
         return x
-    return jax.lax.with_sharding_constraint(x, PartitionSpec())
+    return jax.lax.with_sharding_constraint(x, PartitionSpec('fsdp'))
 
 
 def put_groups(tree: Any, mesh: Mesh) -> Any:

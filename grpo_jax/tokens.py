@@ -1,7 +1,8 @@
 """From text to tokens and back."""
 
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -70,20 +71,107 @@ def load_tokenizer(name: str) -> 'PreTrainedTokenizerBase':
     return tokenizer
 
 
-def eos_ids(tokenizer: 'PreTrainedTokenizerBase', *others: str) -> tuple[int, ...]:
-    """The ids that end a completion: the end-of-sequence token, then the tokens `others`.
+def eos_ids(
+    tokenizer: 'PreTrainedTokenizerBase', generation: Mapping[str, Any] | None = None
+) -> np.ndarray:
+    """The ids i32[E] that end a completion.
+
+    Args:
+        tokenizer: its end-of-sequence token comes first.
+        generation: a checkpoint's `generation_config.json`, whose `eos_token_id` may name several.
+    """
+    others = (generation or {}).get('eos_token_id')
+    others = others if isinstance(others, list) else [others]
+    ids = dict.fromkeys([tokenizer.eos_token_id, *(i for i in others if i is not None)])
+    return np.array(list(ids), np.int32)
+
+
+def texts(
+    tokenizer: 'PreTrainedTokenizerBase',
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    stops: Sequence[str] = (),
+) -> list[str]:
+    """The text of the tokens i32[N, T] where mask bool[N, T] is true, without special tokens.
+
+    It ends before the first of the strings `stops`.
+    """
+    rows = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
+    decoded = tokenizer.batch_decode(rows, skip_special_tokens=True)
+    return [_before(text, stops) for text in decoded]
+
+
+def _before(text: str, stops: Sequence[str]) -> str:
+    return text[: min([text.find(stop) for stop in stops if stop in text], default=len(text))]
+
+
+# Stop strings
+
+
+def stop_table(
+    tokenizer: 'PreTrainedTokenizerBase', stops: Sequence[str], vocab_size: int
+) -> np.ndarray | None:
+    """A table by which a sampler sees that one of the strings `stops` has been written.
+
+    It is the automaton of Aho and Corasick (1975), stepped by whole tokens: state s is how much of
+    a stop string the text so far ends in, and `table[s, token]` the state after one more token. The
+    last state, once a stop string is complete, is never left. A token that holds part of a
+    character counts as a character that is in no stop string.
+
+    Args:
+        tokenizer: its tokens' texts are decoded once.
+        stops: not empty strings.
+        vocab_size: V, which may be larger than the tokenizer's.
+
+    Returns:
+        [states, V], or None without stop strings.
 
     Raises:
-        ValueError: one of `others` is not in the vocabulary.
+        ValueError: a stop string is empty.
     """
-    vocabulary = tokenizer.get_vocab()
-    for token in others:
-        if token not in vocabulary:
-            raise ValueError(f'{token!r} cannot end completions: it is no token of the vocabulary')
-    return (tokenizer.eos_token_id, *(vocabulary[token] for token in others))
+    if not stops:
+        return None
+    if not all(stops):
+        raise ValueError(f'stop strings {tuple(stops)}: an empty one would end every completion')
+    step, letters = _automaton(stops)
+    spelled = _spell(tokenizer, letters, vocab_size)
+    patterns, which = np.unique(spelled, axis=0, return_inverse=True)
+    state = np.repeat(np.arange(len(step))[:, None], len(patterns), axis=1)
+    for column in patterns.T:
+        state = np.where(column < 0, state, step[state, np.maximum(column, 0)])
+    return state[:, which.reshape(-1)].astype(np.min_scalar_type(len(step)))
 
 
-def texts(tokenizer: 'PreTrainedTokenizerBase', tokens: np.ndarray, mask: np.ndarray) -> list[str]:
-    """The text of the tokens i32[N, T] where mask bool[N, T] is true, without special tokens."""
-    rows = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
-    return tokenizer.batch_decode(rows, skip_special_tokens=True)
+def _automaton(stops: Sequence[str]) -> tuple[np.ndarray, dict[str, int]]:
+    """step[state, letter] -> state, and the number of each letter; 0 stands for all others."""
+    letters = {letter: n for n, letter in enumerate(sorted(set(''.join(stops))), 1)}
+    beginnings = {stop[:n] for stop in stops for n in range(len(stop))}
+    parts = sorted(part for part in beginnings if not any(stop in part for stop in stops))
+    number = {part: n for n, part in enumerate(parts)}  # '' is the first
+    step = np.zeros((len(parts) + 1, len(letters) + 1), np.int64)
+    step[-1] = len(parts)
+    for part in parts:
+        for letter, column in letters.items():
+            text = part + letter
+            if any(text.endswith(stop) for stop in stops):
+                step[number[part], column] = len(parts)
+            else:
+                longest = next(i for i in range(len(text) + 1) if text[i:] in number)
+                step[number[part], column] = number[text[longest:]]
+    return step, letters
+
+
+def _spell(
+    tokenizer: 'PreTrainedTokenizerBase', letters: Mapping[str, int], vocab_size: int
+) -> np.ndarray:
+    """i64[V, longest token]: each token's letters, -1 behind its end."""
+    # Some tokenizers drop a blank at the start of a text, so tokens are read behind another one.
+    before = tokenizer.encode('a', add_special_tokens=False)
+    start = len(tokenizer.decode(before, skip_special_tokens=True))
+    count = min(len(tokenizer), vocab_size)
+    rows = [[*before, token] for token in range(count)]
+    pieces = [text[start:] for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+    spelled = np.full((vocab_size, max(map(len, pieces))), -1)
+    for row, piece in zip(spelled, pieces, strict=False):
+        row[: len(piece)] = [letters.get(letter, 0) for letter in piece]
+    return spelled

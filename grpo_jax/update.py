@@ -18,11 +18,11 @@ from grpo_jax import losses, models, sharding
 from grpo_jax.advantages import check_group_options, group_advantages
 from grpo_jax.losses import Objective
 from grpo_jax.metrics import group_terms, reduce_terms, rollout_metrics
-from grpo_jax.score import AGGREGATIONS, group_logprobs, token_weights
+from grpo_jax.score import AGGREGATIONS, completion_logprobs, token_weights
 from grpo_jax.types import Batch, Params, Rollout, Sampling, TrainState
 
 LOSSES = ('clipped', 'nll')
-KL_ESTIMATORS = ('k1', 'k2', 'k3')
+KL_ESTIMATORS = ('k1', 'k2', 'k3', 'none')
 KL_PLACES = ('loss', 'reward')
 
 
@@ -40,7 +40,7 @@ class Algorithm:
     scale: str = 'std'
     advantage_eps: float = 1e-4
     aggregation: str = 'sequence_mean'  # see `score.token_weights`
-    kl: str = 'k3'  # estimator, read where reference parameters are given
+    kl: str = 'k3'  # estimator; 'none' leaves the reference out of the program
     kl_place: str = (
         'loss'  # 'loss', or 'reward': r - beta * (sum of the row's KL), before advantages
     )
@@ -75,26 +75,30 @@ def init_state(
     optimizer: optax.GradientTransformation,
     params: Params | jax.Array,
     mesh: Mesh | None = None,
+    *,
+    donate: bool = False,
 ) -> TrainState:
     """A fresh training state on the mesh.
 
     Args:
       model: the decoder.
       optimizer: from `optimizer.adamw`, or any optax transformation.
-      params: parameters (copied: the update program takes its state's memory over), or a random key
-        to
-        make them from.
+      params: what is trained, all parameters or the adapters, or a random key to make them from.
+        They are copied, since the update program takes its state's memory over.
       mesh: where it lies; the default device without one.
+      donate: take the parameters themselves in place of a copy; the caller's are gone.
     """
 
     def make(params):
         if isinstance(params, jax.Array):
             params = models.init(model, params)
+            if model.config.lora.rank:
+                _, params = models.split(params)
         params = jax.tree.map(jnp.copy, params)
         return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
 
     out = None if mesh is None else sharding.shardings(jax.eval_shape(make, params), mesh)
-    return jax.jit(make, out_shardings=out)(params)
+    return jax.jit(make, out_shardings=out, donate_argnums=0 if donate else ())(params)
 
 
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
@@ -113,13 +117,14 @@ def make_step(
       optimizer: from `optimizer.adamw`, or any optax transformation.
       algorithm: what to compute.
       mesh: the devices; with one, rollout and rewards lie as `sharding.groups` says and the new
-        state as
-        `sharding.shardings`.
+        state as `sharding.shardings`.
 
     Returns:
       `step(state, ref_params, rollout, rewards, sampling, objective) -> (state, metrics)`. It takes
-      the old state's memory over. `ref_params=None` leaves the KL term and the reference pass out
-      of the program. rewards: f32[B, G]. metrics: scalars under the names of the README.
+      the old state's memory over. `ref_params` are the reference's; None, or kl='none', leaves the
+      KL term and the reference pass out of the program. With adapters they are the base that policy
+      and reference share, and always needed. rewards: f32[B, G]. metrics: scalars under the names
+      of the README.
     """
     step = functools.partial(
         update, model=model, optimizer=optimizer, algorithm=algorithm, mesh=mesh
@@ -157,9 +162,11 @@ def update(
             f'rewards have shape {rewards.shape}: the rollout needs one for each completion, '
             f'[B, G] = ({size}, {group_size})'
         )
+    if model.config.lora.rank and ref_params is None:
+        raise ValueError('ref_params=None with adapters: give the parameters of their base')
     sharding.check_batch(size, algorithm.microbatch, mesh)
     check_group_options(group_size, baseline=algorithm.baseline, scale=algorithm.scale)
-    program = _Program(model, optimizer, algorithm, mesh, sampling, objective)
+    program = _Program(model, optimizer, algorithm, mesh, ref_params, sampling, objective)
 
     def inner(state, _):
         gradient, terms = program.gradient(state.params, batch)
@@ -168,7 +175,7 @@ def update(
 
     with sharding.use(mesh):
         metrics = rollout_metrics(rollout, rewards)
-        batch = program.score(state.params, ref_params, rollout, rewards)
+        batch = program.score(state.params, rollout, rewards)
         state, terms = jax.lax.scan(inner, state, length=algorithm.inner_updates)
     return state._replace(step=state.step + 1), metrics | reduce_terms(terms)
 
@@ -181,18 +188,20 @@ class _Program:
     optimizer: optax.GradientTransformation
     algorithm: Algorithm
     mesh: Mesh | None
+    frozen: Params | None  # of the reference, and with adapters the policy's base
     sampling: Sampling
     objective: Objective
 
-    def score(self, params, ref_params, rollout, rewards) -> Batch:
+    def score(self, params, rollout, rewards) -> Batch:
         """Everything that stays fixed during the inner updates, from the whole batch at once."""
         a = self.algorithm
-        in_reward = ref_params is not None and a.kl_place == 'reward'
+        reference = self.frozen is not None and a.kl != 'none'
+        in_reward = reference and a.kl_place == 'reward'
         old = ref = None
         if a.inner_updates > 1 or in_reward:  # else the current ones are the old ones
-            old = self._logprobs(params, rollout)
-        if ref_params is not None:
-            ref = self._logprobs(ref_params, rollout)
+            old = self._fixed_logprobs(self.model, self._policy(params), rollout)
+        if reference:
+            ref = self._fixed_logprobs(self._reference_model(), self.frozen, rollout)
         if in_reward:
             kl = getattr(losses, a.kl)(old, ref)
             rewards = rewards - self.objective.beta * jnp.where(rollout.mask, kl, 0.0).sum(-1)
@@ -234,16 +243,16 @@ class _Program:
         }
 
     def _loss(self, params, microbatch: Batch):
-        one = functools.partial(self._group_loss, params)
-        loss, terms = jax.vmap(one, spmd_axis_name=sharding.group_axis())(microbatch)
+        a = self.algorithm
+        logprobs, entropy = self._logprobs(
+            self.model, self._policy(params), microbatch.rollout, entropy=a.entropy
+        )
+        loss, terms = jax.vmap(self._group_loss)(logprobs, entropy, microbatch)
         return loss.sum(), terms
 
-    def _group_loss(self, params, group: Batch):
+    def _group_loss(self, logprobs, entropy, group: Batch):
         """One group's share of the loss, and its terms for the metrics."""
         a, rollout = self.algorithm, group.rollout
-        logprobs, entropy = group_logprobs(
-            self.model, params, rollout, self.sampling, chunk=a.logprob_chunk, entropy=a.entropy
-        )
         if group.old_logprobs is None:
             group = group._replace(old_logprobs=jax.lax.stop_gradient(logprobs))
         per_token = getattr(losses, a.loss)(logprobs, group, self.objective)
@@ -256,17 +265,29 @@ class _Program:
         terms = group_terms(logprobs, group, self.objective, kl, entropy)
         return loss, jax.lax.stop_gradient(terms | {'loss': loss})
 
-    def _logprobs(self, params, rollout: Rollout) -> jax.Array:
+    def _policy(self, params):
+        """The policy's parameters from the trained ones."""
+        return models.join(self.frozen, params) if self.model.config.lora.rank else params
+
+    def _reference_model(self):
+        """The model itself, without the adapters if it has any."""
+        config = self.model.config
+        return self.model.clone(config=config.base) if config.lora.rank else self.model
+
+    def _logprobs(self, model, params, rollout: Rollout, *, entropy: bool = False):
+        return completion_logprobs(
+            model,
+            params,
+            rollout,
+            self.sampling,
+            chunk=self.algorithm.logprob_chunk,
+            entropy=entropy,
+        )
+
+    def _fixed_logprobs(self, model, params, rollout: Rollout) -> jax.Array:
         """f32[B, G, T] without gradient, a microbatch at a time."""
-        chunk = self.algorithm.logprob_chunk
-
-        def one(group):
-            return group_logprobs(self.model, params, group, self.sampling, chunk=chunk)[0]
-
-        def some(microbatch):
-            return jax.vmap(one, spmd_axis_name=sharding.group_axis())(microbatch)
-
-        out = jax.lax.map(some, self._cut(rollout)).swapaxes(0, 1)
+        out = jax.lax.map(lambda some: self._logprobs(model, params, some)[0], self._cut(rollout))
+        out = out.swapaxes(0, 1)
         return jax.lax.stop_gradient(out.reshape(-1, *out.shape[2:]))
 
     def _cut(self, tree):

@@ -17,7 +17,7 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 from configs import smoke
-from grpo_jax import models, update
+from grpo_jax import models, stages, update
 from grpo_jax import train as command
 from grpo_jax.optimizer import adamw
 
@@ -62,7 +62,7 @@ def _init_once(model, key):
 def compiled_once():
     folder = jax.config.jax_compilation_cache_dir
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(command, 'adamw', _adamw)
+        patch.setattr(stages, 'adamw', _adamw)
         patch.setattr(update, 'make_step', _make_step)
         patch.setattr(models, 'init', _init_once)
         try:

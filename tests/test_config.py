@@ -139,7 +139,7 @@ def test_parse():
         'seed': '3',
         'grpo.objective.beta': '1',  # an int where a float is meant
         'sft.optimizer.learning_rate': '1e-3',
-        'model.qk_norm': 'false',
+        'model.tied_head': 'false',
         'eval.k': '(2,)',
         'data.prompt': 'a={question} ',
         'data.options.train_size': '80',
@@ -151,7 +151,7 @@ def test_parse():
     assert (config.seed, config.grpo.objective.beta) == (3, 1.0)
     assert isinstance(config.grpo.objective.beta, float)
     assert config.sft.optimizer.learning_rate == 1e-3
-    assert (config.model.qk_norm, config.eval.k) == (False, (2,))
+    assert (config.model.tied_head, config.eval.k) == (False, (2,))
     assert config.data.prompt == 'a={question} '
     assert config.data.options.train_size == 80
     assert config.grpo.rewards.to_dict() == {'exact_answer': 1.0, 'chain_format': 0.25}
@@ -190,7 +190,7 @@ def test_parse():
             'of the same type as the default',
         ),
         ([SMOKE, '--workdir=w', '--config.grpo.objective.beta=x'], 'could not convert string'),
-        ([SMOKE, '--workdir=w', '--config.model.qk_norm=x'], 'Non-boolean argument'),
+        ([SMOKE, '--workdir=w', '--config.model.tied_head=x'], 'Non-boolean argument'),
     ],
 )
 def test_parse_refuses(arguments, message):

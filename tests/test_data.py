@@ -1,13 +1,6 @@
-"""Data: what is generated and read, how it is tokenised, and which batch comes when."""
+"""Data: how rows are tokenised, what leaks, and which batch comes when."""
 
-import collections
-import dataclasses
-import json
-import os
-import pathlib
 import re
-import subprocess
-import sys
 
 import hypothesis
 import hypothesis.strategies as st
@@ -15,340 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from grpo_jax import data, datasets, tokens
-from grpo_jax.datasets.arithmetic import carryless, chain, row
+from grpo_jax import data, tokens
 
-ARITHMETIC = {'train_size': 80, 'test_size': 20}
 BYTES = tokens.byte_tokenizer()
-NATURAL = st.integers(0, 9999)
-
-
-@pytest.fixture(scope='module')
-def cache_dir(tmp_path_factory):
-    return tmp_path_factory.mktemp('cache')
-
-
-@pytest.fixture
-def data_dir(tmp_path, monkeypatch):
-    monkeypatch.setenv('GRPO_JAX_DATA_DIR', str(tmp_path))
-    return tmp_path
-
-
-def write(folder, name, *lines):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / name).write_bytes('\n'.join(lines).encode())
-
-
-# Arithmetic, by hand
-
-
-def test_chain_by_hand():
-    right = chain([37, 58, 21], ['+', '+'], lambda: False)
-    assert right == ['37+58=95', '95+21=116']
-    slipped = chain([37, 58, 21], ['+', '+'], lambda: True)
-    assert slipped == ['37+58=85', '85+21=6']  # 7+8=15, keep 5; 8+2=10, keep 0
-    assert chain([2, 3, 4], ['+', '*'], lambda: False) == ['2+3=5', '5*4=20']  # left to right
-
-
-@pytest.mark.parametrize(
-    ('left', 'symbol', 'right', 'expected'),
-    [
-        (37, '+', 58, 85),
-        (95, '+', 21, 16),
-        (5, '+', 5, 0),
-        (999, '+', 1, 990),
-        (12, '+', 34, 46),
-        (52, '-', 37, 25),
-        (100, '-', 1, 109),
-        (7, '*', 8, 6),
-        (12, '*', 34, 308),  # units 8, tens 4+6=10 keep 0, hundreds 3
-        (12, '*', 13, 156),
-    ],
-)
-def test_carryless_by_hand(left, symbol, right, expected):
-    assert carryless(left, symbol, right) == expected
-
-
-@hypothesis.given(NATURAL, NATURAL, NATURAL)
-def test_carryless_is_a_ring(a, b, c):
-    assert carryless(carryless(a, '+', b), '-', b) == a
-    assert carryless(a, '*', b) == carryless(b, '*', a)
-    apart = carryless(carryless(a, '*', b), '+', carryless(a, '*', c))
-    assert carryless(a, '*', carryless(b, '+', c)) == apart
-
-
-@hypothesis.given(NATURAL, NATURAL)
-def test_a_sum_is_carryless_where_no_column_reaches_ten(a, b):
-    columns = zip(f'{a:04}', f'{b:04}', strict=True)
-    assert (carryless(a, '+', b) == a + b) == all(int(x) + int(y) < 10 for x, y in columns)
-
-
-def test_slips_are_drawn_at_carry_steps_alone():
-    asked = []
-    chain([12, 34, 7], ['+', '+'], lambda: bool(asked.append(None)))
-    assert len(asked) == 1  # 12+34 carries nothing, 46+7 does
-
-
-def test_a_slip_never_leads_below_zero():
-    slips = iter([True])  # asked for 9+8 alone: 7-9 has nothing to borrow from
-    assert chain([9, 8, 9], ['+', '-'], lambda: next(slips)) == ['9+8=7', '7-9=8']
-
-
-def test_row_by_hand():
-    columns = {'question': '37+58+21=', 'answer': '116', 'solution': '37+58=95;95+21=116'}
-    for mistakes, demonstration in ((0, '37+58=95;95+21=116'), (1, '37+58=85;85+21=6')):
-        expected = {**columns, 'demonstration': demonstration}
-        assert row([37, 58, 21], ['+', '+'], mistakes=mistakes, seed=0) == expected
-    drawn = [row([37, 58], ['+'], mistakes=0.5, seed=seed)['demonstration'] for seed in range(20)]
-    assert set(drawn) == {'37+58=95', '37+58=85'}
-
-
-# Arithmetic, as a data set
-
-
-def load_arithmetic(cache_dir, **options):
-    splits = ('train', 'test')
-    return [
-        list(data.load('arithmetic', split, cache_dir=cache_dir, **options)) for split in splits
-    ]
-
-
-def questions(rows):
-    return [row['question'] for row in rows]
-
-
-def test_the_splits_share_no_question(cache_dir):
-    options = {'min_numbers': 2, 'max_numbers': 2, 'max_digits': 1, **ARITHMETIC}
-    train, test = load_arithmetic(cache_dir, **options)
-    assert len(train) == 80
-    assert len(test) == 20
-    every = {f'{a}+{b}=' for a in range(10) for b in range(10)}
-    assert set(questions(train)) | set(questions(test)) == every  # 100 in all, so none twice
-
-
-def test_no_more_problems_than_exist(cache_dir):
-    options = {'min_numbers': 2, 'max_numbers': 2, 'max_digits': 1, 'operations': '-'}
-    train, test = load_arithmetic(cache_dir, train_size=54, test_size=1, **options)
-    every = {f'{a}-{b}=' for a in range(10) for b in range(a + 1)}
-    assert set(questions(train + test)) == every
-    with pytest.raises(ValueError, match=r'train_size \+ test_size is 56.* only 55 problems exist'):
-        load_arithmetic(cache_dir, train_size=55, test_size=1, **options)
-
-
-def test_every_chain_of_a_mixed_data_set(cache_dir):
-    options = {'min_numbers': 2, 'max_numbers': 4, 'operations': '+-*', 'mistakes': 0.25}
-    train, test = load_arithmetic(cache_dir, train_size=1500, test_size=300, **options)
-    assert len({*questions(train), *questions(test)}) == 1800
-    apply = {'+': int.__add__, '-': int.__sub__, '*': int.__mul__}
-    numbers, slips = collections.Counter(), collections.Counter()
-    for columns in train + test:
-        for column in ('solution', 'demonstration'):
-            worked = ''
-            for step in columns[column].split(';'):
-                left, symbol, right, result = re.fullmatch(r'(\d+)(\W)(\d+)=(\d+)', step).groups()
-                assert worked in ('', left)  # continues from the result before
-                worked = result
-                correct = apply[symbol](int(left), int(right))
-                wrong = carryless(int(left), symbol, int(right))
-                assert int(result) == correct or column == 'demonstration'
-                assert int(result) in (correct, wrong)
-                if column == 'demonstration' and correct != wrong and correct >= 0:
-                    slips[int(result) == wrong] += 1
-            assert worked == columns['answer'] or column == 'demonstration'
-        terms = re.findall(r'\d+', columns['question'])
-        assert re.findall(r'\d+(?=[-+*=])', columns['solution'])[0] == terms[0]
-        assert all(len(term) <= 2 for term in terms)
-        numbers[len(terms)] += 1
-    assert numbers.keys() == {2, 3, 4}
-    assert min(numbers.values()) > 500
-    assert 0.22 < slips[True] / slips.total() < 0.28
-
-
-def test_digits(cache_dir):
-    train, _ = load_arithmetic(cache_dir, min_digits=2, max_digits=3, **ARITHMETIC)
-    lengths = {len(term) for row in train for term in re.findall(r'\d+', row['question'])}
-    assert lengths == {2, 3}
-
-
-def test_data_depend_on_the_seed_alone(cache_dir, tmp_path):
-    first = load_arithmetic(cache_dir, **ARITHMETIC)
-    assert load_arithmetic(tmp_path, **ARITHMETIC) == first
-    assert first[1][0]['question'] == '72+47+79='  # in any process and Python version
-    other = load_arithmetic(cache_dir, seed=1, **ARITHMETIC)
-    assert not set(questions(other[1])) & set(questions(first[1]))
-    more = load_arithmetic(cache_dir, train_size=90, test_size=20, mistakes=0.0)
-    assert questions(more[1]) == questions(first[1])
-    assert questions(more[0])[:80] == questions(first[0])
-    assert all(row['demonstration'] == row['solution'] for row in more[0])
-
-
-def test_every_option_has_data_of_its_own():
-    changed = {
-        'train_size': 9,
-        'test_size': 9,
-        'min_numbers': 2,
-        'max_numbers': 4,
-        'min_digits': 2,
-        'max_digits': 3,
-        'operations': '+*',
-        'mistakes': 0.75,
-        'seed': 7,
-    }
-    fields = {field.name for field in dataclasses.fields(datasets.ArithmeticConfig)}
-    inherited = {field.name for field in dataclasses.fields(datasets.JsonlConfig)}
-    assert changed.keys() == fields - inherited
-    configs = [datasets.ArithmeticConfig(**{name: changed[name]}) for name in changed]
-    names = {config.name for config in [*configs, datasets.ArithmeticConfig()]}
-    assert len(names) == len(changed) + 1
-    assert datasets.ArithmeticConfig().name == datasets.ArithmeticConfig().name
-
-
-def files(folder):
-    return {
-        path: path.stat().st_mtime_ns for path in folder.rglob('*') if 'array_record' in path.name
-    }
-
-
-def test_prepared_data_are_used_again(tmp_path, capfd, caplog):
-    load_arithmetic(tmp_path, **ARITHMETIC)
-    before = files(tmp_path)
-    assert len(before) == 2
-    load_arithmetic(tmp_path, **ARITHMETIC)
-    assert files(tmp_path) == before
-    load_arithmetic(tmp_path, **ARITHMETIC, mistakes=0.1)
-    assert len(files(tmp_path)) == 4
-    assert capfd.readouterr() == ('', '')  # nothing is printed or logged
-    assert caplog.messages == []
-
-
-def test_two_processes_prepare_at_once(tmp_path):
-    program = (
-        'import random, sys\n'
-        'from grpo_jax import datasets\n'
-        'random.seed(0)\n'  # TFDS names its unfinished folders by this generator
-        'config = datasets.ArithmeticConfig(train_size=3000)\n'
-        'print("ready", flush=True); input()\n'
-        'builder = datasets.prepare(datasets.Arithmetic, config, sys.argv[1])\n'
-        'print(len(datasets.TextRows(builder.as_data_source("train"))))'
-    )
-    command = [sys.executable, '-c', program, str(tmp_path / 'new' / 'cache')]
-    pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}
-    root = pathlib.Path(__file__).parents[1]
-    both = [subprocess.Popen(command, text=True, cwd=root, **pipes) for _ in range(2)]
-    assert [process.stdout.readline() for process in both] == ['ready\n'] * 2
-    for process in both:
-        process.stdin.write('\n')
-        process.stdin.flush()
-    outputs = [process.communicate(timeout=120) for process in both]
-    assert [output for output, _ in outputs] == ['3000\n'] * 2, outputs
-
-
-@pytest.mark.parametrize(
-    ('option', 'value', 'remedy'),
-    [
-        ('train_size', 0, 'at least 1'),
-        ('test_size', 0, 'at least 1'),
-        ('min_numbers', 1, 'at least 2'),
-        ('max_numbers', 2, 'at least min_numbers'),
-        ('min_digits', 0, 'at least 1'),
-        ('max_digits', 0, 'at least min_digits'),
-        ('operations', '+/', r'one or more of \+-\*'),
-        ('operations', '', r'one or more of \+-\*'),
-        ('mistakes', 1.5, 'between 0 and 1'),
-        ('seed', -1, 'at least 0'),
-    ],
-)
-def test_options_out_of_range(option, value, remedy):
-    message = f'arithmetic: {option} is {re.escape(repr(value))}: make it {remedy}'
-    with pytest.raises(ValueError, match=message):
-        datasets.ArithmeticConfig(**{option: value})
-
-
-def test_unknown_names_and_splits(cache_dir):
-    with pytest.raises(ValueError, match="'mnist': choose arithmetic, gsm8k or jsonl"):
-        data.load('mnist', 'train', cache_dir=cache_dir)
-    with pytest.raises(ValueError, match="arithmetic has no split 'val': choose train or test"):
-        data.load('arithmetic', 'val', cache_dir=cache_dir, **ARITHMETIC)
-
-
-def test_a_cache_that_cannot_be_written(tmp_path):
-    (tmp_path / 'file').touch()
-    with pytest.raises(ValueError, match=r'cache_dir .*/file/cache: .*: name a folder'):
-        data.load('arithmetic', 'train', cache_dir=tmp_path / 'file' / 'cache', **ARITHMETIC)
-
-
-# JSON lines
-
-
-def test_jsonl_is_served_as_it_is(data_dir, cache_dir):
-    rows = [
-        {'b/c': ' x ', 'a': '', 'ü': '算'},
-        {'b/c': 1, 'a': 145.0, 'ü': None},
-        {'b/c': [1, 'é'], 'a': {'k': False}, 'ü': True},
-    ]
-    write(data_dir / 'own', 'dev.jsonl', json.dumps(rows[0]), '', *map(json.dumps, rows[1:]), ' ')
-    served = data.load('jsonl', 'dev', folder='own', cache_dir=cache_dir)
-    assert list(served) == [
-        rows[0],
-        {'b/c': '1', 'a': '145.0', 'ü': 'null'},
-        {'b/c': '[1, "é"]', 'a': '{"k": false}', 'ü': 'true'},
-    ]
-    part = data.load('jsonl', 'dev[1:]', folder=data_dir / 'own', cache_dir=cache_dir)
-    assert list(part) == list(served)[1:]
-    with pytest.raises(IndexError, match='row 3: the data set has rows 0 to 2'):
-        served[3]
-
-
-def test_a_changed_file_is_noticed(data_dir, cache_dir):
-    for text in ('old', 'new'):
-        write(data_dir / 'own', 'dev.jsonl', json.dumps({'text': text}))
-        os.utime(data_dir / 'own' / 'dev.jsonl', (1, 1))
-        served = data.load('jsonl', 'dev', folder='own', cache_dir=cache_dir)
-        assert list(served) == [{'text': text}]
-
-
-@pytest.mark.parametrize(
-    ('lines', 'message'),
-    [
-        (['{"a": 1}', '{"a": '], r'dev\.jsonl:2: not valid JSON: Expecting value at column 6'),
-        (['{"a": 1}', '', '[1]'], r'dev\.jsonl:3: \[1\] is not a JSON object'),
-        (['{}'], r'dev\.jsonl:1: \{\} is not a JSON object with columns'),
-        (['{"a": "\\ud800"}'], r'dev\.jsonl:1: not JSON in UTF-8: .*surrogates not allowed'),
-        (['{"a": 1}', '{"b": 1}'], r'dev\.jsonl:2: the columns are b where the first line has a'),
-        (['{"a": 1}', '{"a": 1, "b": 1}'], r'dev\.jsonl:2: the columns are a, b where'),
-        (['{"b": 1, "c": 2}'], r"dev\.jsonl:1: column 'a' is missing, there are b, c"),
-        ([], r'dev\.jsonl: the file is empty'),
-        (['', ''], r'dev\.jsonl: the file is empty'),
-    ],
-)
-def test_malformed_jsonl(lines, message, data_dir, tmp_path):
-    write(data_dir, 'dev.jsonl', *lines)
-    with pytest.raises(ValueError, match=message):
-        data.load('jsonl', 'dev', required=('a',), cache_dir=tmp_path / 'cache')
-
-
-def test_missing_files(data_dir, cache_dir, monkeypatch):
-    message = r'/gsm8k/train\.jsonl: no such file: put it there, or let GRPO_JAX_DATA_DIR \(now '
-    with pytest.raises(ValueError, match=message):
-        data.load('gsm8k', 'train', cache_dir=cache_dir)
-    with pytest.raises(ValueError, match=r'none\.jsonl: no such file'):
-        datasets.JsonlConfig(path=data_dir / 'none.jsonl')
-    monkeypatch.delenv('GRPO_JAX_DATA_DIR')
-    message = 'GRPO_JAX_DATA_DIR is not set: let it name the folder that holds gsm8k/train.jsonl'
-    with pytest.raises(ValueError, match=message):
-        data.load('gsm8k', 'train', cache_dir=cache_dir)
-
-
-@pytest.mark.skipif('GRPO_JAX_DATA_DIR' not in os.environ, reason='GRPO_JAX_DATA_DIR is not set')
-def test_gsm8k(cache_dir):
-    path = pathlib.Path(os.environ['GRPO_JAX_DATA_DIR'], 'gsm8k', 'test.jsonl')
-    rows = data.load('gsm8k', 'test', cache_dir=cache_dir)
-    assert list(rows) == [json.loads(line) for line in path.read_text().splitlines()]
-    assert len(rows) == 1319
-    table = data.tokenize_prompts(rows, BYTES, template='{question}\n', prompt_length=256)
-    assert len(table.index) + table.dropped == 1319
-    text = BYTES.decode(table.tokens[7][: table.length[7]])
-    assert text == rows[int(table.index[7])]['question'] + '\n'
 
 
 # Tables
@@ -422,6 +84,92 @@ def test_tables_that_cannot_be():
         demonstrations(prompt_length=2, completion_length=4)
     with pytest.raises(ValueError, match='the data set has no rows'):
         prompts(rows=[])
+
+
+def test_a_summary_counts_every_row():
+    assert prompts().summary() == '2 of 3 rows used; dropped 1 that are too long'
+    assert prompts().summary(leaked=4).startswith('2 of 7 rows used; dropped 1 that are too long a')
+
+
+def test_chat_tables_end_as_the_assistant_does():
+    tokenizer = tiny.adding('<pad> $A', bos_token='<pad>')
+    tokenizer.add_special_tokens({'additional_special_tokens': ['<end>']})
+    tokenizer.split_special_tokens = False
+    tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ m.role[0] + ':' + m.content + ' <end>' }}"
+        '{% endfor %}{% if add_generation_prompt %}a:{% endif %}'
+    )
+    end = tokenizer.convert_tokens_to_ids('<end>')
+    assert tokenizer('<end>').input_ids == [256, end]
+    settings = {'prompt_length': 20, 'completion_length': 6, 'chat': True, 'system': 'S'}
+    table = demonstrations(tokenizer=tokenizer, **settings)
+    expected = [256, *b's:S ', end, *b'u:abc ', end, *b'a:']
+    assert table.prompts.tokens[0, : table.prompts.length[0]].tolist() == expected
+    assert table.tokens[0].tolist() == [*b'x ', end, 256, 256, 256]
+    assert table.mask.sum(-1).tolist() == [3, 3, 6]
+    del settings['completion_length']
+    sampled = data.tokenize_prompts(ROWS, tokenizer, template='{q}', **settings)
+    assert sampled.tokens.tolist() == table.prompts.tokens.tolist()
+
+
+def test_worked_examples_count_as_tokens():
+    rows = [{'question': str(n), 'answer': str(n)} for n in range(10)]
+    table = data.tokenize_prompts(
+        rows[9:], BYTES, template='gsm8k_8shot', prompt_length=300, examples=rows
+    )
+    text = BYTES.decode(table.tokens[0][: table.length[0]])
+    assert text.startswith('Q: 0\nA: The answer is 0.\n\nQ: 1\n')
+    assert text.endswith('Q: 7\nA: The answer is 7.\n\nQ: 9\nA:')
+
+
+# Leaks
+
+
+def test_leaks_by_hand():
+    training = [{'question': text, 'n': str(n)} for n, text in enumerate(['Why ?', 'a b', 'ab'])]
+    heldout = [{'question': text} for text in ('WHY?', ' A  b', 'A  B', 'other')]
+    kept, leaked = data.without_leaks(training, heldout)
+    assert leaked == 2
+    assert list(kept) == training[2:]
+    assert kept[0]['n'] == '2'
+    with pytest.raises(IndexError):
+        kept[1]
+    assert data.columns(kept, np.array([0]), 2)['n'] == ['2', '2']
+    assert prompts(kept, '{question}').tokens[:, :2].tolist() == [[*b'ab']]
+    same, leaked = data.without_leaks(training, heldout[3:])
+    assert leaked == 0
+    assert same is training
+    assert data.without_leaks(training, []) == (training, 0)
+
+
+@hypothesis.given(
+    st.lists(st.text('ab ?', max_size=3), max_size=20),
+    st.lists(st.text('AB ?', max_size=3), max_size=20),
+)
+def test_nothing_held_out_is_trained_on(training, heldout):
+    def bare(question):
+        return re.sub(r' ?[?] ?', '?', ' '.join(question.split())).lower()
+
+    held = {bare(question) for question in heldout}
+    expected = [question for question in training if bare(question) not in held]
+    hypothesis.assume(expected or not training)
+    rows, asked = ([{'question': text} for text in texts] for texts in (training, heldout))
+    kept, leaked = data.without_leaks(rows, asked)
+    assert [row['question'] for row in kept] == expected
+    assert leaked == len(training) - len(expected)
+
+
+def test_leaks_that_cannot_be_told():
+    rows = [{'question': 'a'}, {'question': 'b'}]
+    with pytest.raises(ValueError, match='all 2 training rows are held out as well'):
+        data.without_leaks(rows, rows[::-1])
+    for pair in ((ROWS, rows), (rows, ROWS)):
+        with pytest.raises(ValueError, match="column 'question', but there are q, a: rename one"):
+            data.without_leaks(*pair)
+    assert data.without_leaks(ROWS, ROWS[1:], column='q')[1] == 2
+
+
+# Columns
 
 
 def test_columns_repeat_in_group_order():

@@ -1,52 +1,16 @@
-"""Accuracy, pass@k and maj@k: by hand, against enumeration, and on a run's folder."""
+"""What the policy is asked and how it is judged, by hand; the command on a run's folder."""
 
-import itertools
 import json
 
 import numpy as np
 import pytest
 import runs
 
-from grpo_jax import checkpoint, data, evaluate, tokens
+from grpo_jax import checkpoint, data, evaluate, judging, rewards, tokens
+from grpo_jax.setup import Problems
 from grpo_jax.types import Rollout
 
 BYTES = tokens.byte_tokenizer()
-
-
-def test_pass_at_k_is_the_mean_over_all_subsets():
-    for samples in range(1, 7):
-        for correct in range(samples + 1):
-            verdicts = [True] * correct + [False] * (samples - correct)
-            for k in range(1, samples + 1):
-                drawn = [any(subset) for subset in itertools.combinations(verdicts, k)]
-                assert evaluate.pass_at_k(samples, correct, k) == pytest.approx(np.mean(drawn))
-    for k in (0, 4):
-        with pytest.raises(ValueError, match=rf'pass@{k} cannot be estimated from 3 samples: .*3'):
-            evaluate.pass_at_k(3, 1, k)
-
-
-@pytest.mark.parametrize(
-    ('answers', 'right', 'k', 'expected'),
-    [
-        ('abb', 'b', 3, True),
-        ('abb', 'b', 1, False),  # only the first k vote
-        ('abb', 'a', 2, True),  # a tie goes to the first seen
-        ('abba', 'a', 4, True),
-        ('baab', 'a', 4, False),
-        ('--a', 'a', 3, True),  # no answer, no vote
-        ('--a', 'a', 2, False),
-        ('---', '-', 3, False),
-    ],
-)
-def test_maj_at_k(answers, right, k, expected):
-    votes = [None if answer == '-' else answer for answer in answers]
-    assert evaluate.maj_at_k(votes, [answer == right for answer in answers], k) is expected
-
-
-def test_maj_at_k_needs_k_samples():
-    for k in (0, 3):
-        with pytest.raises(ValueError, match=f'maj@{k} needs {k} samples, there are 2'):
-            evaluate.maj_at_k(['a', 'b'], [True, False], k)
 
 
 # Four questions that fit in four tokens and one that does not; what a sampler is made to answer.
@@ -83,9 +47,9 @@ def right(prompts, completions, answer, **columns):
     return [float(text == known) for text, known in zip(completions, answer, strict=True)]
 
 
-def problems():
+def problems(stops=()):
     table = data.tokenize_prompts(ROWS, BYTES, template='{question}', prompt_length=4)
-    return evaluate.Problems(ROWS, table, BYTES)
+    return Problems(ROWS, table, BYTES, stops)
 
 
 def test_evaluate_by_hand():
@@ -97,7 +61,7 @@ def test_evaluate_by_hand():
         greedy = sampling.temperature == 0
         return make_rollout(prompts, [[GREEDY[q]] if greedy else SAMPLES[q] for q in rows])
 
-    found = evaluate.evaluate(
+    found = judging.evaluate(
         sampler,
         'params',
         problems(),
@@ -121,12 +85,49 @@ def test_evaluate_by_hand():
             'eval/accuracy': 3 / 5,
             'eval/mean_length': (2 + 2 + 2 + 3 + 2) / 5,
             'eval/clipped_ratio': 1 / 5,  # '600' leaves no room for EOS
+            'eval/avg@3': (1 / 3 + 1 / 3 + 2 / 3 + 1 / 3 + 0) / 5,
             'eval/pass@1': (1 / 3 + 1 / 3 + 2 / 3 + 1 / 3 + 0) / 5,
             'eval/pass@3': 4 / 5,
-            'eval/maj@1': 2 / 5,  # '1+1=' and '2+2=' begin with the right answer
+            'eval/maj@1': (1 / 3 + 1 / 3 + 2 / 3 + 1 / 3 + 0) / 5,
             'eval/maj@3': 2 / 5,  # '2+2=' and '3+3='
         }
     )
+
+
+def test_equivalent_answers_vote_together():
+    written = {'1+1=': ['2', '3', '3'], '7=': ['1', '7.0', '7'], '2+2=': ['5', '4', '4.0']}
+
+    def sampler(params, prompts, *, step, sampling, group_size):
+        rows = [ROWS[i]['question'] for i in prompts.index]
+        answers = [written.get(q, ['9', '8', '7']) for q in rows]
+        return make_rollout(prompts, [texts[:group_size] for texts in answers])
+
+    def near(prompts, completions, answer, **columns):
+        pairs = zip(completions, answer, strict=True)
+        return [float(float(text) == float(known)) for text, known in pairs]
+
+    found = judging.answer(
+        sampler,
+        None,
+        problems(),
+        correct=near,
+        extract=str,
+        batch_size=5,
+        samples=3,
+        k=(3,),
+    )
+    assert found.values['eval/maj@3'].tolist() == [0, 1, 1, 0, 0]
+    assert found.sampled_extracted[1] == ['1', '7.0', '7']
+    rows = [*judging.rows(found)]
+    assert rows[1] == {
+        'prompt': '7=',
+        'completion': '1',
+        'extracted': '1',
+        'correct': False,
+        'sampled_extracted': ['1', '7.0', '7'],
+        'sampled_correct': [False, True, True],
+    }
+    assert [row['correct'] for row in rows] == [True, False, False, False, False]
 
 
 def test_evaluate_without_samples():
@@ -135,7 +136,7 @@ def test_evaluate_without_samples():
         return make_rollout(prompts, [[GREEDY[ROWS[i]['question']]] for i in prompts.index])
 
     settings = {'correct': right, 'extract': str, 'batch_size': 5, 'samples': 0, 'k': (1, 8)}
-    found = evaluate.evaluate(sampler, None, problems(), **settings)
+    found = judging.evaluate(sampler, None, problems(), **settings)
     assert sorted(found.metrics) == ['eval/accuracy', 'eval/clipped_ratio', 'eval/mean_length']
 
 
@@ -148,7 +149,7 @@ def test_judge_gives_every_completion_its_row():
 
     prompts, _ = next(data.in_order(problems().table, 2))
     rollout = make_rollout(prompts, [['2', 'ab'], ['', '7777']])
-    judged = evaluate.judge(rollout, problems(), {'watching': watching}, {'watching': 0.5})
+    judged = judging.judge(rollout, problems(), {'watching': watching}, {'watching': 0.5})
     assert seen == {
         'prompts': ['1+1=', '1+1=', '7=', '7='],
         'completions': ['2', 'ab', '', '777'],
@@ -159,6 +160,30 @@ def test_judge_gives_every_completion_its_row():
     assert judged.prompts == seen['prompts']
     assert judged.completions == seen['completions']
     np.testing.assert_array_equal(judged.scores.total, [1.0, 1.5, 0.5, 1.5])
+
+
+def test_judge_stops_where_a_string_says():
+    prompts, _ = next(data.in_order(problems().table, 2))
+    rollout = make_rollout(prompts, [['2;', ';ab'], ['a;', '7']])
+    functions = {'right': lambda completions, **_: [float(len(text)) for text in completions]}
+    judged = judging.judge(rollout, problems(stops=('b', ';')), functions, {'right': 1.0})
+    assert judged.completions == ['2', '', 'a', '7']
+    assert judged.scores.total.tolist() == [1, 0, 1, 1]
+
+
+def test_parts_of_a_batch_together():
+    whole, _ = next(data.in_order(problems().table, 4))
+    written = [['2', '3'], ['7', ''], ['', '4'], ['5', '6']]
+    given = {'right': right}, {'right': 0.5}
+    at_once = judging.judge(make_rollout(whole, written), problems(), *given)
+    parts = []
+    for rows in (slice(0, 1), slice(1, 4)):
+        some = type(whole)(*(column[rows] for column in whole))
+        parts.append(judging.judge(make_rollout(some, written[rows]), problems(), *given))
+    joined = judging.together(parts)
+    assert joined[:2] == at_once[:2]
+    np.testing.assert_array_equal(joined.scores.total, at_once.scores.total)
+    np.testing.assert_array_equal(joined.scores.parts['right'], at_once.scores.parts['right'])
 
 
 # The command
@@ -181,11 +206,30 @@ def test_the_command_repeats_the_last_evaluation(finished, monkeypatch, capsys):
     assert len(printed) == 1
     last = runs.lines(finished / 'heldout.jsonl')[-1]
     assert 0 < last['metrics']['eval/accuracy'] < 1
-    assert json.loads(printed[0]) == {'checkpoint': 'grpo/8', 'problems': 10, **last['metrics']}
+    found = json.loads(printed[0])
+    ends = {name: found.pop(name) for name in [*found] if name.endswith(('/low', '/high'))}
+    assert found == {'checkpoint': 'grpo/8', 'problems': 10, **last['metrics']}
+    for name, mean in last['metrics'].items():
+        assert ends.pop(f'{name}/low') <= mean <= ends.pop(f'{name}/high')
+    assert not ends
     rows = runs.lines(finished / 'evaluation.jsonl')
     names = {'prompt': 'prompts', 'completion': 'completions', 'correct': 'correct'}
     for one, many in names.items():
         assert [row[one] for row in rows] == last[many]
+    for row in rows:
+        assert row['extracted'] == rewards.final_result(row['completion'])
+        assert len(row['sampled_correct']) == len(row['sampled_extracted']) == 4
+
+
+def test_the_command_asks_other_problems_in_other_words(finished, monkeypatch, capsys):
+    changes = ('data.heldout_split=train', 'data.prompt={question} ', 'data.prompt_length=5')
+    run(monkeypatch, f'--workdir={finished}', *(f'--config.{change}' for change in changes))
+    found = json.loads(capsys.readouterr().out)
+    assert found['problems'] == 90
+    assert 0 < found['eval/accuracy/low'] < found['eval/accuracy'] < found['eval/accuracy/high']
+    prompts = [row['prompt'] for row in runs.lines(finished / 'evaluation.jsonl')]
+    assert len(prompts) == 90
+    assert all(prompt.endswith('= ') for prompt in prompts)
 
 
 def test_the_command_takes_another_eval_section(finished, monkeypatch, capsys):
@@ -194,6 +238,14 @@ def test_the_command_takes_another_eval_section(finished, monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found['eval/accuracy'] == last['eval/accuracy']
     assert 'eval/pass@1' not in found
+    assert 'sampled_correct' not in runs.lines(finished / 'evaluation.jsonl')[0]
+
+
+def test_the_command_says_how_it_is_used(monkeypatch, capsys):
+    run(monkeypatch, '--help')
+    printed = capsys.readouterr().out
+    assert '--workdir=FOLDER' in printed
+    assert '--completions=FILE.jsonl' in printed
 
 
 def test_the_command_needs_a_checkpoint(tmp_path, monkeypatch, capsys):
@@ -214,11 +266,14 @@ def test_the_command_needs_a_checkpoint(tmp_path, monkeypatch, capsys):
         ({'samples': 3}, 'eval.k=4 needs at least 4 samples: eval.samples=3'),
         ({'correct': ''}, 'eval.correct is empty: name the reward function that is 1 where'),
         ({'correct': 'exact_anwser'}, "unknown reward 'exact_anwser', did you mean 'exact_answer'"),
-        ({'extract': 'last'}, "unknown extractor 'last'.*; built in are extract_answer, final_re"),
+        (
+            {'extract': 'last'},
+            "unknown extractor 'last'.*; built in are extract_answer, .*final_re",
+        ),
     ],
 )
 def test_settings_refuses(changes, message):
     config = runs.get_config()
     config.eval.update(changes)
     with pytest.raises(ValueError, match=message):
-        evaluate.settings(config.eval)
+        judging.settings(config.eval)

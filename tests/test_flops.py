@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from grpo_jax import models, sharding
 from grpo_jax.flops import count_flops
 from grpo_jax.sample import sample
-from grpo_jax.score import group_logprobs
+from grpo_jax.score import completion_logprobs
 from grpo_jax.types import Prompts, Rollout, Sampling
 
 
@@ -114,7 +114,7 @@ def test_agrees_with_xla_where_no_loop_repeats():
     group = group_of(4, 32, 16)
 
     def run(params, group):
-        return group_logprobs(model, params, group, Sampling(), chunk=16)[0]
+        return completion_logprobs(model, params, group, Sampling(), chunk=16)[0]
 
     params = tiny.shapes(model)
     xla = jax.jit(run).lower(params, group).compile().cost_analysis()['flops']
@@ -152,13 +152,13 @@ def test_sampling_counts_prefill_once_and_each_decode_step():
 
 
 def group_of(group_size, length, max_tokens):
-    shape = (group_size, max_tokens)
+    shape = (1, group_size, max_tokens)
     return Rollout(
-        Prompts(ints(length), ints(), ints()),
+        Prompts(ints(1, length), ints(1), ints(1)),
         ints(*shape),
         jax.ShapeDtypeStruct(shape, bool),
         floats(*shape),
-        jax.ShapeDtypeStruct(shape[:1], bool),
+        jax.ShapeDtypeStruct(shape[:2], bool),
     )
 
 
@@ -198,7 +198,7 @@ def test_a_shared_prompt_saves_two_thirds_of_the_work(size, remat):
     params = tiny.shapes(model)
 
     def shared(params, group):
-        return group_logprobs(model, params, group, Sampling(), chunk=64)[0].sum()
+        return completion_logprobs(model, params, group, Sampling(), chunk=64)[0].sum()
 
     def plain(params, rows, targets):
         hidden = oracle.hidden_states(params, rows, model.config, jnp)[:, length - 1 : -1]

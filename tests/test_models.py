@@ -11,11 +11,12 @@ import tiny
 
 from grpo_jax import models
 from grpo_jax.flops import count_flops
-from grpo_jax.models.attention import Piece, attend, rotate
+from grpo_jax.models import rope
+from grpo_jax.models.attention import NOWHERE, Piece, attend
 
 EVERYTHING = {
     'attention_bias': True,
-    'qk_norm': True,
+    'qk_norm': 'head',
     'tied_head': False,
     'rope_theta': 500.0,
     'norm_eps': 1e-2,
@@ -31,40 +32,35 @@ def policy(**options):
 
 def group_logits(model, params, rollout):
     """[B, G, T, V] by reading each prompt once."""
-
-    def one(prompt, length, tokens):
-        hidden = models.group_hidden(model, params, prompt, length, tokens)
-        return model.apply({'params': params}, hidden, method='logits')
-
-    return jax.vmap(one)(rollout.prompts.tokens, rollout.prompts.length, rollout.tokens)
+    prompts = rollout.prompts
+    hidden = models.completion_hidden(model, params, prompts.tokens, prompts.length, rollout.tokens)
+    return model.apply({'params': params}, hidden, method='logits')
 
 
 def decode_logits(model, params, rollout):
     """The same, token by token: each column of keys and values is written before the next step."""
-    c, (_, group_size, max_tokens) = model.config, rollout.tokens.shape
+    c, (groups, group_size, max_tokens) = model.config, rollout.tokens.shape
     apply = functools.partial(model.apply, {'params': params})
+    length = rollout.prompts.length
+    prompt, last = apply(rollout.prompts.tokens, length, method='prefill')
+    shape = (c.layers, groups, group_size, c.kv_heads, max_tokens, c.head_dim)
+    empty = jnp.zeros(shape, last.dtype)
 
-    def one(prompt, length, tokens):
-        keys_values, last = apply(prompt, length, method='prefill')
-        empty = jnp.zeros((c.layers, group_size, c.kv_heads, max_tokens, c.head_dim), last.dtype)
+    def step(own, xs):
+        token, t = xs
+        hidden, column = apply(token, t, prompt, length, own, method='decode')
+        own = jax.tree.map(
+            lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, t, axis=4),
+            own,
+            column,
+        )
+        return own, hidden
 
-        def step(own, xs):
-            token, t = xs
-            hidden, column = apply(token, t, keys_values, length, own, method='decode')
-            own = jax.tree.map(
-                lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, t, axis=3),
-                own,
-                column,
-            )
-            return own, hidden
-
-        own = models.KeyValues(empty, empty)
-        _, hidden = jax.lax.scan(step, own, (tokens.T, jnp.arange(max_tokens)))
-        first = jnp.broadcast_to(last, (1, group_size, c.width))
-        hidden = jnp.concatenate([first, hidden[:-1]]).swapaxes(0, 1)
-        return apply(hidden, method='logits')
-
-    return jax.vmap(one)(rollout.prompts.tokens, rollout.prompts.length, rollout.tokens)
+    columns = jnp.moveaxis(rollout.tokens, -1, 0), jnp.arange(max_tokens)
+    _, hidden = jax.lax.scan(step, models.KeyValues(empty, empty), columns)
+    first = jnp.broadcast_to(last[:, None], (1, groups, group_size, c.width))
+    hidden = jnp.moveaxis(jnp.concatenate([first, hidden[:-1]]), 0, 2)
+    return apply(hidden, method='logits')
 
 
 def run(function, model, params, rollout):
@@ -192,18 +188,27 @@ def test_attention_over_pieces_is_attention_over_their_union(shown, scale):
     rows, length, heads, kv_heads, width, sizes = 3, 2, 4, 2, 6, (3, 4, 2)
     q = jnp.asarray(scale * rng.standard_normal((rows, length, heads, width)), jnp.float32)
     kv = pieces_of(rng, rows, kv_heads, width, sizes)
-    masks = [jnp.arange(3) < shown[0], jnp.arange(4) < shown[1], jnp.tri(2, dtype=bool)]
-    ours = attend(q, [Piece(k, v, mask) for (k, v), mask in zip(kv, masks, strict=True)])
+    masks = [np.arange(3) < shown[0], np.arange(4) < shown[1], np.tri(2, dtype=bool)]
+    at = [np.where(masks[0], np.arange(3), NOWHERE), np.where(masks[1], 3 + np.arange(4), NOWHERE)]
+    at = [jnp.asarray(positions) for positions in (*at, 7 + np.arange(2))]
+    pieces = [Piece(k, v, positions) for (k, v), positions in zip(kv, at, strict=True)]
+    ours = attend(q, pieces, at[-1], scale=width**-0.5)
     kv[0] = tuple(np.broadcast_to(x, (rows, *x.shape)) for x in kv[0])
     k, v = (np.concatenate(parts, axis=2) for parts in zip(*kv, strict=True))
     visible = np.concatenate([np.broadcast_to(m, (length, m.shape[-1])) for m in masks], axis=1)
     np.testing.assert_allclose(ours, softmax_attention(q, k, v, visible), atol=2e-5 * scale**0.5)
 
 
+def turn(x, position, theta):
+    at = jnp.array([position])
+    tables = rope.tables(at, at + 1, width=x.shape[-1], theta=theta, scaling={})
+    return rope.rotate(x, *tables)
+
+
 def test_rotation_by_hand():
     """Pair (i, i + h/2) turns by position * theta^(-2i/h): here by 3 and by 3 / 10."""
     x = jnp.array([1.0, 0.0, 0.0, 2.0]).reshape(1, 1, 4)
-    turned = rotate(x, jnp.array([3]), theta=100.0)[0, 0]
+    turned = turn(x, 3, theta=100.0)[0, 0]
     expected = [np.cos(3), -2 * np.sin(0.3), np.sin(3), 2 * np.cos(0.3)]
     np.testing.assert_allclose(turned, expected, atol=1e-6)
 
@@ -213,8 +218,7 @@ def test_rotation_depends_on_distance_only():
     q, k = jnp.asarray(rng.standard_normal((2, 1, 1, 8)), jnp.float32)
 
     def score(i, j):
-        at = lambda x, p: rotate(x, jnp.array([p]), theta=50.0)  # noqa: E731
-        return float((at(q, i) * at(k, j)).sum())
+        return float((turn(q, i, theta=50.0) * turn(k, j, theta=50.0)).sum())
 
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
     assert score(5, 5) == pytest.approx(float((q * k).sum()), abs=1e-5)

@@ -11,7 +11,7 @@ import runs
 from tensorboardX.proto.event_pb2 import Event
 
 from grpo_jax import report
-from grpo_jax.evaluate import Evaluation
+from grpo_jax.judging import Evaluation
 
 
 def curves(folder):

@@ -9,17 +9,17 @@ import pytest
 import tiny
 
 from grpo_jax.sample import sample
-from grpo_jax.score import group_logprobs, token_weights
+from grpo_jax.score import completion_logprobs, token_weights
 from grpo_jax.types import Sampling
 
 VARIANTS = {
     'grouped query': {},
     'multi head, stored': {'kv_heads': 4, 'remat': False},
-    'multi query, q/k norm': {'kv_heads': 1, 'qk_norm': True},
+    'multi query, q/k norm': {'kv_heads': 1, 'qk_norm': 'head'},
     'biases, untied': {'attention_bias': True, 'tied_head': False},
     'everything': {
         'attention_bias': True,
-        'qk_norm': True,
+        'qk_norm': 'head',
         'tied_head': False,
         'rope_theta': 500.0,
         'norm_eps': 1e-2,
@@ -39,9 +39,7 @@ SAMPLINGS = {
 def logprobs(model, params, rollout, sampling=Sampling(), **options):  # noqa: B008
     """[B, G, T] log-probs and entropies or None."""
     options = {'chunk': 2} | options
-    return jax.vmap(lambda group: group_logprobs(model, params, group, sampling, **options))(
-        rollout
-    )
+    return completion_logprobs(model, params, rollout, sampling, **options)
 
 
 @functools.cache
@@ -146,7 +144,7 @@ def test_sampler_equals_scorer(name, model, params, rollout):
 
 def test_sampler_equals_scorer_in_bfloat16(rollout):
     """Both round the same things: norm scales stay float32, matrices and biases do not."""
-    model = tiny.make_model(dtype='bfloat16', attention_bias=True, qk_norm=True)
+    model = tiny.make_model(dtype='bfloat16', attention_bias=True, qk_norm='head')
     params = tiny.make_params(model)
     drawn = sample(
         model,

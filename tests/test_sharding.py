@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec
 
 from grpo_jax import sharding
 from grpo_jax.losses import Objective
+from grpo_jax.models import Lora
 from grpo_jax.optimizer import adamw
 from grpo_jax.sample import sample
 from grpo_jax.types import Sampling, TrainState
@@ -35,8 +36,19 @@ def mesh_of(shape):
 
 
 def test_every_parameter_is_in_the_table_or_replicated_on_purpose():
-    model = tiny.make_model(attention_bias=True, qk_norm=True, tied_head=False)
-    names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(tiny.shapes(model))}
+    options = {
+        'tied_head': False,
+        'qk_norm': 'head',
+        'attention_bias': True,
+        'out_bias': True,
+    }
+    dense = tiny.make_model(**options, mlp_bias=True, lora=Lora(rank=2))
+    routed = tiny.make_model(**options, experts=3, experts_per_token=2)
+    names = {
+        path[-1].key
+        for model in (dense, routed)
+        for path, _ in jax.tree_util.tree_leaves_with_path(tiny.shapes(model))
+    }
     assert names - set(sharding.TABLE) == {'scale'}
     assert set(sharding.TABLE) <= names
 

@@ -5,6 +5,8 @@ import hypothesis.strategies as st
 import numpy as np
 import pytest
 import tiny
+import tokenizers
+import transformers
 
 from grpo_jax import tokens
 
@@ -40,11 +42,69 @@ def test_load_tokenizer(tmp_path):
         tokens.load_tokenizer(str(tmp_path / 'none'))
 
 
-def test_eos_ids():
-    assert tokens.eos_ids(BYTES) == (257,)
-    assert tokens.eos_ids(BYTES, '<pad>', 'A') == (257, 256, 65)
-    with pytest.raises(ValueError, match="'<stop>' cannot end completions"):
-        tokens.eos_ids(BYTES, '<stop>')
+@pytest.mark.parametrize(
+    ('generation', 'expected'),
+    [
+        (None, [257]),
+        ({}, [257]),
+        ({'eos_token_id': None}, [257]),
+        ({'eos_token_id': 65}, [257, 65]),
+        ({'eos_token_id': [65, 257, 66]}, [257, 65, 66]),
+    ],
+)
+def test_eos_ids(generation, expected):
+    assert tokens.eos_ids(BYTES, generation).tolist() == expected
+
+
+def reaches(table, ids):
+    """After which of the ids the table's last state is reached; None if never."""
+    state = 0
+    for place, token in enumerate(ids):
+        state = table[state, token]
+        if state == len(table) - 1:
+            return place
+    return None
+
+
+STOPS = [['ab'], ['aa'], ['\nQ:', '\n\n'], ['abab', 'babb', 'b'], ['aab', 'ab'], ['答案', '案a']]
+
+
+@pytest.mark.parametrize('stops', STOPS)
+@hypothesis.given(text=st.text(alphabet='abQ:\nx', max_size=14))
+def test_stop_table_against_a_search_after_each_letter(stops, text):
+    table = tokens.stop_table(BYTES, stops, 260)
+    ends = [any(text[: i + 1].endswith(stop) for stop in stops) for i in range(len(text))]
+    expected = ends.index(True) if any(ends) else None
+    assert reaches(table, BYTES.encode(text)) == expected
+
+
+def test_stop_table_of_tokens_of_several_letters():
+    """A stop string may begin and end inside tokens; once reached it is never left."""
+    model = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({'<eos>': 0, 'xa': 1, 'b': 2, 'bx': 3, 'abab': 4}, '<eos>')
+    )
+    words = transformers.PreTrainedTokenizerFast(tokenizer_object=model, eos_token='<eos>')
+    words.backend_tokenizer.decoder = tokenizers.decoders.Fuse()
+    words.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split('|', 'removed')
+    table = tokens.stop_table(words, ['ab'], 6)
+    assert table.shape == (3, 6)
+    assert [reaches(table, ids) for ids in ([1, 2], [1, 3], [4], [2, 2, 1], [1, 0, 5])] == [
+        1, 1, 0, None, None,
+    ]  # fmt: skip
+    assert (table[2] == 2).all()
+
+
+def test_no_stop_strings_and_empty_ones():
+    assert tokens.stop_table(BYTES, [], 258) is None
+    with pytest.raises(ValueError, match='an empty one would end every completion'):
+        tokens.stop_table(BYTES, ['a', ''], 258)
+
+
+def test_texts_end_before_the_first_stop_string():
+    ids = np.array([list(b'one\nQ: two##'), list(b'one## two\nQ:'), list(b'no stop here')])
+    mask = np.ones(ids.shape, bool)
+    cut = tokens.texts(BYTES, ids, mask, ['\nQ:', '##'])
+    assert cut == ['one', 'one', 'no stop here']
 
 
 def test_texts():

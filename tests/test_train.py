@@ -130,7 +130,8 @@ def test_metrics_have_their_standard_names(finished):
         assert all(row[name] is not None for name in row)
     tests = runs.lines(finished / 'heldout.jsonl')
     assert [row['step'] for row in tests] == [0, 4, 8]
-    expected = {'accuracy', 'mean_length', 'clipped_ratio', 'pass@1', 'pass@4', 'maj@1', 'maj@4'}
+    expected = {'accuracy', 'mean_length', 'clipped_ratio', 'avg@4'}
+    expected |= {'pass@1', 'pass@4', 'maj@1', 'maj@4'}
     assert all(row['metrics'].keys() == {f'eval/{name}' for name in expected} for row in tests)
 
 
@@ -388,10 +389,10 @@ BAD = [
     ({'eval.k': (1, 5)}, 'eval.k=5 needs at least 5 samples: eval.samples=4'),
     ({'data.prompt_length': 3}, 'all 10 prompts are longer than prompt_length=3 tokens: raise it'),
     ({'data.completion_length': 2}, 'all 90 completions are longer than completion_length=2'),
-    ({'data.prompt': ''}, 'the prompt of row 0 has no tokens: fill the row or the template'),
+    ({'data.prompt': ''}, "unknown prompt format '': choose deepseekmath, .* or write a template"),
     ({'data.prompt': '{q}'}, "template '{q}' does not fit the data .*the columns are {answer},"),
     ({'data.train_split': 'training'}, "arithmetic has no split 'training': choose train or test"),
-    ({'data.name': 'sums'}, "unknown data set 'sums': choose arithmetic, gsm8k or jsonl"),
+    ({'data.name': 'sums'}, "unknown data set 'sums': choose arithmetic, countdown, gsm8k, math,"),
     ({'data.options': {'mistakes': 2.0}}, 'arithmetic: mistakes is 2.0: make it between 0 and 1'),
     ({'data.cache_dir': f'{__file__}/x'}, 'cache_dir .*test_train.py/x: Not a directory: name'),
     ({'tokenizer': '/no/folder'}, "tokenizer '/no/folder' cannot be loaded: give 'bytes'"),
@@ -477,22 +478,22 @@ def jsonl(tmp_path, monkeypatch):
 def test_prompts_that_are_too_long_are_counted(tmp_path, jsonl, caplog):
     config, write = jsonl
     config.sft.update(batch_size=8)
-    write('test', '1', '12345')
+    write('test', '9999', '12345')
     write('train', *(str(number) for number in range(9_990, 10_010)))
     with caplog.at_level(logging.WARNING), pytest.raises(Reached):
         train.train(config, str(tmp_path / 'run'))
     told = [record.message for record in caplog.records if record.name == 'grpo_jax']
     assert told == [
-        'test: dropped 1 of 2 prompts, too long',
-        'train: dropped 10 of 20 prompts, too long',
-        'dropped 10 of 20 demonstrations, too long',
+        'test: 1 of 2 rows used; dropped 1 that are too long',
+        'train: 9 of 20 rows used; dropped 10 that are too long and 1 whose question is held out',
+        'demonstrations: 9 of 19 rows used; dropped 10 that are too long',
     ]
 
 
 def test_a_line_that_is_no_json(tmp_path, jsonl, compiled):
     config, write = jsonl
     path = write('train', *(str(number) for number in range(16)))
-    write('test', '1')
+    write('test', '99')
     good = path.read_text()
     path.write_text(good + '{"question": \n')
     with pytest.raises(ValueError, match=f'^{path}:17: not valid JSON: .* at column') as error:
@@ -506,7 +507,7 @@ def test_a_line_that_is_no_json(tmp_path, jsonl, compiled):
 
 def test_an_empty_prompt(tmp_path, jsonl, compiled):
     config, write = jsonl
-    write('test', '1')
+    write('test', '99')
     write('train', *(str(number) for number in range(16)), '')
     with pytest.raises(ValueError, match='the prompt of row 16 has no tokens: fill the row or the'):
         train.train(config, str(tmp_path / 'run'))

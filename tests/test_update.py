@@ -19,7 +19,7 @@ import tiny
 from grpo_jax.flops import count_flops
 from grpo_jax.losses import Objective
 from grpo_jax.optimizer import adamw
-from grpo_jax.score import group_logprobs
+from grpo_jax.score import completion_logprobs
 from grpo_jax.types import Prompts, Rollout, Sampling, TrainState
 from grpo_jax.update import Algorithm, init_state, make_step, update
 
@@ -316,12 +316,11 @@ def shapes_of(model, groups, group_size, length, max_tokens):
 def test_only_the_passes_that_are_needed(model):
     """In exact FLOPs: a reference pass only with a reference, old log-probs where they differ."""
     state, ref, rollout, rewards, *scalars = shapes_of(model, 4, 3, 6, 5)
-    group = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), rollout)
 
-    def forward(params, group):
-        return group_logprobs(model, params, group, Sampling(), chunk=128)[0]
+    def forward(params, rollout):
+        return completion_logprobs(model, params, rollout, Sampling(), chunk=128)[0]
 
-    one_pass = 4 * count_flops(forward, ref, group)
+    one_pass = count_flops(forward, ref, rollout)
 
     def flops(ref, **options):
         return count_flops(compiled(model, **options), state, ref, rollout, rewards, *scalars)

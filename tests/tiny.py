@@ -9,7 +9,7 @@ import numpy as np
 import tokenizers
 
 from grpo_jax import tokens
-from grpo_jax.models import ModelConfig, Transformer, init
+from grpo_jax.models import Lora, ModelConfig, Transformer, init
 from grpo_jax.types import Prompts, Rollout
 
 VOCAB = 67  # more than one block of the sampler, and no multiple of it
@@ -84,13 +84,14 @@ def make_rewards(seed=0, groups=4, group_size=3):
 class Bigram:
     """A policy that looks at one token: all that the update asks of a model, compiled fast."""
 
-    config = SimpleNamespace(dtype='float32')
+    config = SimpleNamespace(dtype='float32', lora=Lora())
 
     def apply(self, variables, *args, method):
         params = variables['params']
         if method == 'prefill':
             tokens, length = args
-            return None, params['embedding'][tokens[length - 1]]
+            last = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
+            return None, params['embedding'][last]
         if method == 'extend':
             return params['embedding'][args[0]]
         if method == 'logits':

@@ -5,7 +5,19 @@ TensorFlow: use the classes. TFDS looks up a builder by the folder of its packag
 """
 
 from grpo_jax.datasets.arithmetic import Arithmetic, ArithmeticConfig
-from grpo_jax.datasets.jsonl import Jsonl, JsonlConfig
+from grpo_jax.datasets.choose import choose
+from grpo_jax.datasets.countdown import Countdown, CountdownConfig
+from grpo_jax.datasets.files import Files, FilesConfig
 from grpo_jax.datasets.prepare import TextRows, prepare
 
-__all__ = ['Arithmetic', 'ArithmeticConfig', 'Jsonl', 'JsonlConfig', 'TextRows', 'prepare']
+__all__ = [
+    'Arithmetic',
+    'ArithmeticConfig',
+    'Countdown',
+    'CountdownConfig',
+    'Files',
+    'FilesConfig',
+    'TextRows',
+    'choose',
+    'prepare',
+]

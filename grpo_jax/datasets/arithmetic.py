@@ -9,14 +9,15 @@ The mistake is carryless arithmetic (Applegate, LeBrun and Sloane, "Carryless Ar
 """
 
 import dataclasses
-import hashlib
 import itertools
 import math
 import operator
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import tensorflow_datasets as tfds
+
+from grpo_jax.datasets.generated import Generated, GeneratedConfig
 
 OPERATIONS = {'+': operator.add, '-': operator.sub, '*': operator.mul}
 
@@ -24,38 +25,34 @@ Problem = tuple[list[int], list[str]]  # n numbers and the n - 1 operations betw
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
-class ArithmeticConfig(tfds.core.BuilderConfig):
-    """What to generate. The config's name is a digest of all options, so no stale data are reused.
+class ArithmeticConfig(GeneratedConfig):
+    """Which problems to generate.
 
     Attributes:
         train_size: problems in the train split.
         test_size: problems in the test split.
+        seed: decides the problems and the mistakes.
         min_numbers: fewest numbers in a problem.
         max_numbers: most numbers in a problem. Every count comes equally often while it lasts.
         min_digits: fewest decimal digits of a number (0 has one digit).
         max_digits: most decimal digits of a number.
         operations: the operations that occur, out of `+-*`.
         mistakes: probability that a carry step of a demonstration is carryless.
-        seed: decides the problems and the mistakes.
 
     Raises:
         ValueError: an option is out of its range.
     """
 
-    name: str = dataclasses.field(init=False, default='')
-    train_size: int = 20_000
-    test_size: int = 500
+    KIND = 'arithmetic'
+
     min_numbers: int = 3
     max_numbers: int = 3
     min_digits: int = 1
     max_digits: int = 2
     operations: str = '+'
     mistakes: float = 0.5
-    seed: int = 0
 
     def __post_init__(self) -> None:
-        self._require('train_size', self.train_size >= 1, 'at least 1')
-        self._require('test_size', self.test_size >= 1, 'at least 1')
         self._require('min_numbers', self.min_numbers >= 2, 'at least 2')
         self._require('max_numbers', self.max_numbers >= self.min_numbers, 'at least min_numbers')
         self._require('min_digits', self.min_digits >= 1, 'at least 1')
@@ -63,58 +60,26 @@ class ArithmeticConfig(tfds.core.BuilderConfig):
         known = bool(self.operations) and set(self.operations) <= set(OPERATIONS)
         self._require('operations', known, f'one or more of {"".join(OPERATIONS)}')
         self._require('mistakes', 0 <= self.mistakes <= 1, 'between 0 and 1')
-        self._require('seed', self.seed >= 0, 'at least 0')
         self.operations = ''.join(symbol for symbol in OPERATIONS if symbol in self.operations)
-        self.description = repr(dataclasses.asdict(self))
-        self.name = hashlib.sha256(self.description.encode()).hexdigest()[:16]
-
-    def _require(self, option: str, valid: bool, remedy: str) -> None:
-        if not valid:
-            raise ValueError(f'arithmetic: {option} is {getattr(self, option)!r}: make it {remedy}')
+        super().__post_init__()
 
 
-class Arithmetic(tfds.core.GeneratorBasedBuilder):
+class Arithmetic(Generated):
     """Text columns `question`, `answer`, `solution` (right) and `demonstration` (with mistakes).
 
-    Problems are drawn without replacement, first those of the test split: no question occurs twice
-    in the two splits, and the test questions are the same for any `train_size` and `mistakes`.
-
-    Preparing raises ValueError, with the number, where fewer problems exist than are asked for.
+    No question occurs twice in the two splits, and the test questions are the same for any
+    `train_size` and `mistakes`.
     """
 
     VERSION = tfds.core.Version('1.0.0')  # raise it whenever the same options give other text
+    COLUMNS = ('question', 'answer', 'solution', 'demonstration')
 
-    def _info(self) -> tfds.core.DatasetInfo:
-        columns = ('question', 'answer', 'solution', 'demonstration')
-        return tfds.core.DatasetInfo(
-            builder=self,
-            description=__doc__,
-            features=tfds.features.FeaturesDict({name: tfds.features.Text() for name in columns}),
-            disable_shuffling=True,
-        )
+    def _problems(self) -> Iterator[Problem]:
+        return _problems(self.builder_config)
 
-    def _split_generators(
-        self, dl_manager: tfds.download.DownloadManager
-    ) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
+    def _row(self, problem: Problem) -> dict[str, str]:
         config = self.builder_config
-        wanted = config.train_size + config.test_size
-        problems = list(itertools.islice(_problems(config), wanted))
-        if len(problems) < wanted:
-            raise ValueError(
-                f'arithmetic: train_size + test_size is {wanted}, but with these options only '
-                f'{len(problems)} problems exist: lower the sizes, or allow more digits or numbers'
-            )
-        return {
-            'train': self._generate_examples(problems[config.test_size :]),
-            'test': self._generate_examples(problems[: config.test_size]),
-        }
-
-    def _generate_examples(
-        self, problems: Sequence[Problem]
-    ) -> Iterator[tuple[int, dict[str, str]]]:
-        config = self.builder_config
-        for place, (numbers, symbols) in enumerate(problems):
-            yield place, row(numbers, symbols, mistakes=config.mistakes, seed=config.seed)
+        return row(*problem, mistakes=config.mistakes, seed=config.seed)
 
 
 def row(numbers: list[int], symbols: list[str], *, mistakes: float, seed: int) -> dict[str, str]:

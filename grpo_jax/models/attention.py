@@ -13,6 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+NOWHERE = 2**30  # position of a key that no query may read: all of them stand before it
 _MASKED = -1e30  # finite, so that a fully masked piece gives weight 0 and not NaN
 
 
@@ -21,35 +22,32 @@ class Piece(NamedTuple):
 
     k: jax.Array  # [G, K, N, h], or [K, N, h] when shared
     v: jax.Array  # like k
-    mask: jax.Array  # bool[S, N] or [N]: which positions query s may read
+    positions: jax.Array  # i32[N], where they stand; NOWHERE where there is none
 
     @property
     def shared(self) -> bool:
         return self.k.ndim == 3
 
 
-def rotate(x: jax.Array, positions: jax.Array, theta: float) -> jax.Array:
-    """Rotary position embedding, half-split layout (Su et al., arXiv 2104.09864, eq. 34).
-
-    Args:
-      x: [..., S, heads, h] with h even.
-      positions: i32[S], counted from the first prompt token.
-      theta: base of the wavelengths.
-    """
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = positions[:, None, None].astype(jnp.float32) * frequency
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x.dtype)
-
-
-def attend(q: jax.Array, pieces: Sequence[Piece]) -> jax.Array:
-    """Softmax attention over the union of the pieces, scores and sums in float32.
+def attend(
+    q: jax.Array,
+    pieces: Sequence[Piece],
+    positions: jax.Array,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    window: jax.Array | None = None,
+) -> jax.Array:
+    """Causal softmax attention over the union of the pieces, scores and sums in float32.
 
     Args:
       q: [G, S, H, h] rotated queries of G rows, S positions each.
-      pieces: at least one position must be visible to every query.
+      pieces: every query must see at least one position of them.
+      positions: i32[S], where the queries stand; a query sees keys up to its own position.
+      scale: of the scores.
+      softcap: scores are softcap * tanh(score / softcap), unless it is 0 (Gemma 2, arXiv
+        2408.00118, section 2).
+      window: i32[], how many positions a query sees, its own counted; None is all.
 
     Returns:
       [G, S, H, h] in the dtype of q.
@@ -58,8 +56,13 @@ def attend(q: jax.Array, pieces: Sequence[Piece]) -> jax.Array:
     kv_heads = pieces[0].k.shape[-3]
     # [G, K, S, R, h]: the R query heads that read one key/value head become rows of its product.
     q = q.reshape(rows, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 1, 3, 4)
-    q = q * jnp.asarray(width**-0.5, q.dtype)
-    scores = [_scores(q, piece) for piece in pieces]
+    q = q * jnp.asarray(scale, q.dtype)
+    scores = []
+    for piece in pieces:
+        visible = piece.positions <= positions[:, None]
+        if window is not None:
+            visible &= piece.positions > positions[:, None] - window
+        scores.append(_scores(q, piece, visible, softcap))
     peaks = [s.max(-1, initial=_MASKED) for s in scores]
     peak = functools.reduce(jnp.maximum, map(_row_major, peaks, pieces))
     peak = jax.lax.stop_gradient(peak)
@@ -73,12 +76,13 @@ def attend(q: jax.Array, pieces: Sequence[Piece]) -> jax.Array:
     return out.transpose(0, 2, 1, 3, 4).reshape(rows, length, heads, width)
 
 
-def _scores(q: jax.Array, piece: Piece) -> jax.Array:
+def _scores(q: jax.Array, piece: Piece, visible: jax.Array, softcap: float) -> jax.Array:
     """f32[G, K, S, R, N], or [K, G, S, R, N] for a shared piece: its product's natural order."""
     product = 'gksrh,knh->kgsrn' if piece.shared else 'gksrh,gknh->gksrn'
     scores = jnp.einsum(product, q, piece.k, preferred_element_type=jnp.float32)
-    mask = piece.mask if piece.mask.ndim == 1 else piece.mask[:, None, :]
-    return jnp.where(mask, scores, _MASKED)
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
+    return jnp.where(visible[:, None, :], scores, _MASKED)
 
 
 def _read(weights: jax.Array, piece: Piece) -> jax.Array:

@@ -1,138 +1,103 @@
-"""One decoder with three entries: prefill a prompt, extend a group, decode a token.
+"""One decoder with three entries: prefill prompts, extend groups, decode a token of each row.
 
-RMSNorm, rotary positions, grouped-query attention and a gated MLP: the shape of Llama and Qwen.
-Every entry is written for one group and is `vmap`ped over B by its callers. Parameters are a plain
-nested dict, the layers stacked along a leading L axis and run by one scan, so compile time does not
-grow with depth.
+RMSNorm, rotary positions, grouped-query attention and a gated MLP or experts; what distinguishes
+the families (Llama, Qwen, Gemma, ...) are the options of `ModelConfig`. Arrays lead with the B axis
+of groups, and attention is `vmap`ped over it. Parameters are a plain nested dict, the layers
+stacked along a leading L axis and run by one scan, so compile time does not grow with depth.
 """
 
-import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from grpo_jax.models.attention import Piece, attend, rotate
+from grpo_jax.models import rope
+from grpo_jax.models.attention import NOWHERE, Piece, attend
+from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.layers import RMSNorm, experts, mlp, project
 from grpo_jax.sharding import anchor
 from grpo_jax.types import Params
 
-DTYPES = ('float32', 'bfloat16', 'float16')
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """Sizes and options of the decoder.
-
-    Raises:
-      ValueError: heads not a multiple of kv_heads, an odd head_dim, or an unknown dtype.
-    """
-
-    vocab_size: int  # V
-    width: int  # D
-    layers: int  # L
-    heads: int  # H
-    kv_heads: int  # K
-    head_dim: int  # h
-    mlp_width: int
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
-    tied_head: bool = True  # the output projection is the embedding's transpose
-    attention_bias: bool = False  # biases on the q, k and v projections (Qwen2)
-    qk_norm: bool = False  # RMSNorm over each head of q and k (Qwen3)
-    dtype: str = 'float32'  # of the computation; parameters are float32
-    remat: bool = True  # recompute each layer in the backward pass instead of storing it
-
-    def __post_init__(self) -> None:
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                f'model heads={self.heads} is not a multiple of kv_heads={self.kv_heads}: '
-                'every key/value head serves the same number of query heads'
-            )
-        if self.head_dim % 2:
-            raise ValueError(f'model head_dim={self.head_dim} is odd: rotary positions need pairs')
-        if self.dtype not in DTYPES:
-            raise ValueError(
-                f'model dtype={self.dtype!r} is unknown: use one of {", ".join(DTYPES)}'
-            )
-
 
 class KeyValues(NamedTuple):
-    """Rotated keys, and values: [L, K, N, h] of a prompt, [L, G, K, N, h] of completions."""
+    """Rotated keys, and values: [L, B, K, N, h] of prompts, [L, B, G, K, N, h] of completions."""
 
     k: jax.Array
     v: jax.Array
 
 
-class RMSNorm(nn.Module):
-    """Zhang and Sennrich, arXiv 1910.07467: x / rms(x) * scale, in float32."""
+class _Where(NamedTuple):
+    """Where the new tokens stand and what they may read; the same for all layers."""
 
-    eps: float
+    positions: jax.Array  # i32[B, S]
+    past: tuple[jax.Array, ...]  # i32[B, N] for each piece of keys and values that came before
+    cos: jax.Array  # f32[kinds, B, S, n], see `_rotations`
+    sin: jax.Array
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        scale = self.param('scale', nn.initializers.ones, (x.shape[-1],))
-        x32 = x.astype(jnp.float32)
-        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.eps)
-        return (x32 * scale).astype(x.dtype)
+
+class _Layer(NamedTuple):
+    """What differs from layer to layer; [L] each, scanned."""
+
+    rotation: jax.Array  # i32, which kind of rotation
+    window: jax.Array | None  # i32
 
 
 class Block(nn.Module):
-    """One layer over x [G, S, D]; also returns the keys and values [G, K, S, h] that x brought."""
+    """One layer over x [B, G, S, D]; also returns the keys and values [B, G, K, S, h] of x."""
 
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x, past, where):
+    def __call__(self, x, past, layer: _Layer, where: _Where):
         c = self.config
-        y, own = self._attention(RMSNorm(c.norm_eps, name='attention_norm')(x), past, where)
-        x = x + y
-        x = x + self._mlp(RMSNorm(c.norm_eps, name='mlp_norm')(x))
-        return anchor(x), own
+        y, own = self._attention(self._norm('attention_norm', x, 'post'), past, layer, where)
+        x = x + self._norm('attention_post_norm', y, 'pre')
+        y = (experts if c.experts else mlp)(self, self._norm('mlp_norm', x, 'post'))
+        return anchor(x + self._norm('mlp_post_norm', y, 'pre')), own
 
-    def _kernel(self, name: str, *shape: int) -> jax.Array:
-        """A matrix; those that write into the residual stream start small, so that tokens show."""
-        if name in ('out', 'down'):
-            init = nn.initializers.normal(0.02 / (2 * self.config.layers) ** 0.5)
-        else:
-            init = nn.initializers.normal(shape[0] ** -0.5)
-        return self.param(name, init, shape).astype(self.config.dtype)
-
-    def _heads(self, x: jax.Array, name: str, heads: int) -> jax.Array:
+    def _norm(self, name: str, x: jax.Array, absent: str) -> jax.Array:
         c = self.config
-        y = jnp.einsum('gsd,dnh->gsnh', x, self._kernel(name, c.width, heads, c.head_dim))
-        if c.attention_bias:
-            bias = self.param(f'{name}_bias', nn.initializers.zeros, (heads, c.head_dim))
-            y = y + bias.astype(y.dtype)
-        return y
+        if c.norms == absent:
+            return x
+        return RMSNorm(c, name=name)(x)
 
-    def _attention(self, x, past, where):
+    def _attention(self, x, past, layer: _Layer, where: _Where):
         c = self.config
-        q, k = self._heads(x, 'query', c.heads), self._heads(x, 'key', c.kv_heads)
-        v = self._heads(x, 'value', c.kv_heads).swapaxes(1, 2)
-        if c.qk_norm:
-            q = RMSNorm(c.norm_eps, name='query_norm')(q)
-            k = RMSNorm(c.norm_eps, name='key_norm')(k)
-        q = rotate(q, where.positions, c.rope_theta)
-        k = rotate(k, where.positions, c.rope_theta).swapaxes(1, 2)
-        causal = jnp.tri(x.shape[1], dtype=bool)
-        pieces = [Piece(kv.k, kv.v, mask) for kv, mask in zip(past, where.masks, strict=True)]
-        out = attend(q, [*pieces, Piece(k, v, causal)])
-        out = jnp.einsum('gsnh,nhd->gsd', out, self._kernel('out', c.heads, c.head_dim, c.width))
+        bias = c.attention_bias
+        q = project(self, 'query', x, (c.heads, c.head_dim), bias=bias)
+        k = project(self, 'key', x, (c.kv_heads, c.head_dim), bias=bias)
+        v = project(self, 'value', x, (c.kv_heads, c.head_dim), bias=bias).swapaxes(2, 3)
+        q, k = self._qk_norm('query_norm', q), self._qk_norm('key_norm', k)
+        cos, sin = (table[layer.rotation][:, None] for table in (where.cos, where.sin))
+        q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin).swapaxes(2, 3)
+        pieces = [Piece(kv.k, kv.v, at) for kv, at in zip(past, where.past, strict=True)]
+        pieces.append(Piece(k, v, where.positions))
+
+        def one_group(q, pieces, positions):
+            return attend(
+                q,
+                pieces,
+                positions,
+                scale=c.attention_scale or c.head_dim**-0.5,
+                softcap=c.attention_softcap,
+                window=layer.window,
+            )
+
+        out = jax.vmap(one_group)(q, pieces, where.positions)
+        out = project(self, 'out', out, (c.width,), inputs=2, bias=c.out_bias)
         return out, KeyValues(k, v)
 
-    def _mlp(self, x: jax.Array) -> jax.Array:
+    def _qk_norm(self, name: str, x: jax.Array) -> jax.Array:
         c = self.config
-        gate = x @ self._kernel('gate', c.width, c.mlp_width)
-        up = x @ self._kernel('up', c.width, c.mlp_width)
-        return (jax.nn.silu(gate) * up) @ self._kernel('down', c.mlp_width, c.width)
-
-
-class _Where(NamedTuple):
-    """Where the new tokens stand and what they see of each past piece."""
-
-    positions: jax.Array  # i32[S]
-    masks: tuple[jax.Array, ...] = ()  # bool[N] for each piece
+        if not c.qk_norm:
+            return x
+        norm = RMSNorm(c, name=name)
+        if c.qk_norm == 'head':
+            return norm(x)
+        return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
 
 
 class Transformer(nn.Module):
@@ -142,49 +107,51 @@ class Transformer(nn.Module):
 
     def setup(self) -> None:
         c = self.config
-        self.embedding = self.param(
-            'embedding', nn.initializers.normal(c.width**-0.5), (c.vocab_size, c.width)
-        )
+        init = nn.initializers.normal(c.width**-0.5)
+        self.embedding = self.param('embedding', init, (c.vocab_size, c.width), c.param_dtype)
         block = nn.remat(Block, prevent_cse=False) if c.remat else Block
         self.blocks = nn.scan(
             block,
             variable_axes={'params': 0},
             split_rngs={'params': True},
-            in_axes=(0, nn.broadcast),
+            in_axes=(0, 0, nn.broadcast),
             length=c.layers,
         )(c)
-        self.final_norm = RMSNorm(c.norm_eps)
+        self.final_norm = RMSNorm(c)
         if not c.tied_head:
-            init = nn.initializers.normal(c.width**-0.5)
-            self.head = self.param('head', init, (c.width, c.vocab_size))
+            self.head = self.param('head', init, (c.width, c.vocab_size), c.param_dtype)
 
     def prefill(self, tokens: jax.Array, length: jax.Array) -> tuple[KeyValues, jax.Array]:
-        """Reads one prompt.
+        """Reads prompts.
 
         Args:
-          tokens: i32[P], padded on the right.
-          length: i32[], how many of them are real; the rest leaves no trace in what callers read.
+          tokens: i32[B, P], padded on the right.
+          length: i32[B], how many of them are real; the rest leaves no trace in what callers read.
 
         Returns:
-          Keys and values [L, K, P, h], and the hidden state [D] that predicts the first completion
-          token.
+          Keys and values [L, B, K, P, h], and the hidden states [B, D] that predict the first
+          completion token.
         """
-        hidden, own = self._run(tokens[None], (), _Where(jnp.arange(tokens.shape[0])))
-        return KeyValues(own.k[:, 0], own.v[:, 0]), hidden[0, length - 1]
+        positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+        seen = jnp.broadcast_to(length[:, None], tokens.shape)
+        hidden, own = self._run(tokens[:, None], (), positions, seen, ())
+        last = jnp.take_along_axis(hidden[:, 0], (length - 1)[:, None, None], axis=1)[:, 0]
+        return KeyValues(own.k[:, :, 0], own.v[:, :, 0]), last
 
     def extend(self, tokens: jax.Array, prompt: KeyValues, length: jax.Array) -> jax.Array:
-        """Reads a group's completions over the prompt that they share.
+        """Reads completions over the prompts that their groups share.
 
         Args:
-          tokens: i32[G, T].
-          prompt: [L, K, P, h] from `prefill`.
-          length: i32[], real tokens of the prompt.
+          tokens: i32[B, G, T].
+          prompt: [L, B, K, P, h] from `prefill`.
+          length: i32[B], real tokens of the prompts.
 
         Returns:
-          Hidden states [G, T, D]; the one at t predicts token t + 1.
+          Hidden states [B, G, T, D]; the one at t predicts token t + 1.
         """
-        where = _Where(length + jnp.arange(tokens.shape[1]), (_first(prompt, length),))
-        return self._run(tokens, (prompt,), where)[0]
+        positions = length[:, None] + jnp.arange(tokens.shape[2])
+        past = (_prompt_positions(prompt, length),)
+        return self._run(tokens, (prompt,), positions, positions + 1, past)[0]
 
     def decode(
         self, token: jax.Array, t: jax.Array, prompt: KeyValues, length: jax.Array, own: KeyValues
@@ -192,41 +159,83 @@ class Transformer(nn.Module):
         """Reads one token of each row.
 
         Args:
-          token: i32[G], completion token t of each row.
+          token: i32[B, G], completion token t of each row.
           t: i32[], its position in the completion, from 0.
-          prompt: [L, K, P, h] from `prefill`.
-          length: i32[], real tokens of the prompt.
-          own: [L, G, K, T, h] keys and values of the rows' tokens before t.
+          prompt: [L, B, K, P, h] from `prefill`.
+          length: i32[B], real tokens of the prompts.
+          own: [L, B, G, K, T, h] keys and values of the rows' tokens before t.
 
         Returns:
-          Hidden states [G, D] that predict token t + 1, and the column [L, G, K, 1, h] of keys and
-          values that the caller writes at t. (The caller writes: under vmap a write here would be a
-          scatter.)
+          Hidden states [B, G, D] that predict token t + 1, and the column [L, B, G, K, 1, h] of
+          keys and values that the caller writes at t.
         """
-        where = _Where((length + t)[None], (_first(prompt, length), _first(own, t)))
-        hidden, column = self._run(token[:, None], (prompt, own), where)
-        return hidden[:, 0], column
+        columns = jnp.arange(own.k.shape[-2])
+        before = jnp.where(columns < t, length[:, None] + columns, NOWHERE)
+        positions = (length + t)[:, None]
+        past = (_prompt_positions(prompt, length), before)
+        hidden, column = self._run(token[..., None], (prompt, own), positions, positions + 1, past)
+        return hidden[:, :, 0], column
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """f32[..., V] from hidden states [..., D]."""
         c = self.config
         head = self.embedding.T if c.tied_head else self.head
-        return jnp.matmul(hidden, head.astype(c.dtype), preferred_element_type=jnp.float32)
+        rows = hidden.reshape(-1, c.width)  # two axes: see `layers.project`
+        logits = jnp.matmul(rows, head.astype(c.dtype), preferred_element_type=jnp.float32)
+        if c.logit_softcap:
+            logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
+        return logits.reshape(*hidden.shape[:-1], -1)
 
-    def _run(self, tokens, past, where):
-        x = anchor(self.embedding.astype(self.config.dtype)[tokens])
-        x, own = self.blocks(x, past, where)
+    def _run(self, tokens, past, positions, seen, past_positions):
+        """Hidden states [B, G, S, D] of tokens [B, G, S], and their keys and values of all layers.
+
+        positions, seen: i32[B, S], see `rope.tables`.
+        """
+        c = self.config
+        x = self.embedding.astype(c.dtype)[tokens]
+        if c.embedding_scaled:
+            x = x * jnp.asarray(math.sqrt(c.width), x.dtype)
+        cos, sin = _rotations(c, positions, seen)
+        where = _Where(positions, past_positions, cos, sin)
+        x, own = self.blocks(anchor(x), past, _layers(c), where)
         return self.final_norm(x), own
 
 
-def _first(kv: KeyValues, count: jax.Array) -> jax.Array:
-    return jnp.arange(kv.k.shape[-2]) < count
+def _rotations(c: ModelConfig, positions: jax.Array, seen: jax.Array):
+    """Cosines and sines f32[3, B, S, n]: of most layers, of windowed ones, and of those without."""
+    most = rope.tables(
+        positions, seen, width=c.rope_width, theta=c.rope_theta, scaling=c.rope_scaling
+    )
+    windowed = most
+    if c.local_rope_theta:
+        windowed = rope.tables(
+            positions, seen, width=c.rope_width, theta=c.local_rope_theta, scaling={}
+        )
+    without = (jnp.ones_like(most[0]), jnp.zeros_like(most[1]))
+    return tuple(jnp.stack(tables) for tables in zip(most, windowed, without, strict=True))
+
+
+def _layers(c: ModelConfig) -> _Layer:
+    rotation = np.zeros(c.layers, np.int32)
+    rotation[list(c.window_layers)] = 1
+    rotation[list(c.unrotated_layers)] = 2
+    if not c.window:
+        return _Layer(jnp.asarray(rotation), None)
+    window = np.full(c.layers, 2 * NOWHERE - 1, np.int32)
+    window[list(c.window_layers)] = c.window
+    return _Layer(jnp.asarray(rotation), jnp.asarray(window))
+
+
+def _prompt_positions(prompt: KeyValues, length: jax.Array) -> jax.Array:
+    """i32[B, P], with NOWHERE behind the prompts' ends."""
+    columns = jnp.arange(prompt.k.shape[-2])
+    return jnp.where(columns < length[:, None], columns, NOWHERE)
 
 
 def init(model: Transformer, key: jax.Array) -> Params:
-    """Random float32 parameters: matrices scaled by their inputs, small ones at the outputs."""
-    variables = model.init(key, jnp.zeros(2, jnp.int32), jnp.int32(2), method='prefill')
-    return variables['params']
+    """Random parameters: matrices scaled by their inputs, small ones at the outputs."""
+    tokens, length = jnp.zeros((1, 2), jnp.int32), jnp.full(1, 2)
+    return model.init(key, tokens, length, method='prefill')['params']
 
 
 def apply(model: Transformer, params: Params, *args: Any, method: str) -> Any:
@@ -234,23 +243,23 @@ def apply(model: Transformer, params: Params, *args: Any, method: str) -> Any:
     return model.apply({'params': params}, *args, method=method)
 
 
-def group_hidden(
+def completion_hidden(
     model: Transformer, params: Params, prompt: jax.Array, length: jax.Array, tokens: jax.Array
 ) -> jax.Array:
-    """Hidden states that predict each completion token of one group, the prompt read once.
+    """Hidden states that predict each completion token, every prompt read once for its group.
 
     Args:
       model: the decoder.
       params: its parameters.
-      prompt: i32[P], padded on the right.
-      length: i32[], real prompt tokens.
-      tokens: i32[G, T].
+      prompt: i32[B, P], padded on the right.
+      length: i32[B], real prompt tokens.
+      tokens: i32[B, G, T].
 
     Returns:
-      [G, T, D]; the state at t predicts tokens[:, t]. Gradients flow through the prompt, once per
-      group.
+      [B, G, T, D]; the state at t predicts tokens[:, :, t]. Gradients flow through the prompt, once
+      per group.
     """
     keys_values, last = apply(model, params, prompt, length, method='prefill')
-    hidden = apply(model, params, tokens[:, :-1], keys_values, length, method='extend')
-    first = jnp.broadcast_to(last, (tokens.shape[0], 1, last.shape[-1]))
-    return jnp.concatenate([first, hidden], axis=1)
+    hidden = apply(model, params, tokens[..., :-1], keys_values, length, method='extend')
+    first = jnp.broadcast_to(last[:, None, None], (*tokens.shape[:2], 1, last.shape[-1]))
+    return jnp.concatenate([first, hidden], axis=2)

@@ -1,14 +1,17 @@
 """Rewards: functions from texts to numbers, how to find them by name and how to add them up.
 
 A reward function is `reward(prompts, completions, **columns) -> list[float | None]`: one number for
-each completion, None where it does not apply. `columns` are the data set's other columns. A public
+each completion, None where it does not apply. `columns` are the data set's other columns, and
+`completion_ids` the tokens; parameters behind a `*` are options, set in the config. A public
 function that is imported below and begins with these two parameters is a built-in reward.
 """
 
 import difflib
+import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from math import isfinite
 from typing import Any
 
 from grpo_jax.rewards.arithmetic import (
@@ -18,29 +21,54 @@ from grpo_jax.rewards.arithmetic import (
     exact_answer,
     final_result,
 )
-from grpo_jax.rewards.format import chain_format, hash_format, think_format
-from grpo_jax.rewards.math import extract_answer, gsm8k_answer, normalize_number
+from grpo_jax.rewards.countdown import countdown_answer
+from grpo_jax.rewards.equivalence import equivalence_classes, equivalent
+from grpo_jax.rewards.extract import extract_answer, extract_chinese, extract_math
+from grpo_jax.rewards.format import chain_format, hash_format, tag_count, think_format
+from grpo_jax.rewards.judge import Verdicts, judge_answers
+from grpo_jax.rewards.language import language_mix
+from grpo_jax.rewards.length import repetition, soft_overlong
+from grpo_jax.rewards.math import cmath_answer, gsm8k_answer, math_answer
+from grpo_jax.rewards.numbers import normalize_number
 from grpo_jax.rewards.scoring import RewardError, Scores, score, statistics
 
 __all__ = [
     'RewardError',
     'Scores',
     'Step',
+    'Verdicts',
     'arithmetic_steps',
+    'build',
     'chain_format',
     'check_steps',
+    'cmath_answer',
+    'countdown_answer',
+    'equivalence_classes',
+    'equivalent',
     'exact_answer',
     'extract_answer',
+    'extract_chinese',
+    'extract_math',
     'extractor',
     'final_result',
     'gsm8k_answer',
     'hash_format',
+    'judge_answers',
+    'language_mix',
+    'math_answer',
     'normalize_number',
+    'repetition',
     'resolve',
     'score',
+    'soft_overlong',
     'statistics',
+    'tag_count',
     'think_format',
 ]
+
+_EXTRACTORS = (final_result, extract_answer, extract_math, extract_chinese)
+# What every function is called with; anything else it names is a column or an option.
+_ARGUMENTS = ('prompts', 'completions', 'completion_ids')
 
 
 def resolve(name: str) -> Callable[..., Any]:
@@ -53,16 +81,67 @@ def resolve(name: str) -> Callable[..., Any]:
     return _find('reward', name, {key: f for key, f in globals().items() if _is_reward(f)})
 
 
+def build(spec: Mapping[str, Any]) -> tuple[dict[str, Callable[..., Any]], dict[str, float]]:
+    """The reward functions that a config names, and their weights: what `score` needs.
+
+    Args:
+        spec: name (see `resolve`) -> weight, or -> {'weight': weight, **options}. Options are
+            keyword arguments of the function: the parameters behind its `*`, or any others that it
+            names. They win over a column of the same name.
+
+    Raises:
+        RewardError: an empty spec, a weight that is no finite number, a function that cannot be
+            found, an option that it does not have (names the nearest) or one that it needs.
+    """
+    if not spec:
+        raise RewardError('grpo.rewards is empty: name at least one reward function and its weight')
+    functions, weights = {}, {}
+    for name, value in spec.items():
+        options = dict(value.items()) if hasattr(value, 'items') else {'weight': value}
+        if 'weight' not in options:
+            raise RewardError(f'grpo.rewards.{name} has no weight: add one to its options')
+        weight = options.pop('weight')
+        if not isinstance(weight, int | float) or not isfinite(weight):
+            raise RewardError(f'grpo.rewards.{name}={weight!r}: a weight is a finite number')
+        functions[name] = _bind(name, resolve(name), options)
+        weights[name] = float(weight)
+    return functions, weights
+
+
+def _bind(name: str, function: Callable[..., Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """`function` with its options, those left at their defaults too, so no column replaces them."""
+    parameters = _parameters(function)
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    known = {key: p for key, p in parameters.items() if p.kind in kinds and key not in _ARGUMENTS}
+    for key in options:
+        if key not in known:
+            raise RewardError(
+                f'reward {name!r} has no option {key!r}{_nearest(key, known)}'
+                + ('' if known else ': it has none')
+            )
+    # Functions that take everything behind a `*` do not tell columns from options.
+    told = not any(parameters[a].kind == kinds[1] for a in _ARGUMENTS if a in parameters)
+    for key, parameter in known.items() if told else ():
+        if parameter.kind == inspect.Parameter.KEYWORD_ONLY:
+            if parameter.default is inspect.Parameter.empty and key not in options:
+                raise RewardError(
+                    f'reward {name!r} needs the option {key!r}: '
+                    f"write {{'weight': …, {key!r}: …}} for its weight"
+                )
+            options.setdefault(key, parameter.default)
+    return functools.partial(function, **options) if options else function
+
+
 def extractor(name: str) -> Callable[[str], str | None]:
     """The function called `name` from a completion to the answer it gives, None without one.
 
-    Built in are 'final_result' (arithmetic chains) and 'extract_answer' (worked solutions); your
-    own are named as in `resolve`.
+    Built in are 'final_result' (arithmetic chains), 'extract_answer' (worked solutions that end in
+    a number), 'extract_math' (LaTeX) and 'extract_chinese'; your own are named as in `resolve`.
 
     Raises:
         RewardError: as in `resolve`.
     """
-    return _find('extractor', name, {f.__name__: f for f in (final_result, extract_answer)})
+    return _find('extractor', name, {f.__name__: f for f in _EXTRACTORS})
 
 
 def _find(kind: str, name: str, built_in: dict[str, Callable[..., Any]]) -> Callable[..., Any]:
@@ -89,6 +168,13 @@ def _find(kind: str, name: str, built_in: dict[str, Callable[..., Any]]) -> Call
     if not callable(function):
         raise RewardError(f'{kind} {name!r} is {function!r}, which cannot be called')
     return function
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:  # some functions written in C do not tell
+        return {}
 
 
 def _is_reward(value: Any) -> bool:

@@ -1,10 +1,15 @@
-"""Rewards for the form of a completion, whatever its content: 1.0 in form, else 0.0."""
+"""Rewards for the form of a completion, whatever its content: 1.0 in form, else 0.0.
+
+`tag_count` alone gives shares.
+"""
 
 from collections.abc import Sequence
 from typing import Any
 
 from grpo_jax.rewards.arithmetic import STEP
-from grpo_jax.rewards.math import normalize_number
+from grpo_jax.rewards.numbers import normalize_number
+
+_TAGS = ('<think>', '</think>', '<answer>', '</answer>')
 
 
 def chain_format(
@@ -32,10 +37,23 @@ def think_format(
     Each tag occurs once, neither part is blank, and white space around the parts is free. Where the
     prompt ends in `<think>`, as some chat templates do, the completion begins inside that part.
     """
-    return [
-        float(_thinks('<think>' + text if prompt.rstrip().endswith('<think>') else text))
-        for prompt, text in zip(prompts, completions, strict=True)
-    ]
+    texts = [_with_opening(*pair) for pair in zip(prompts, completions, strict=True)]
+    return [float(_thinks(text)) for text in texts]
+
+
+def tag_count(
+    prompts: Sequence[str], completions: Sequence[str], **columns: Any
+) -> list[float | None]:
+    """A quarter for each of `<think>`, `</think>`, `<answer>`, `</answer>` that occurs just once.
+
+    A gentler way towards `think_format`, and like it begun by a prompt that ends in `<think>`.
+    """
+    texts = [_with_opening(*pair) for pair in zip(prompts, completions, strict=True)]
+    return [sum(text.count(tag) == 1 for tag in _TAGS) / len(_TAGS) for text in texts]
+
+
+def _with_opening(prompt: str, text: str) -> str:
+    return '<think>' + text if prompt.rstrip().endswith('<think>') else text
 
 
 def _is_chain(text: str) -> bool:
@@ -51,7 +69,7 @@ def _ends_in_hashes(text: str) -> bool:
 
 def _thinks(text: str) -> bool:
     text = text.strip()
-    if any(text.count(tag) != 1 for tag in ('<think>', '</think>', '<answer>', '</answer>')):
+    if any(text.count(tag) != 1 for tag in _TAGS):
         return False
     thought, _, rest = text.partition('</think>')
     rest = rest.strip()

@@ -7,12 +7,15 @@ GRPO trainer have this form.
 """
 
 import asyncio
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
+
+from grpo_jax.rewards import pool
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -26,6 +29,7 @@ class Scores(NamedTuple):
 
     total: np.ndarray  # f32[N], sum of weight * value over the functions that apply
     parts: dict[str, np.ndarray]  # name -> f32[N] before weighting, NaN where a function gave None
+    timeouts: int = 0  # comparisons of answers that were given up at their deadline, scored 0
 
 
 def score(
@@ -60,7 +64,9 @@ def score(
         arguments['completion_ids'] = completion_ids
     _check_columns(arguments, columns)
     arguments = {**arguments, **columns}
+    before = pool.timeouts()
     returned = _call(functions, arguments)
+    given_up = pool.timeouts() - before
     # float64 until the sum is done; the table is f64[functions, N]
     table = np.stack([_values(name, returned[name], arguments) for name in functions])
     without = np.flatnonzero(np.isnan(table).all(axis=0))
@@ -78,14 +84,15 @@ def score(
             f'lower the weights {dict(weights)}'
         )
     parts = dict(zip(functions, table.astype(np.float32), strict=True))
-    return Scores(total.astype(np.float32), parts)
+    return Scores(total.astype(np.float32), parts, given_up)
 
 
 def statistics(scores: Scores) -> dict[str, float]:
     """`rewards/<name>/mean` and `rewards/<name>/std` of each function, before weighting.
 
     Over the rows to which the function applies, with the population standard deviation. A function
-    that applies to none of them has no entry.
+    that applies to none of them has no entry. `rewards/timeouts` counts the comparisons of answers
+    that were given up, where there were any.
     """
     metrics: dict[str, float] = {}
     for name, part in scores.parts.items():
@@ -93,6 +100,8 @@ def statistics(scores: Scores) -> dict[str, float]:
         if values.size:
             metrics[f'rewards/{name}/mean'] = float(values.mean())
             metrics[f'rewards/{name}/std'] = float(values.std())
+    if scores.timeouts:
+        metrics['rewards/timeouts'] = float(scores.timeouts)
     return metrics
 
 
@@ -128,7 +137,7 @@ def _call(
     for name, function in functions.items():
         if name not in together:
             try:
-                returned[name] = function(**_copy(arguments))
+                returned[name] = function(**_copy(arguments, function))
             except Exception as error:
                 raise _raised(name, error, arguments) from error
     if together:
@@ -143,7 +152,7 @@ def _gather(
     functions: Mapping[str, Callable[..., Any]], arguments: Mapping[str, Sequence[Any]]
 ) -> dict[str, Any]:
     async def call(function: Callable[..., Any]) -> Any:
-        return await function(**_copy(arguments))
+        return await function(**_copy(arguments, function))
 
     async def run() -> list[Any]:
         return await asyncio.gather(*map(call, functions.values()), return_exceptions=True)
@@ -155,12 +164,18 @@ def _gather(
 
 
 def _is_async(function: Callable[..., Any]) -> bool:
+    if isinstance(function, functools.partial):
+        function = function.func
     call = getattr(function, '__call__', None)  # noqa: B004 an instance may have an async call
     return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(call)
 
 
-def _copy(arguments: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-    return {name: list(column) for name, column in arguments.items()}
+def _copy(
+    arguments: Mapping[str, Sequence[Any]], function: Callable[..., Any]
+) -> dict[str, list[Any]]:
+    """Lists of its own for a function, without columns that are named as one of its options."""
+    bound = function.keywords if isinstance(function, functools.partial) else {}
+    return {name: list(column) for name, column in arguments.items() if name not in bound}
 
 
 def _raised(name: str, error: BaseException, arguments: Mapping[str, Any]) -> RewardError:

@@ -1,0 +1,225 @@
+"""Scores completions that were produced elsewhere, without a model and without JAX.
+
+python -m grpo_jax.evaluate --completions=FILE.jsonl --dataset=gsm8k [--k=1,4,8] [--output=FILE]
+
+Each line of the file is a JSON object:
+  answer       the reference: a final answer or a worked solution as in the data set's files
+  completions  a list of texts, at least one
+  scores       optional list of numbers, one for each completion, for rm@k
+Other fields are ignored. All lines have scores or none has.
+
+Prints one JSON object: `accuracy` (the mean over all completions), `pass@k`, `maj@k` and `rm@k`
+(see `estimates`), each with the ends of its 95 % interval over rows in `<name>/low` and
+`<name>/high`, `rows`, `completions`, `no_answer` (completions in which no answer was found),
+`timeouts` (comparisons that did not end in time and count as wrong) and `verdicts`, the path of a
+file that says for each line and completion which answer was `extracted`, in which class of
+equivalent answers it `votes` for the majority, and whether it is `correct`.
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn
+
+from tqdm import tqdm
+
+from grpo_jax import rewards
+from grpo_jax.estimates import maj_at_k, pass_at_k, rm_at_k, with_intervals
+from grpo_jax.rewards.judge import DATASETS
+
+CHUNK = 256  # rows judged at a time, between two movements of the progress bar
+
+
+class Judged(NamedTuple):
+    """Verdicts on the completions of every row."""
+
+    extracted: list[list[str | None]]  # the answers that were judged, None where there is none
+    votes: list[list[int | None]]  # equal in a row where the answers are equivalent
+    correct: list[list[bool]]
+    timeouts: int
+
+
+class Row(NamedTuple):
+    """One line of the file."""
+
+    line: int  # the first is 1
+    answer: str
+    completions: list[str]
+    scores: list[float] | None
+
+
+def main(arguments: Sequence[str]) -> None:
+    """The command: prints the estimates and writes the verdicts.
+
+    Raises:
+      ValueError: arguments or a file that the user has to mend.
+      OSError: a file that cannot be read or written.
+    """
+    options = _parse(arguments)
+    source = pathlib.Path(options.completions)
+    output = pathlib.Path(options.output or source.with_suffix('.verdicts.jsonl'))
+    if output.exists() and source.exists() and output.samefile(source):
+        raise ValueError(f'--output={output} is the file of completions: name another')
+    if output.is_dir():
+        raise ValueError(f'--output={output} is a folder: name a file')
+    rows = read(source)
+    sizes = _sizes(rows, options.k)
+    _check_references(source, options.dataset, rows)
+    partial = output.with_name(output.name + '.partial')
+    try:  # the file comes first: better to learn now than after the work that it cannot be written
+        with partial.open('w', encoding='utf-8', errors='backslashreplace') as file:
+            judged = judge(options.dataset, rows)
+            for row, *verdicts in zip(rows, *judged[:3], strict=True):
+                found = {'line': row.line, 'answer': row.answer}
+                found |= zip(judged._fields, verdicts, strict=False)
+                file.write(json.dumps(found, ensure_ascii=False) + '\n')
+        os.replace(partial, output)
+    finally:
+        partial.unlink(missing_ok=True)
+    print(json.dumps(estimate(rows, judged, sizes) | {'verdicts': str(output)}))
+
+
+def read(path: pathlib.Path) -> list[Row]:
+    """The rows of a file of completions; blank lines are passed over.
+
+    Raises:
+      ValueError: a line that is not as the head of this module says; names file and line.
+    """
+    rows: list[Row] = []
+    with path.open('rb') as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    row = _row(number, json.loads(line))
+                    if rows and (row.scores is None) != (rows[0].scores is None):
+                        has, had = ('no scores', 'some') if rows[0].scores else ('scores', 'none')
+                        raise ValueError(f'has {has} where line {rows[0].line} has {had}')
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f'{path}, line {number}: {error}') from error
+                rows.append(row)
+    if not rows:
+        raise ValueError(f'{path} has no rows')
+    return rows
+
+
+def judge(dataset: str, rows: Sequence[Row]) -> Judged:
+    """Verdicts on all completions, with a progress bar on a terminal."""
+    judged = Judged([], [], [], 0)
+    total = sum(len(row.completions) for row in rows)
+    with tqdm(total=total, desc=dataset, disable=None) as bar:
+        for start in range(0, len(rows), CHUNK):
+            some = rows[start : start + CHUNK]
+            found = rewards.judge_answers(
+                dataset, [row.answer for row in some], [row.completions for row in some]
+            )
+            votes = [rewards.equivalence_classes(answers) for answers in found.extracted]
+            judged = Judged(
+                judged.extracted + found.extracted,
+                judged.votes + votes,
+                judged.correct + found.correct,
+                judged.timeouts + found.timeouts,
+            )
+            bar.update(sum(len(row.completions) for row in some))
+    return judged
+
+
+def estimate(rows: Sequence[Row], judged: Judged, sizes: Sequence[int]) -> dict[str, float]:
+    """What the command prints, but for the path; k is each of `sizes`."""
+    correct, counts = judged.correct, [len(row.completions) for row in rows]
+    values = {'accuracy': [sum(group) / len(group) for group in correct]}
+    for k in sizes:
+        values[f'pass@{k}'] = [pass_at_k(len(group), sum(group), k) for group in correct]
+        values[f'maj@{k}'] = [
+            maj_at_k(*pair, k) for pair in zip(judged.votes, correct, strict=True)
+        ]
+        if rows[0].scores is not None:
+            values[f'rm@{k}'] = [
+                rm_at_k(row.scores or [], group, k)
+                for row, group in zip(rows, correct, strict=True)
+            ]
+    return {
+        'rows': len(rows),
+        'completions': sum(counts),
+        **with_intervals(values, weights={'accuracy': counts}),
+        'no_answer': sum(answer is None for group in judged.extracted for answer in group),
+        'timeouts': judged.timeouts,
+    }
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:  # argparse would print its usage as well
+        raise ValueError(f'{message}; --help shows what there is')
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(add_help=False, allow_abbrev=False)
+    for name in ('completions', 'dataset'):
+        parser.add_argument(f'--{name}', required=True)
+    for name in ('k', 'output'):
+        parser.add_argument(f'--{name}', default='')
+    options = parser.parse_args(arguments)
+    if options.dataset not in DATASETS:
+        raise ValueError(
+            f'unknown data set --dataset={options.dataset}: known are {", ".join(DATASETS)}'
+        )
+    return options
+
+
+def _check_references(path: pathlib.Path, dataset: str, rows: Sequence[Row]) -> None:
+    """Raises ValueError for an answer that no completion could be compared with."""
+    for row in rows:
+        try:
+            rewards.judge_answers(dataset, [row.answer], [[]])
+        except ValueError as error:
+            raise ValueError(f"{path}, line {row.line}: 'answer': {error}") from error
+
+
+def _sizes(rows: Sequence[Row], text: str) -> list[int]:
+    """The k to estimate for: those in `text`, or the powers of two that every row allows."""
+    shortest = min(rows, key=lambda row: len(row.completions))
+    most = len(shortest.completions)
+    if not text:
+        return [2**i for i in range(most.bit_length())]
+    try:
+        sizes = sorted({int(part) for part in text.strip('()').split(',') if part.strip()})
+    except ValueError:
+        sizes = []
+    if not sizes or sizes[0] < 1:
+        raise ValueError(f'--k={text}: give positive whole numbers, as in --k=1,4,8')
+    if sizes[-1] > most:
+        raise ValueError(
+            f'--k={text}: line {shortest.line} has {most} completions, so k is at most {most}'
+        )
+    return sizes
+
+
+def _row(number: int, fields: Any) -> Row:
+    if not isinstance(fields, dict):
+        raise ValueError('is not a JSON object')
+    for name in ('answer', 'completions'):
+        if name not in fields:
+            raise ValueError(f'has no {name!r}, only {", ".join(map(repr, fields)) or "nothing"}')
+    answer, texts, scores = (fields.get(name) for name in ('answer', 'completions', 'scores'))
+    if not isinstance(answer, str) and not _finite(answer):
+        raise ValueError(f"'answer' is {_short(answer)}: give a text or a number")
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+        raise ValueError(f"'completions' is {_short(texts)}: give a list of texts")
+    if scores is not None:
+        if not isinstance(scores, list) or len(scores) != len(texts):
+            raise ValueError(f"'scores' is {_short(scores)}: give {len(texts)}, one per completion")
+        wrong = next((i for i, score in enumerate(scores) if not _finite(score)), None)
+        if wrong is not None:
+            raise ValueError(f"'scores'[{wrong}] is {_short(scores[wrong])}: give a finite number")
+    return Row(number, str(answer), texts, scores)
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f'{text[:57]}...'

@@ -1,0 +1,141 @@
+"""Writes a run's newest checkpoint as a Hugging Face folder that `transformers` and vLLM load.
+
+python -m grpo_jax.export --workdir=FOLDER --output=FOLDER [--dtype=bfloat16] [--adapter]
+
+With adapters the folder holds the merged weights, or with --adapter a PEFT adapter for the
+pretrained checkpoint. Everything is written beside the folder first and moved there at the end.
+"""
+
+import contextlib
+import json
+import pathlib
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from grpo_jax import setup
+from grpo_jax.command import one_line_errors
+from grpo_jax.config import parse, take
+from grpo_jax.models import families, hf
+from grpo_jax.models.config import DTYPES
+
+
+def export(config: ConfigDict, workdir: str, output: str, *, dtype: str = '') -> None:
+    """Writes all weights, the adapters folded in.
+
+    Args:
+      config: the run's.
+      workdir: its folder.
+      output: a folder that does not exist yet, or is empty.
+      dtype: of the weights; empty for that of the pretrained checkpoint, or of the parameters.
+
+    Raises:
+      ValueError: there is no checkpoint, no Hugging Face architecture is like the model, or the
+        output folder is not empty.
+    """
+    made = setup.prepare(config, pathlib.Path(workdir).absolute())
+    fields = _fields(made)
+    dtype = dtype or fields.get('dtype') or fields.get('torch_dtype') or config.model.param_dtype
+    if dtype not in DTYPES:
+        raise ValueError(f'--dtype={dtype}: use one of {", ".join(DTYPES)}')
+    with _folder(output) as folder:
+        policy = setup.newest_policy(made)
+        params = policy.base
+        if policy.adapters:
+            params = setup.merged(made, params, policy.adapters)
+        _describe(made, fields | {'dtype': dtype}, folder)
+        size = hf.save(params, made.model.config.base, fields, folder, dtype=dtype)
+    print(f'{policy.name}: {size / 1e6:.1f} MB of {dtype} weights in {output}')
+
+
+def export_adapter(config: ConfigDict, workdir: str, output: str) -> None:
+    """Writes the adapters alone, as PEFT reads them.
+
+    Arguments are those of `export`.
+
+    Raises:
+      ValueError: as `export`; or the adapters do not belong to a pretrained checkpoint as it is.
+    """
+    made = setup.prepare(config, pathlib.Path(workdir).absolute())
+    fields = _fields(made)
+    with _folder(output) as folder:
+        policy = setup.newest_policy(made)
+        if not policy.pretrained:
+            raise ValueError(
+                'the run has no adapters of a pretrained checkpoint: it trained all weights, or '
+                'merged the adapters of its first stage. Leave --adapter away to export all weights'
+            )
+        hf.save_adapter(policy.adapters, made.model.config, fields, config.pretrained, folder)
+        made.tokenizer.save_pretrained(folder)
+    print(f'{policy.name}: adapters of {config.pretrained} in {output}')
+
+
+def _fields(made: setup.Setup) -> dict[str, Any]:
+    """The `config.json` to write."""
+    if made.source is not None:
+        return hf.read_json(made.source / 'config.json')
+    tokenizer = made.tokenizer
+    ends = {'eos_token_id': tokenizer.eos_token_id, 'pad_token_id': tokenizer.pad_token_id}
+    return families.hugging_face_fields(made.model.config.base) | ends
+
+
+def _describe(made: setup.Setup, fields: dict[str, Any], folder: pathlib.Path) -> None:
+    """Everything but the weights: config, generation config and tokenizer."""
+    if made.source is not None:
+        for path in hf.description(made.source):
+            shutil.copyfile(path, folder / path.name)
+    if made.source is None or made.config.tokenizer:
+        made.tokenizer.save_pretrained(folder)
+    generation = folder / 'generation_config.json'
+    if not generation.exists():
+        ends = {
+            'eos_token_id': fields.get('eos_token_id'),
+            'pad_token_id': fields.get('pad_token_id'),
+        }
+        generation.write_text(json.dumps(ends, indent=2) + '\n')
+    (folder / 'config.json').write_text(json.dumps(fields, indent=2, sort_keys=True) + '\n')
+
+
+@contextlib.contextmanager
+def _folder(output: str) -> Iterator[pathlib.Path]:
+    """A folder to write into, which takes the place of `output` when all went well."""
+    target = pathlib.Path(output).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f'--output={output} is not empty: name a new folder')
+    partial = target.with_name(f'{target.name}.partial')
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def run() -> None:
+    """The console entry point."""
+    with one_line_errors():
+        given = sys.argv[1:]
+        adapter = '--adapter' in given
+        given = [argument for argument in given if argument != '--adapter']
+        output, dtype = take(given, 'output'), take(given, 'dtype')
+        if not output:
+            raise ValueError('--output=FOLDER is missing: name the folder to write')
+        if adapter and dtype:
+            raise ValueError(
+                '--dtype does nothing with --adapter, which are float32: leave it away'
+            )
+        config, workdir = parse(given, saved=True)
+        if adapter:
+            export_adapter(config, workdir, output)
+        else:
+            export(config, workdir, output, dtype=dtype)
+
+
+if __name__ == '__main__':
+    run()

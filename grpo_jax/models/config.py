@@ -1,0 +1,179 @@
+"""What a decoder looks like: sizes and options, nothing that computes."""
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+from grpo_jax.models import rope
+
+DTYPES = ('float32', 'bfloat16', 'float16')
+NORMS = ('pre', 'post', 'both')
+ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh')
+
+# Parameter -> the name that Hugging Face and PEFT give the projection.
+PROJECTIONS = {
+    'query': 'q_proj',
+    'key': 'k_proj',
+    'value': 'v_proj',
+    'out': 'o_proj',
+    'gate': 'gate_proj',
+    'up': 'up_proj',
+    'down': 'down_proj',
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Lora:
+    """Low-rank adapters beside the projections (Hu et al., arXiv 2106.09685): W + alpha / r * A B.
+
+    Raises:
+      ValueError: a negative rank, or a target that names no projection.
+    """
+
+    rank: int = 0  # r; 0 trains all parameters and makes no adapters
+    alpha: float = 16.0
+    targets: tuple[str, ...] = ('*_proj',)  # patterns over q_proj, k_proj, ..., down_proj
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, 'targets', tuple(self.targets))
+        if self.rank < 0:
+            raise ValueError(f'lora rank={self.rank}: make it 0 (no adapters) or more')
+        for pattern in self.targets if self.rank else ():
+            if not fnmatch.filter(PROJECTIONS.values(), pattern):
+                raise ValueError(
+                    f'lora target {pattern!r} matches none of {", ".join(PROJECTIONS.values())}'
+                )
+
+    @property
+    def scale(self) -> float:
+        """What the adapters' product is multiplied with."""
+        return self.alpha / self.rank
+
+    def covers(self, name: str) -> bool:
+        """Whether the projection whose parameter is called `name` has an adapter."""
+        return bool(self.rank) and any(fnmatch.fnmatch(PROJECTIONS[name], p) for p in self.targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and options of the decoder.
+
+    Raises:
+      ValueError: an option that is unknown, out of its range or in conflict with another.
+    """
+
+    vocab_size: int  # V
+    width: int  # D
+    layers: int  # L
+    heads: int  # H
+    kv_heads: int  # K
+    head_dim: int  # h
+    mlp_width: int  # of each expert where there are several
+    tied_head: bool = True  # the output projection is the embedding's transpose
+    # Positions, see `rope`
+    rope_theta: float = 10_000.0
+    rope_scaling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    rope_fraction: float = 1.0  # share of a head's components that is rotated
+    local_rope_theta: float = 0.0  # of windowed layers, unscaled; 0: as the others (Gemma 3)
+    unrotated_layers: tuple[int, ...] = ()  # layers without positions (SmolLM3)
+    # Attention
+    attention_bias: bool = False  # biases on the q, k and v projections (Qwen2)
+    out_bias: bool = False  # on the output projection
+    qk_norm: str = ''  # RMSNorm of q and k: '', 'head' (Qwen3) or 'projection', all heads (OLMo 2)
+    attention_scale: float = 0.0  # of the scores; 0: head_dim ** -0.5
+    attention_softcap: float = 0.0  # see `attention.attend`; 0: none
+    window: int = 0  # how many positions a windowed layer sees; 0: all
+    window_layers: tuple[int, ...] = ()  # which layers are windowed
+    # The rest of a layer
+    norms: str = 'pre'  # where: before attention and MLP, after them (OLMo 2) or both (Gemma)
+    norm_eps: float = 1e-6
+    norm_plus_one: bool = False  # the scale is 1 + parameter (Gemma)
+    activation: str = 'silu'
+    mlp_bias: bool = False
+    experts: int = 0  # MLPs that tokens are routed to; 0: one for all
+    experts_per_token: int = 0
+    normalize_experts: bool = True  # weights of a token's chosen experts sum to 1
+    # Ends
+    embedding_scaled: bool = False  # embeddings times sqrt(D) (Gemma)
+    logit_softcap: float = 0.0  # 0: none
+    # How it is computed
+    dtype: str = 'float32'  # of the computation
+    param_dtype: str = 'float32'  # of the parameters; adapters are always float32
+    remat: bool = True  # recompute each layer in the backward pass instead of storing it
+    lora: Lora = Lora()
+
+    def __post_init__(self) -> None:
+        scaling = dict(self.rope_scaling)
+        rope.check_scaling(scaling)
+        object.__setattr__(self, 'rope_scaling', _Frozen(scaling))
+        for name in ('unrotated_layers', 'window_layers'):
+            layers = tuple(getattr(self, name))
+            object.__setattr__(self, name, layers)
+            if not set(layers) <= set(range(self.layers)):
+                raise ValueError(f'model {name}={layers}: layers are 0 to {self.layers - 1}')
+        self._check_sizes()
+        self._check_options()
+
+    def _check_sizes(self) -> None:
+        if self.heads % self.kv_heads:
+            raise ValueError(
+                f'model heads={self.heads} is not a multiple of kv_heads={self.kv_heads}: '
+                'every key/value head serves the same number of query heads'
+            )
+        if self.head_dim % 2:
+            raise ValueError(f'model head_dim={self.head_dim} is odd: rotary positions need pairs')
+        if self.rope_width % 2 or not 0 < self.rope_fraction <= 1:
+            raise ValueError(
+                f'model rope_fraction={self.rope_fraction} rotates {self.rope_width} of '
+                f'{self.head_dim} components: make that an even number of them'
+            )
+        if bool(self.window) != bool(self.window_layers):
+            raise ValueError(
+                f'model window={self.window} with window_layers={self.window_layers}: set both, '
+                'or neither'
+            )
+        if not 0 <= self.experts_per_token <= self.experts or (
+            bool(self.experts) != bool(self.experts_per_token)
+        ):
+            raise ValueError(
+                f'model experts={self.experts} with experts_per_token={self.experts_per_token}: '
+                'each token needs 1 to all of them'
+            )
+        if self.experts and self.mlp_bias:
+            raise ValueError('model mlp_bias=True with experts: experts have no biases')
+
+    def _check_options(self) -> None:
+        for name, known in (
+            ('dtype', DTYPES),
+            ('param_dtype', DTYPES),
+            ('norms', NORMS),
+            ('activation', ACTIVATIONS),
+            ('qk_norm', ('', 'head', 'projection')),
+        ):
+            value = getattr(self, name)
+            if value not in known:
+                choices = ', '.join(map(repr, known)) if '' in known else ', '.join(known)
+                raise ValueError(f'model {name}={value!r} is unknown: use one of {choices}')
+        if self.experts and any(self.lora.covers(name) for name in ('gate', 'up', 'down')):
+            raise ValueError(
+                f'lora targets={self.lora.targets}: experts have no adapters; '
+                "use targets=('q_proj', 'k_proj', 'v_proj', 'o_proj') or some of them"
+            )
+
+    @property
+    def rope_width(self) -> int:
+        """Components of a head that are rotated."""
+        return int(self.head_dim * self.rope_fraction)
+
+    @property
+    def base(self) -> 'ModelConfig':
+        """The same decoder without adapters."""
+        return dataclasses.replace(self, lora=Lora())
+
+
+class _Frozen(dict[str, Any]):
+    """A dict that can be part of a compiled program's key; nobody changes it."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(repr(sorted(self.items())))

@@ -1,0 +1,139 @@
+"""Parts of a layer: projections with their adapters, normalisation, the MLP and its experts.
+
+The functions make their parameters in the module that they are given, whose `config` they read.
+"""
+
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.models.config import ModelConfig
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    'silu': jax.nn.silu,
+    'gelu': lambda x: jax.nn.gelu(x, approximate=False),
+    'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
+}
+
+
+class RMSNorm(nn.Module):
+    """Zhang and Sennrich, arXiv 1910.07467: x / rms(x) * scale, in float32."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        c = self.config
+        init = nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones
+        scale = self.param('scale', init, (x.shape[-1],), c.param_dtype).astype(jnp.float32)
+        x32 = x.astype(jnp.float32)
+        x32 = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + c.norm_eps)
+        return (x32 * (1 + scale if c.norm_plus_one else scale)).astype(x.dtype)
+
+
+def project(
+    module: nn.Module,
+    name: str,
+    x: jax.Array,
+    out: tuple[int, ...],
+    *,
+    inputs: int = 1,
+    bias: bool = False,
+) -> jax.Array:
+    """Multiplies x by the module's parameter `name` [*in, *out], and adds its adapter's share.
+
+    The product is one of two matrices: with more axes the compiler for CPUs would reorder an
+    operand of the weight's gradient element by element.
+
+    Args:
+      module: holds the parameters; its config says whether there is an adapter.
+      name: a key of `config.PROJECTIONS`.
+      x: [..., *in].
+      out: sizes of the output axes.
+      inputs: how many axes of x are summed over.
+      bias: adds the parameter `<name>_bias` [*out].
+
+    Returns:
+      [..., *out].
+    """
+    c: ModelConfig = module.config
+    lead, sizes = x.shape[:-inputs], x.shape[-inputs:]
+    fan_in, fan_out = math.prod(sizes), math.prod(out)
+    x = x.reshape(-1, fan_in)
+    kernel = module.param(name, _matrix_init(c, name, fan_in), (*sizes, *out), c.param_dtype)
+    y = x @ kernel.astype(c.dtype).reshape(fan_in, fan_out)
+    if c.lora.covers(name):
+        a = module.param(f'{name}_lora_a', _adapter_init(fan_in), (*sizes, c.lora.rank))
+        b = module.param(f'{name}_lora_b', nn.initializers.zeros, (c.lora.rank, *out))
+        low = x @ a.astype(c.dtype).reshape(fan_in, -1) * jnp.asarray(c.lora.scale, c.dtype)
+        y = y + low @ b.astype(c.dtype).reshape(-1, fan_out)
+    y = y.reshape(*lead, *out)
+    if bias:
+        b = module.param(f'{name}_bias', nn.initializers.zeros, out, c.param_dtype)
+        y = y + b.astype(y.dtype)
+    return y
+
+
+def _matrix_init(c: ModelConfig, name: str, fan_in: int) -> nn.initializers.Initializer:
+    """Matrices that write into the residual stream start small, so that tokens show."""
+    small = 0.02 / (2 * c.layers) ** 0.5
+    return nn.initializers.normal(small if name in ('out', 'down') else fan_in**-0.5)
+
+
+def _adapter_init(fan_in: int) -> nn.initializers.Initializer:
+    """As in PEFT: A within 1 / sqrt(inputs) and B zero, so the policy starts as the base."""
+    bound = fan_in**-0.5
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def mlp(module: nn.Module, x: jax.Array) -> jax.Array:
+    """act(x gate) * (x up) down (Shazeer, arXiv 2002.05202) of x [..., D]."""
+    c: ModelConfig = module.config
+    gate = project(module, 'gate', x, (c.mlp_width,), bias=c.mlp_bias)
+    up = project(module, 'up', x, (c.mlp_width,), bias=c.mlp_bias)
+    hidden = _ACTIVATIONS[c.activation](gate) * up
+    return project(module, 'down', hidden, (c.width,), bias=c.mlp_bias)
+
+
+def experts(module: nn.Module, x: jax.Array) -> jax.Array:
+    """Several MLPs, of which each token uses its best few by a softmax router (arXiv 2401.04088).
+
+    Every token reaches all its experts: none is dropped for balance, so a token's result does not
+    depend on its neighbours, and sampler and scorer agree.
+    """
+    c: ModelConfig = module.config
+    tokens = x.reshape(-1, c.width)
+    weights, chosen = _route(module, tokens)
+    order = jnp.argsort(chosen.reshape(-1))  # copies of the tokens, those of one expert together
+    sizes = jnp.bincount(chosen.reshape(-1), length=c.experts).astype(jnp.int32)
+
+    def multiply(name: str, x: jax.Array, width: int) -> jax.Array:
+        shape = (c.experts, x.shape[-1], width)
+        kernel = module.param(name, _matrix_init(c, name, x.shape[-1]), shape, c.param_dtype)
+        return jax.lax.ragged_dot(x, kernel.astype(c.dtype), sizes)
+
+    copies = tokens[order // c.experts_per_token]
+    hidden = _ACTIVATIONS[c.activation](multiply('gate', copies, c.mlp_width))
+    hidden = hidden * multiply('up', copies, c.mlp_width)
+    out = multiply('down', hidden, c.width)[jnp.argsort(order)]
+    out = out.reshape(-1, c.experts_per_token, c.width)
+    return (out * weights[..., None]).sum(1).reshape(x.shape)
+
+
+def _route(module: nn.Module, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Weights and numbers [N, experts_per_token] of the experts that each token uses."""
+    c: ModelConfig = module.config
+    init = nn.initializers.normal(c.width**-0.5)
+    router = module.param('router', init, (c.width, c.experts), c.param_dtype)
+    scores = jax.nn.softmax((tokens @ router.astype(c.dtype)).astype(jnp.float32))
+    weights, chosen = jax.lax.top_k(scores, c.experts_per_token)
+    if c.normalize_experts:
+        weights = weights / weights.sum(-1, keepdims=True)
+    return weights.astype(tokens.dtype), chosen

@@ -1,0 +1,247 @@
+"""What a command needs: mesh, tokenizer, model and sampler, problems, and parameters."""
+
+import dataclasses
+import functools
+import logging
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from grpo_jax import checkpoint, data, models, prompts, sharding
+from grpo_jax.config import check_values, defaults
+from grpo_jax.models import families, hf
+from grpo_jax.sample import sample
+from grpo_jax.tokens import eos_ids, load_tokenizer, stop_table
+from grpo_jax.types import Params, Prompts, Rollout
+
+log = logging.getLogger('grpo_jax')
+
+Sampler = Callable[..., Rollout]  # (params, prompts, *, step, sampling, group_size) -> Rollout
+
+_COMPUTED = ('dtype', 'param_dtype', 'remat', 'lora')  # keys of `model` a checkpoint leaves open
+
+
+class Problems(NamedTuple):
+    """A data set's problems, ready to be asked and judged."""
+
+    rows: data.Rows
+    table: data.PromptTable
+    tokenizer: Any
+    stops: tuple[str, ...]  # strings that end a completion
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a policy needs to be asked questions, checked before anything is computed."""
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    mesh: jax.sharding.Mesh
+    model: models.Transformer
+    tokenizer: Any
+    sampler: Sampler
+    source: pathlib.Path | None  # folder of the pretrained checkpoint
+
+
+def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
+    """Makes mesh, tokenizer, model and sampler; reads no weights.
+
+    Raises:
+      ValueError: anything in `config` that does not fit, or a checkpoint that cannot be used.
+    """
+    check_values(config)
+    mesh = sharding.make_mesh(**config.mesh)
+    source = _source(config, workdir)
+    tokenizer = load_tokenizer(config.tokenizer or str(source or 'bytes'))
+    model = models.Transformer(_model_config(config, source, len(tokenizer)))
+    sampler = _make_sampler(config, mesh, model, tokenizer, source)
+    return Setup(config, workdir, mesh, model, tokenizer, sampler, source)
+
+
+def _source(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path | None:
+    """Where the pretrained checkpoint's description lies: with the run, once it has begun."""
+    if not config.pretrained:
+        return None
+    copied = workdir / 'pretrained'
+    return copied if copied.is_dir() else hf.find_folder(config.pretrained)
+
+
+def keep_description(setup: Setup) -> None:
+    """Copies all of the pretrained checkpoint but its weights into the run's folder."""
+    target = setup.workdir / 'pretrained'
+    if setup.source is None or setup.source == target:
+        return
+    partial = setup.workdir / 'pretrained.partial'
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for path in hf.description(setup.source):
+        shutil.copyfile(path, partial / path.name)
+    partial.rename(target)
+
+
+def _model_config(
+    config: ConfigDict, source: pathlib.Path | None, tokens: int
+) -> models.ModelConfig:
+    options = {**config.model, 'lora': models.Lora(**config.model.lora)}
+    if source is None:
+        return models.ModelConfig(vocab_size=tokens, **options)
+    usual = defaults().model
+    for name in options:
+        if name not in _COMPUTED and config.model[name] != usual[name]:
+            raise ValueError(
+                f'model.{name}={config.model[name]} does nothing with pretrained='
+                f'{config.pretrained!r}, which says what the model is like: leave it away'
+            )
+    computed = {name: options[name] for name in _COMPUTED}
+    made = families.model_config(hf.read_json(source / 'config.json'), **computed)
+    if tokens > made.vocab_size:
+        raise ValueError(
+            f'the tokenizer has {tokens} tokens, but pretrained={config.pretrained!r} embeds '
+            f'{made.vocab_size}: use the tokenizer of the checkpoint'
+        )
+    return made
+
+
+def _make_sampler(config, mesh, model, tokenizer, source) -> Sampler:
+    path = source and source / 'generation_config.json'
+    ends = eos_ids(tokenizer, hf.read_json(path) if path and path.is_file() else None)
+    if config.data.chat:
+        ends = np.union1d(ends, [prompts.turn_end(tokenizer)[1]]).astype(np.int32)
+    table = stop_table(tokenizer, stop_strings(config), model.config.vocab_size)
+    stops = None if table is None else jax.device_put(table, sharding.replicated(mesh))
+
+    def sampler(params: Params, prompts: Prompts, **rest: Any) -> Rollout:
+        return sample(
+            model,
+            params,
+            sharding.put_groups(prompts, mesh),
+            seed=config.seed,
+            eos_ids=ends,
+            max_tokens=config.data.completion_length,
+            stops=stops,
+            mesh=mesh,
+            **rest,
+        )
+
+    return sampler
+
+
+def stop_strings(config: ConfigDict) -> tuple[str, ...]:
+    """Those of the prompt's format, and the config's own."""
+    return tuple(dict.fromkeys((*prompts.stops(config.data.prompt), *config.data.stops)))
+
+
+# Data
+
+
+def load_rows(config: ConfigDict, workdir: pathlib.Path, split: str) -> data.Rows:
+    """Opens one split of the config's data set."""
+    cache = config.data.cache_dir or workdir / 'data'
+    return data.load(config.data.name, split, cache_dir=cache, **config.data.options)
+
+
+def prompting(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
+    """Keyword arguments of `data.tokenize_prompts` from the config's `data` section."""
+    shots = prompts.shots(config.data.prompt)
+    return {
+        'template': config.data.prompt,
+        'prompt_length': config.data.prompt_length,
+        'chat': config.data.chat,
+        'system': config.data.system,
+        'examples': load_rows(config, workdir, config.data.train_split) if shots else (),
+    }
+
+
+def heldout_problems(setup: Setup) -> Problems:
+    """The held-out problems; says how many prompts were too long and dropped."""
+    config = setup.config
+    sharding.check_batch(config.eval.batch_size, config.eval.batch_size, setup.mesh)
+    rows = load_rows(config, setup.workdir, config.data.heldout_split)
+    return _problems(setup, rows, config.data.heldout_split, 0)
+
+
+def training_problems(setup: Setup, heldout: Problems) -> Problems:
+    """The training problems without those that are held out; says what was dropped."""
+    config = setup.config
+    rows = load_rows(config, setup.workdir, config.data.train_split)
+    rows, leaked = data.without_leaks(rows, heldout.rows)
+    return _problems(setup, rows, config.data.train_split, leaked)
+
+
+def _problems(setup: Setup, rows: data.Rows, split: str, leaked: int) -> Problems:
+    table = data.tokenize_prompts(rows, setup.tokenizer, **prompting(setup.config, setup.workdir))
+    if table.dropped or leaked:
+        log.warning('%s: %s', split, table.summary(leaked))
+    return Problems(rows, table, setup.tokenizer, stop_strings(setup.config))
+
+
+# Parameters
+
+
+def initial_params(setup: Setup) -> Params:
+    """Pretrained or random parameters on the mesh, without adapters."""
+    base = models.Transformer(setup.model.config.base)
+    if not setup.config.pretrained:
+        key = jax.random.key(setup.config.seed)
+        params = jax.jit(models.init, static_argnums=0)(base, key)
+        return jax.device_put(params, sharding.shardings(params, setup.mesh))
+    folder = hf.find_folder(setup.config.pretrained)
+    return hf.load(folder, base.config, _shapes(base), setup.mesh)
+
+
+def initial_adapters(setup: Setup) -> Params:
+    """Fresh adapters on the mesh."""
+    make = jax.jit(lambda key: models.split(models.init(setup.model, key))[1])
+    adapters = make(jax.random.key(setup.config.seed))
+    return jax.device_put(adapters, sharding.shardings(adapters, setup.mesh))
+
+
+def merged(setup: Setup, base: Params, adapters: Params) -> Params:
+    """The base with the adapters folded in, on the mesh; its memory is taken over."""
+    merge = functools.partial(models.merge, setup.model.config)
+    where = sharding.shardings(base, setup.mesh)
+    return jax.jit(merge, donate_argnums=0, out_shardings=where)(base, adapters)
+
+
+class Policy(NamedTuple):
+    """The parameters of a run's newest checkpoint."""
+
+    name: str  # stage/step
+    base: Params  # all parameters, or with adapters those that they belong to
+    adapters: Params  # empty without
+    pretrained: bool  # the base is the pretrained checkpoint itself
+
+    @property
+    def params(self) -> Params:
+        """What the model with its adapters takes."""
+        return models.join(self.base, self.adapters)
+
+
+def newest_policy(setup: Setup) -> Policy:
+    """Reads the newest checkpoint of a run onto the mesh.
+
+    Raises:
+      ValueError: there is none.
+    """
+    manager = checkpoint.newest_manager(setup.workdir)
+    stage = manager.directory.name
+    name = f'{stage}/{manager.latest_step()}'
+    base, adapters = models.split(_shapes(setup.model))
+    if not adapters:
+        return Policy(name, checkpoint.restore_params(manager, base, setup.mesh), {}, False)
+    params = initial_params(setup)
+    before = stage == 'grpo' and setup.config.sft.steps > 0
+    if before:  # stage 2 began with stage 1's adapters folded in
+        first = checkpoint.open_manager(setup.workdir / 'checkpoints' / 'sft', keep=1)
+        params = merged(setup, params, checkpoint.restore_params(first, adapters, setup.mesh))
+    newest = checkpoint.restore_params(manager, adapters, setup.mesh)
+    return Policy(name, params, newest, pretrained=bool(setup.config.pretrained) and not before)
+
+
+def _shapes(model: models.Transformer) -> Params:
+    return jax.eval_shape(functools.partial(models.init, model), jax.random.key(0))

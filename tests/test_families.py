@@ -1,0 +1,574 @@
+"""Every family computes what transformers does: logits by all entries, and greedy completions."""
+
+import functools
+
+import checkpoints
+import numpy as np
+import pytest
+import tiny
+from checkpoints import rope, torch
+from test_models import decode_logits, group_logits
+
+from grpo_jax.models.families import FAMILIES, hugging_face_fields, model_config
+from grpo_jax.sample import sample
+from grpo_jax.types import Sampling
+
+TOLERANCE = 1e-5  # of the largest logit; float32 in both gives about 1e-6
+
+# Prompts of 11, 4 and 1 tokens and completions of 9: the windows of 3 to 6 are shorter than the
+# longest prompt, those of 13 begin in it, those of 64 hold everything; 8 positions are the length
+# that the stretched ones were trained with.
+ROLLOUT = tiny.make_rollout(
+    vocab=checkpoints.VOCAB,
+    groups=3,
+    group_size=2,
+    length=11,
+    max_tokens=9,
+    lengths=(11, 4, 1),
+)
+STRETCHED = {'factor': 4.0, 'original_max_position_embeddings': 8}
+LLAMA3 = rope('llama3', low_freq_factor=1.0, high_freq_factor=4.0, **STRETCHED)
+FINE_YARN = rope(
+    'yarn', beta_fast=2.0, beta_slow=0.3, mscale=1.2, mscale_all_dim=0.7, truncate=False,
+    **STRETCHED,
+)  # fmt: skip
+DYNAMIC = rope('dynamic', factor=4.0) | {'max_position_embeddings': 8}
+LONGROPE = {
+    'rope_type': 'longrope',
+    'rope_theta': 500.0,
+    'short_factor': [1.0, 1.3],
+    'long_factor': [1.5, 4.0],
+    'original_max_position_embeddings': 8,
+    'partial_rotary_factor': 0.5,
+}
+CASES = {
+    'llama, tied, llama3': (
+        'llama',
+        LLAMA3 | {'num_key_value_heads': 4, 'tie_word_embeddings': True},
+    ),
+    'llama, biases, one kv head, wide heads, linear': (
+        'llama',
+        rope('linear', factor=4.0)
+        | {'num_key_value_heads': 1, 'head_dim': 14, 'attention_bias': True, 'mlp_bias': True}
+        | {'rms_norm_eps': 0.1, 'hidden_act': 'gelu'},
+    ),
+    'mistral, short window': ('mistral', {'sliding_window': 3}),
+    'mistral, window over the seam, dynamic': ('mistral', DYNAMIC | {'sliding_window': 13}),
+    'qwen2, tied, windows above': (
+        'qwen2',
+        {'tie_word_embeddings': True, 'use_sliding_window': True, 'sliding_window': 6}
+        | {'max_window_layers': 1},
+    ),
+    'qwen3, biases, yarn': ('qwen3', rope('yarn', **STRETCHED) | {'attention_bias': True}),
+    'gemma2, soft caps': (
+        'gemma2',
+        {'attn_logit_softcapping': 1.5, 'final_logit_softcapping': 4.0},
+    ),
+    'gemma3, two wavelengths, linear': (
+        'gemma3_text',
+        {
+            'rope_parameters': {
+                'full_attention': {'rope_type': 'linear', 'rope_theta': 900.0, 'factor': 4.0},
+                'sliding_attention': {'rope_type': 'default', 'rope_theta': 20.0},
+            },
+            'final_logit_softcapping': 9.0,
+        },
+    ),
+    'phi3, one kv head, window, partly rotated, longrope': (
+        'phi3',
+        {'rope_parameters': LONGROPE, 'original_max_position_embeddings': 8}
+        | {'sliding_window': 7, 'num_key_value_heads': 1},
+    ),
+    'smollm3, biases, windows': (
+        'smollm3',
+        {'use_sliding_window': True, 'sliding_window': 5, 'attention_bias': True},
+    ),
+    'olmo2, biases, one kv head, yarn with settings': (
+        'olmo2',
+        FINE_YARN | {'attention_bias': True, 'num_key_value_heads': 1},
+    ),
+    'mixtral, window': ('mixtral', {'sliding_window': 6}),
+    'qwen3_moe, not normalised': (
+        'qwen3_moe',
+        {'norm_topk_prob': False, 'num_experts_per_tok': 3, 'attention_bias': True},
+    ),
+}
+MORE_CASES = {
+    'llama, as it is': ('llama', {}),
+    'llama, dynamic': ('llama', DYNAMIC),
+    'llama, dynamic within its length': ('llama', DYNAMIC | {'max_position_embeddings': 64}),
+    'llama, yarn': ('llama', rope('yarn', **STRETCHED)),
+    'mistral, no window': ('mistral', {'sliding_window': None}),
+    'mistral, window over everything': ('mistral', {'sliding_window': 64}),
+    'mistral, window of one': ('mistral', {'sliding_window': 1}),
+    'qwen2, no window': ('qwen2', {}),
+    'qwen3, windows': (
+        'qwen3',
+        {'use_sliding_window': True, 'sliding_window': 13, 'max_window_layers': 2},
+    ),
+    'gemma2, untied, no caps': (
+        'gemma2',
+        {'tie_word_embeddings': False, 'attn_logit_softcapping': None, 'sliding_window': 64}
+        | {'final_logit_softcapping': None, 'attention_bias': True},
+    ),
+    'gemma3, as it is': ('gemma3_text', {'attention_bias': True}),
+    'phi3, window': ('phi3', {'sliding_window': 7}),
+    'phi3, tied, partly rotated': (
+        'phi3',
+        rope('default', partial_rotary_factor=0.5) | {'tie_word_embeddings': True},
+    ),
+    'smollm3, tied': ('smollm3', {'tie_word_embeddings': True}),
+    'olmo2, wide heads': ('olmo2', {'head_dim': 14}),
+    'mixtral, all experts': ('mixtral', {'num_experts_per_tok': 5, 'num_key_value_heads': 4}),
+    'qwen3_moe, tied': ('qwen3_moe', {'tie_word_embeddings': True}),
+}
+
+
+def compare(folder, kind, options, seed=0):
+    """Relative errors of the logits by prefill and extend, and by decode."""
+    reference = checkpoints.make_torch(checkpoints.make_config(kind, **options), seed)
+    model, params, _ = checkpoints.read(checkpoints.save(reference, folder))
+    cached = model.config.rope_scaling.get('rope_type') in ('dynamic', 'longrope')
+    expected = checkpoints.completion_logits(reference, ROLLOUT, cached=cached)
+
+    @tiny.jit
+    def both(params):
+        return [entry(model, params, ROLLOUT) for entry in (group_logits, decode_logits)]
+
+    assert np.abs(expected).max() > 1  # else the tolerance says nothing
+    return [checkpoints.error(ours, expected) for ours in both(params)]
+
+
+@pytest.mark.parametrize(
+    'case',
+    [*CASES.items(), *(pytest.param(case, marks=pytest.mark.slow) for case in MORE_CASES.items())],
+    ids=[*CASES, *MORE_CASES],
+)
+def test_logits_equal_transformers(case, tmp_path):
+    extended, decoded = compare(tmp_path, *case[1])
+    assert extended < TOLERANCE
+    assert decoded < TOLERANCE
+
+
+def test_every_family_is_a_case():
+    assert {kind for kind, _ in CASES.values()} == set(FAMILIES)
+
+
+def draw(seed):
+    """A family and random options of it."""
+    rng = np.random.default_rng(seed)
+
+    def one(*values):
+        return values[rng.integers(len(values))]
+
+    kind = one(*FAMILIES)
+    options = {
+        'num_hidden_layers': 3,
+        'num_attention_heads': one(2, 4),
+        'num_key_value_heads': one(1, 2),
+        'tie_word_embeddings': one(True, False),
+        'rms_norm_eps': one(1e-6, 1e-2),
+        'intermediate_size': one(24, 40),
+    }
+    if kind != 'phi3':
+        options |= {'head_dim': one(6, 8, 14, 16)}
+    if kind not in ('mistral', 'qwen2', 'phi3', 'mixtral'):
+        options |= {'attention_bias': one(True, False)}
+    if kind in ('mistral', 'mixtral', 'phi3', 'gemma2', 'gemma3_text'):
+        options |= {'sliding_window': one(2, 3, 5, 9, 13, 64)}
+    if kind in ('qwen2', 'qwen3', 'smollm3', 'qwen3_moe'):
+        options |= {'use_sliding_window': one(True, False), 'sliding_window': one(2, 7, 13)}
+    if kind in ('qwen2', 'qwen3'):
+        options |= {'max_window_layers': one(0, 1, 2, 3)}
+    if kind in ('gemma2', 'gemma3_text'):
+        options |= {
+            'query_pre_attn_scalar': one(6, 30),
+            'final_logit_softcapping': one(None, 5.0),
+            'layer_types': [one('sliding_attention', 'full_attention') for _ in range(3)],
+        }
+    if kind == 'gemma2':
+        options |= {'attn_logit_softcapping': one(None, 1.0, 20.0)}
+    if kind == 'smollm3':
+        options |= {'no_rope_layers': [one(0, 1) for _ in range(3)]}
+    if kind in ('mixtral', 'qwen3_moe'):
+        options |= {'num_local_experts': one(3, 8), 'num_experts_per_tok': one(1, 2, 3)}
+    if kind == 'qwen3_moe':
+        options |= {'norm_topk_prob': one(True, False), 'moe_intermediate_size': one(8, 28)}
+    if kind == 'phi3':
+        options |= one({}, rope('default', partial_rotary_factor=0.5))
+    elif kind != 'gemma3_text':
+        options |= one(
+            {},
+            rope('linear', factor=one(1.5, 8.0)),
+            rope('dynamic', factor=one(1.5, 8.0)) | {'max_position_embeddings': one(2, 8, 64)},
+            rope('yarn', factor=one(1.5, 8.0), original_max_position_embeddings=one(4, 12)),
+            rope(
+                'llama3', factor=one(1.5, 8.0), original_max_position_embeddings=one(4, 12),
+                low_freq_factor=1.0, high_freq_factor=one(1.5, 4.0),
+            ),
+        )  # fmt: skip
+    return kind, options
+
+
+def check_draw(folder, seed):
+    kind, options = draw(seed)
+    errors = compare(folder, kind, options, seed)
+    assert max(errors) < TOLERANCE, (kind, options)
+
+
+@pytest.mark.parametrize('seed', range(1))
+def test_random_options(seed, tmp_path):
+    check_draw(tmp_path, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('seed', range(1, 100))
+def test_more_random_options(seed, tmp_path):
+    check_draw(tmp_path, seed)
+
+
+# Greedy completions
+
+# Family -> a seed whose completions are lively and have no near ties, and options.
+GREEDY = {
+    'llama': (2, LLAMA3),
+    'gemma2': (3, {'attn_logit_softcapping': 5.0, 'final_logit_softcapping': 8.0}),
+    'mixtral': (0, {}),
+    'qwen2': (3, {'use_sliding_window': True, 'sliding_window': 20, 'max_window_layers': 1}),
+    'qwen3': (0, rope('yarn', **STRETCHED)),
+    'gemma3_text': (3, {}),
+    'phi3': (2, {'sliding_window': 20}),
+}
+MAX_TOKENS = 64
+
+
+@functools.cache
+def greedy_pair(kind, folder):
+    """The reference, and our sampler of greedy completions [B, G, T] for ends i32[2]."""
+    seed, options = GREEDY[kind]
+    config = checkpoints.make_config(kind, **{'max_position_embeddings': 128} | options)
+    reference = checkpoints.make_torch(config, seed)
+    model, params, _ = checkpoints.read(checkpoints.save(reference, folder))
+
+    @tiny.jit
+    def ours(prompts, ends):
+        return sample(
+            model, params, prompts, seed=0, step=0, sampling=Sampling(temperature=0.0),
+            eos_ids=ends, group_size=2, max_tokens=MAX_TOKENS,
+        )  # fmt: skip
+
+    return reference, ours
+
+
+@pytest.fixture(scope='module')
+def greedy(tmp_path_factory):
+    return lambda kind: greedy_pair(kind, tmp_path_factory.getbasetemp() / f'greedy-{kind}')
+
+
+def generate(reference, prompt, ends):
+    """transformers' greedy completion of one prompt, and the smallest lead of a chosen token."""
+    tokens = torch.tensor(prompt)[None]
+    out = reference.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=MAX_TOKENS, do_sample=False,
+        eos_token_id=ends, return_dict_in_generate=True, output_logits=True,
+    )  # fmt: skip
+    best = torch.stack(out.logits)[:, 0].topk(2).values
+    lead = (best[:, 0] - best[:, 1]).min() / best.abs().max()
+    return out.sequences[0, len(prompt) :].tolist(), float(lead)
+
+
+def prompts_of(lengths=(11, 4, 1, 7)):
+    return tiny.make_rollout(
+        seed=3, vocab=checkpoints.VOCAB, groups=len(lengths), length=max(lengths), lengths=lengths
+    ).prompts
+
+
+def rows_of(prompts):
+    for tokens, length in zip(prompts.tokens, prompts.length, strict=True):
+        yield tokens[:length].tolist()
+
+
+@pytest.mark.parametrize(
+    'kind',
+    [pytest.param(kind, marks=[pytest.mark.slow] * (n > 2)) for n, kind in enumerate(GREEDY)],
+)
+def test_greedy_completions_equal_transformers(kind, greedy):
+    """64 tokens each; the reference reads every prompt alone, ours all of them padded."""
+    reference, ours = greedy(kind)
+    prompts = prompts_of()
+    rollout = ours(prompts, np.array([-1, -1]))
+    expected, leads = zip(
+        *(generate(reference, row, None) for row in rows_of(prompts)), strict=True
+    )
+    assert min(leads) > 2 * TOLERANCE, 'ties: these tokens cannot be compared'
+    assert all(len(row) == MAX_TOKENS for row in expected)
+    assert len({token for row in expected for token in row}) > 20  # not one loop
+    for g in range(2):
+        np.testing.assert_array_equal(rollout.tokens[:, g], expected)
+
+
+def test_greedy_completions_end_where_those_of_transformers_do(greedy):
+    """At whichever of two end tokens comes first, or not at all."""
+    reference, ours = greedy('llama')
+    prompts = prompts_of()
+    free = np.asarray(ours(prompts, np.array([-1, -1])).tokens)[:, 0]
+    ends = [int(free[3, 19]), int(free[2, 11])]
+    rollout = ours(prompts, np.array(ends))
+    completions = [generate(reference, row, ends)[0] for row in rows_of(prompts)]
+    assert [row[-1] in ends and (ends.index(row[-1]), len(row)) for row in completions] == [
+        (0, 29), False, (1, 12), (0, 20),
+    ]  # fmt: skip
+    for b, row in enumerate(completions):
+        assert rollout.tokens[b, 0][rollout.mask[b, 0]].tolist() == row
+        assert bool(rollout.ended[b, 0]) == (row[-1] in ends)
+
+
+# config.json
+
+# The telling fields of published checkpoints, as transformers 4 wrote them, and what they mean.
+PUBLISHED = {
+    'deepseek-math-7b': (
+        'llama',
+        {'rope_scaling': None, 'rope_theta': 10000.0, 'pretraining_tp': 1, 'attention_bias': False},
+        {'rope_theta': 10000.0, 'rope_scaling': {}, 'head_dim': 8, 'tied_head': False},
+    ),
+    'deepseek-coder-6.7b': (
+        'llama',
+        {'rope_scaling': {'factor': 4.0, 'type': 'linear'}, 'rope_theta': 100000},
+        {'rope_theta': 1e5, 'rope_scaling': {'rope_type': 'linear', 'factor': 4.0}},
+    ),
+    'Llama-3.2-1B': (
+        'llama',
+        {
+            'rope_scaling': {
+                'factor': 32.0, 'high_freq_factor': 4.0, 'low_freq_factor': 1.0,
+                'original_max_position_embeddings': 8192, 'rope_type': 'llama3',
+            },
+            'rope_theta': 500000.0, 'max_position_embeddings': 131072, 'mlp_bias': False,
+            'tie_word_embeddings': True, 'head_dim': 64,
+        },
+        {
+            'rope_scaling': {
+                'factor': 32.0, 'high_freq_factor': 4.0, 'low_freq_factor': 1.0,
+                'original_max_position_embeddings': 8192, 'rope_type': 'llama3',
+            },
+            'rope_theta': 5e5, 'tied_head': True, 'head_dim': 64,
+        },
+    ),
+    'Mistral-7B-v0.1': (
+        'mistral',
+        {'rope_theta': 10000.0, 'sliding_window': 4096},
+        {'window': 4096, 'window_layers': (0, 1, 2), 'head_dim': 8},
+    ),
+    'Mistral-7B-v0.3': ('mistral', {'rope_theta': 1e6, 'sliding_window': None}, {'window': 0}),
+    'Qwen2.5-1.5B': (
+        'qwen2',
+        {
+            'max_window_layers': 28, 'rope_theta': 1000000.0, 'sliding_window': 131072,
+            'tie_word_embeddings': True, 'use_mrope': False, 'use_sliding_window': False,
+        },
+        {'window': 0, 'attention_bias': True, 'out_bias': False, 'rope_theta': 1e6},
+    ),
+    'Qwen3-4B': (
+        'qwen3',
+        {
+            'attention_bias': False, 'head_dim': 128, 'max_window_layers': 36,
+            'rope_scaling': None, 'rope_theta': 1000000, 'sliding_window': None,
+            'use_sliding_window': False,
+        },
+        {'window': 0, 'head_dim': 128, 'qk_norm': 'head', 'attention_bias': False},
+    ),
+    'gemma-2-2b': (
+        'gemma2',
+        {
+            'attn_logit_softcapping': 50.0, 'cache_implementation': 'hybrid', 'head_dim': 256,
+            'final_logit_softcapping': 30.0, 'hidden_act': 'gelu_pytorch_tanh',
+            'hidden_activation': 'gelu_pytorch_tanh', 'query_pre_attn_scalar': 256,
+            'rope_theta': 10000.0, 'sliding_window': 4096,
+        },
+        {
+            'attention_softcap': 50.0, 'logit_softcap': 30.0, 'attention_scale': 1 / 16,
+            'activation': 'gelu_tanh', 'window': 4096, 'window_layers': (0, 2), 'norms': 'both',
+            'embedding_scaled': True, 'norm_plus_one': True, 'tied_head': True,
+        },
+    ),
+    'gemma-3-1b-it': (
+        'gemma3_text',
+        {
+            'attn_logit_softcapping': None, 'cache_implementation': 'hybrid', 'head_dim': 256,
+            'eos_token_id': [1, 106], 'final_logit_softcapping': None, 'num_hidden_layers': 8,
+            'hidden_activation': 'gelu_pytorch_tanh', 'query_pre_attn_scalar': 256,
+            'rope_local_base_freq': 10000, 'rope_scaling': None, 'rope_theta': 1000000,
+            'sliding_window': 512, 'sliding_window_pattern': 6,
+        },
+        {
+            'window': 512, 'window_layers': (0, 1, 2, 3, 4, 6, 7), 'rope_theta': 1e6,
+            'local_rope_theta': 1e4, 'qk_norm': 'head', 'tied_head': True,
+        },
+    ),
+    'Phi-4-mini-instruct': (
+        'phi3',
+        {
+            'attention_bias': False, 'auto_map': {'AutoConfig': 'configuration_phi3.Phi3Config'},
+            'embd_pdrop': 0.0, 'full_attn_mod': 1, 'interpolate_factor': 1, 'lm_head_bias': False,
+            'max_position_embeddings': 131072, 'mlp_bias': False, 'partial_rotary_factor': 0.75,
+            'original_max_position_embeddings': 4096, 'resid_pdrop': 0.0, 'rope_theta': 10000.0,
+            'rope_scaling': {
+                'long_factor': [2, 3, 4], 'short_factor': [1, 1, 1.5], 'type': 'longrope',
+            },
+            'sliding_window': 262144,
+        },
+        {
+            'rope_fraction': 0.75, 'window': 262144,
+            'rope_scaling': {
+                'rope_type': 'longrope', 'long_factor': [2, 3, 4], 'short_factor': [1, 1, 1.5],
+                'factor': 32.0, 'original_max_position_embeddings': 4096,
+            },
+        },
+    ),
+    'SmolLM2-1.7B': (
+        'llama',
+        {
+            'is_llama_config': True, 'rope_interleaved': False, 'rope_theta': 130000,
+            'rope_scaling': None, 'transformers.js_config': {'dtype': 'q4'},
+        },
+        {'rope_theta': 130000.0},
+    ),
+    'SmolLM3-3B': (
+        'smollm3',
+        {
+            'layer_types': ['full_attention'] * 8, 'max_window_layers': 28, 'pretraining_tp': 2,
+            'no_rope_layer_interval': 4, 'no_rope_layers': [1, 1, 1, 0] * 2, 'rope_scaling': None,
+            'num_hidden_layers': 8, 'rope_theta': 5000000.0, 'sliding_window': None,
+            'use_sliding_window': False,
+        },
+        {'unrotated_layers': (3, 7), 'window': 0, 'rope_theta': 5e6},
+    ),
+    'Mixtral-8x7B-v0.1': (
+        'mixtral',
+        {
+            'num_experts_per_tok': 2, 'num_local_experts': 8, 'output_router_logits': False,
+            'rope_theta': 1000000.0, 'router_aux_loss_coef': 0.02, 'sliding_window': None,
+        },
+        {'experts': 8, 'experts_per_token': 2, 'normalize_experts': True, 'mlp_width': 40},
+    ),
+    'Qwen3-30B-A3B': (
+        'qwen3_moe',
+        {
+            'decoder_sparse_step': 1, 'head_dim': 128, 'max_window_layers': 48,
+            'mlp_only_layers': [], 'moe_intermediate_size': 768, 'norm_topk_prob': True,
+            'num_experts': 128, 'num_experts_per_tok': 8, 'output_router_logits': False,
+            'rope_scaling': None, 'rope_theta': 1000000.0, 'router_aux_loss_coef': 0.001,
+            'sliding_window': None, 'use_sliding_window': False,
+        },
+        {'experts': 128, 'experts_per_token': 8, 'normalize_experts': True, 'mlp_width': 768},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_fields_of_published_checkpoints(name):
+    kind, fields, expected = PUBLISHED[name]
+    common = {
+        'model_type': kind, 'architectures': [FAMILIES[kind].architecture], 'hidden_act': 'silu',
+        'attention_dropout': 0.0, 'rms_norm_eps': 1e-5, 'initializer_range': 0.02,
+        'torch_dtype': 'bfloat16', 'transformers_version': '4.50.0', 'use_cache': True,
+    }  # fmt: skip
+    config = model_config(checkpoints.SIZES | common | fields, dtype='bfloat16')
+    assert {option: getattr(config, option) for option in expected} == expected
+    assert (config.norm_eps, config.dtype, config.kv_heads) == (1e-5, 'bfloat16', 2)
+
+
+def raw_config(kind, **fields):
+    return checkpoints.make_config(kind).to_dict() | {'architectures': None} | fields
+
+
+@pytest.mark.parametrize(
+    ('kind', 'fields', 'message'),
+    [
+        (
+            'llama',
+            {'model_type': 'gpt2'},
+            r'architecture gpt2 is not supported: supported are Llama',
+        ),
+        (
+            'llama',
+            {'architectures': ['LlamaForSequenceClassification']},
+            r'architecture LlamaForSequenceClassification is not supported',
+        ),
+        (
+            'llama',
+            {'alibi': True, 'clip_qkv': 8.0, 'pad_token_id': 3},
+            r'a llama checkpoint has fields that are not supported: alibi=True, clip_qkv=8.0$',
+        ),
+        (
+            'llama',
+            {'hidden_act': 'relu'},
+            r"activation 'relu' is not supported: supported are silu",
+        ),
+        ('llama', {'attention_dropout': 0.1}, r'not supported: attention_dropout=0.1$'),
+        ('qwen3_moe', {'mlp_only_layers': [0]}, r'not supported: mlp_only_layers=\[0\]$'),
+        ('qwen3_moe', {'decoder_sparse_step': 2}, r'not supported: decoder_sparse_step=2$'),
+        ('llama', {'quantization_config': {'bits': 4}}, r'not supported: quantization_config='),
+        (
+            'gemma3_text',
+            {'use_bidirectional_attention': True},
+            r'use_bidirectional_attention=True$',
+        ),
+        ('gemma3_text', {'attn_logit_softcapping': 5.0}, r'attn_logit_softcapping=5.0$'),
+        ('llama', rope('default', partial_rotary_factor=0.5), r'partial_rotary_factor'),
+        (
+            'gemma3_text',
+            {
+                'rope_parameters': {
+                    'full_attention': {'rope_type': 'default', 'rope_theta': 10.0},
+                    'sliding_attention': {'rope_type': 'linear', 'rope_theta': 10.0, 'factor': 2.0},
+                }
+            },
+            r'rope scaling of windowed layers is not supported',
+        ),
+    ],
+)
+def test_configs_that_are_refused(kind, fields, message):
+    with pytest.raises(ValueError, match=message):
+        model_config(raw_config(kind, **fields))
+
+
+SCRATCH = {
+    'default': {},
+    'llama': {'attention_bias': True, 'out_bias': True, 'mlp_bias': True, 'tied_head': False},
+    'llama3': {
+        'rope_scaling': {'rope_type': 'llama3', 'low_freq_factor': 1.0, 'high_freq_factor': 4.0}
+        | STRETCHED
+    },
+    'qwen2': {'attention_bias': True},
+    'qwen3': {'qk_norm': 'head', 'head_dim': 8},
+    'mixtral': {'experts': 4, 'experts_per_token': 2, 'mlp_width': 8},
+    'qwen3_moe': {'experts': 4, 'experts_per_token': 2, 'mlp_width': 8, 'qk_norm': 'head'}
+    | {'normalize_experts': False},
+    'olmo2': {'norms': 'post', 'qk_norm': 'projection', 'tied_head': False},
+    'gelu': {'activation': 'gelu_tanh', 'norm_eps': 1e-3},
+}
+
+
+@pytest.mark.parametrize('name', SCRATCH)
+def test_fields_of_a_decoder_that_was_made_here(name):
+    config = tiny.make_model(**SCRATCH[name]).config
+    fields = hugging_face_fields(config)
+    assert fields['model_type'] == (name if name in FAMILIES else 'llama')
+    assert model_config(fields) == config
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'norms': 'both'},
+        {'window': 4, 'window_layers': (0,)},
+        {'attention_bias': True, 'qk_norm': 'head'},
+        {'logit_softcap': 3.0},
+        {'rope_fraction': 1 / 3},
+    ],
+)
+def test_a_decoder_that_no_family_is_like(options):
+    with pytest.raises(ValueError, match='no Hugging Face architecture is like ModelConfig'):
+        hugging_face_fields(tiny.make_model(**options).config)
