@@ -94,15 +94,16 @@ def texts(
 ) -> list[str]:
     """The text of the tokens i32[N, T] where mask bool[N, T] is true, without special tokens.
 
-    It ends before the first of the strings `stops`.
+    It ends with the first of the strings `stops` that it holds; what its token holds behind is cut.
     """
     rows = [row[kept].tolist() for row, kept in zip(tokens, mask, strict=True)]
     decoded = tokenizer.batch_decode(rows, skip_special_tokens=True)
-    return [_before(text, stops) for text in decoded]
+    return [_up_to(text, stops) for text in decoded]
 
 
-def _before(text: str, stops: Sequence[str]) -> str:
-    return text[: min([text.find(stop) for stop in stops if stop in text], default=len(text))]
+def _up_to(text: str, stops: Sequence[str]) -> str:
+    ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
+    return text[: min(ends, default=len(text))]
 
 
 # Stop strings

@@ -15,7 +15,6 @@ from grpo_jax.losses import Objective
 from grpo_jax.models import Lora
 from grpo_jax.optimizer import adamw
 from grpo_jax.sample import sample
-from grpo_jax.score import completion_logprobs
 from grpo_jax.types import Sampling
 from grpo_jax.update import Algorithm, init_state, make_step, update
 
@@ -32,9 +31,9 @@ base_logits_of = tiny.jit(functools.partial(group_logits, BASE_MODEL))
 merge = tiny.jit(functools.partial(models.merge, MODEL.config))
 
 
-@functools.partial(tiny.jit, static_argnums=0)
-def logprobs_of(model, params, rollout):
-    return completion_logprobs(model, params, rollout, SAMPLING, chunk=128)[0]
+def logprobs_of(logits, rollout):
+    """[B, G, T] in float64."""
+    return oracle.logprobs(np.asarray(logits, np.float64), rollout.tokens, SAMPLING.temperature)
 
 
 def names(tree):
@@ -207,8 +206,8 @@ def test_sampling_agrees_with_scoring(rollout):
         )  # fmt: skip
 
     sampled = draw(PARAMS, rollout.prompts)
-    scored = logprobs_of(MODEL, PARAMS, sampled)
-    base = logprobs_of(BASE_MODEL, BASE, sampled)
+    scored = logprobs_of(logits_of(PARAMS, sampled), sampled)
+    base = logprobs_of(base_logits_of(BASE, sampled), sampled)
     mask = np.asarray(sampled.mask)
     np.testing.assert_allclose(sampled.logprobs[mask], scored[mask], atol=2e-5)
     assert np.abs(scored - base)[mask].max() > 0.1
@@ -250,9 +249,9 @@ def test_the_reference_is_the_base(trained, rollout):
     states, (first, second) = trained
     assert first['kl'] == 0
     assert second['kl'] > 1e-5
-    policy = logprobs_of(MODEL, models.join(BASE, states[1].params), rollout)
-    reference = logprobs_of(BASE_MODEL, BASE, rollout)
-    gap = np.asarray(reference - policy, np.float64)[rollout.mask]
+    policy = logprobs_of(logits_of(models.join(BASE, states[1].params), rollout), rollout)
+    reference = logprobs_of(base_logits_of(BASE, rollout), rollout)
+    gap = (reference - policy)[rollout.mask]
     assert second['kl'] == pytest.approx(np.mean(np.exp(gap) - gap - 1), rel=1e-3)
 
 
@@ -292,15 +291,27 @@ def test_the_base_is_needed(rollout, rewards):
         step.lower(state, None, rollout, rewards, SAMPLING, OBJECTIVE)
 
 
-@pytest.mark.skipif(jax.device_count() < 8, reason='needs eight devices')
-def test_on_a_mesh(trained, rollout, rewards):
+@pytest.fixture
+def mesh():
+    if jax.device_count() < 8:
+        pytest.skip('needs eight devices')
+    return sharding.make_mesh(fsdp=4, tensor=2)
+
+
+def test_the_function_on_a_mesh(mesh, rollout):
+    params = jax.device_put(PARAMS, sharding.shardings(PARAMS, mesh))
+    lies = params['blocks']['query_lora_a'].sharding
+    assert lies.spec == jax.sharding.PartitionSpec(None, 'fsdp', None)
+    ours = logits_of(params, sharding.put_groups(rollout, mesh))
+    np.testing.assert_allclose(ours, logits_of(PARAMS, rollout), atol=3e-5)
+
+
+@pytest.mark.slow
+def test_training_on_a_mesh(mesh, trained, rollout, rewards):
     """Adapters and base split over it, the same step from adapters that are not at their start."""
-    mesh = sharding.make_mesh(fsdp=4, tensor=2)
     start = trained[0][1]
     args = jax.device_put((start, BASE), sharding.shardings((start, BASE), mesh))
     args += sharding.put_groups((rollout, rewards), mesh)
-    lies = args[0].params['blocks']['query_lora_a'].sharding
-    assert lies.spec == jax.sharding.PartitionSpec(None, 'fsdp', None)
     state, metrics = program_of(*args, mesh=mesh)(*args, SAMPLING, OBJECTIVE)
     expected = trained[0][2]
     assert tiny.gap(state.params, expected.params) < 1e-3 * tiny.largest(expected.params)

@@ -100,11 +100,11 @@ def test_no_stop_strings_and_empty_ones():
         tokens.stop_table(BYTES, ['a', ''], 258)
 
 
-def test_texts_end_before_the_first_stop_string():
+def test_texts_end_with_the_first_stop_string():
     ids = np.array([list(b'one\nQ: two##'), list(b'one## two\nQ:'), list(b'no stop here')])
     mask = np.ones(ids.shape, bool)
     cut = tokens.texts(BYTES, ids, mask, ['\nQ:', '##'])
-    assert cut == ['one', 'one', 'no stop here']
+    assert cut == ['one\nQ:', 'one##', 'no stop here']
 
 
 def test_texts():

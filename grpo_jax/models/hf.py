@@ -31,7 +31,8 @@ _DTYPES = {
     'BF16': np.dtype(ml_dtypes.bfloat16),
 }
 _INDEX = 'model.safetensors.index.json'
-_SHARD_BYTES = 4 * 2**30
+_SHARD_BYTES = 4 * 2**30  # of a file that is written
+_PIECE_BYTES = 2**27  # of what is read at a time
 
 
 class _Part(NamedTuple):
@@ -49,6 +50,10 @@ class _Stored(NamedTuple):
     offset: int  # bytes
     dtype: str  # the file's name for it
     shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
 
 
 # The folder
@@ -113,7 +118,10 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     index = folder / _INDEX
     if not index.is_file():
         return sorted(folder.glob('*.safetensors'))
-    files = {folder / name for name in read_json(index)['weight_map'].values()}
+    weight_map = read_json(index).get('weight_map')
+    if not isinstance(weight_map, dict):
+        raise ValueError(f'{index} holds no weight_map: copy it again')
+    files = {folder / name for name in weight_map.values()}
     missing = sorted(path.name for path in files if not path.is_file())
     if missing:
         raise ValueError(f'{index} names files that do not exist: {", ".join(missing)}')
@@ -128,19 +136,34 @@ def _contents(folder: pathlib.Path) -> dict[str, _Stored]:
     """
     tensors = {}
     for path in _files(folder):
-        with path.open('rb') as file:
-            size = int.from_bytes(file.read(8), 'little')
-            try:
-                header = json.loads(file.read(size))
-            except ValueError as error:
-                raise ValueError(f'{path} is not a safetensors file: {error}') from error
-        header.pop('__metadata__', None)
+        start, header = _header(path)
         for name, entry in header.items():
             begin, end = entry['data_offsets']
-            if 8 + size + end > path.stat().st_size:
+            stored = _Stored(path, start + begin, entry['dtype'], tuple(entry['shape']))
+            if start + end > path.stat().st_size:
                 raise ValueError(f'{path} was cut off: {name} ends behind its end; copy it again')
-            tensors[name] = _Stored(path, 8 + size + begin, entry['dtype'], tuple(entry['shape']))
+            if stored.dtype in _DTYPES and end - begin != stored.bytes:
+                raise ValueError(
+                    f'{path}: {name} has {end - begin} bytes, but its shape {stored.shape} of '
+                    f'{stored.dtype} needs {stored.bytes}; copy it again'
+                )
+            tensors[name] = stored
     return tensors
+
+
+def _header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file begin, and the entries of its tensors."""
+    with path.open('rb') as file:
+        size = int.from_bytes(file.read(8), 'little')
+        text = file.read(size) if size < path.stat().st_size else b''
+    try:
+        header = json.loads(text)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise ValueError(f'{path} is not a safetensors file (or a pointer to one): copy it again')
+    header.pop('__metadata__', None)
+    return 8 + size, header
 
 
 # What lies where
@@ -231,12 +254,23 @@ def load(folder: pathlib.Path, config: ModelConfig, shapes: Params, mesh: Mesh |
     where = None if mesh is None else sharding.shardings(shapes, mesh)
     params = _zeros(shapes, where)
     for name, parts in layout.items():
-        start = 0
+        skipped = 0
         for part in parts:
-            rows = _read(tensors[name], start, part.shape)
-            _put(params, part, _place(rows, mesh), where)
-            start += part.shape[0]
+            for first, count in _pieces(tensors[name], part):
+                rows = _read(tensors[name], skipped + first, (count, *part.shape[1:]))
+                _put(params, part, first, _place(rows, mesh), where)
+            skipped += part.shape[0]
     return params
+
+
+def _pieces(stored: _Stored, part: _Part) -> Iterator[tuple[int, int]]:
+    """(first row, rows) of what is read at a time: embedding and head are cut, layers are not."""
+    total = part.shape[0]
+    count = total
+    if not part.place and total > 1:
+        count = max(1, _PIECE_BYTES * total // stored.bytes)
+    for first in range(0, total, count):
+        yield first, min(count, total - first)
 
 
 def _zeros(shapes: Params, where: Any) -> Params:
@@ -260,14 +294,15 @@ def _place(rows: np.ndarray, mesh: Mesh | None) -> jax.Array:
     return jax.device_put(rows, NamedSharding(mesh, PartitionSpec('fsdp' if even else None)))
 
 
-def _put(params: Params, part: _Part, rows: jax.Array, where: Any) -> None:
-    """Writes `rows` into their place of a parameter, whose memory is taken over."""
+def _put(params: Params, part: _Part, first: int, rows: jax.Array, where: Any) -> None:
+    """Writes `rows`, the tensor's from `first` on, into a parameter whose memory is taken over."""
     for key in part.path[:-1]:
         params, where = params[key], where and where[key]
     name = part.path[-1]
     out = where and where[name]
     write = _writer(params[name].shape, len(part.place), name != 'embedding', out)
-    params[name] = write(params[name], rows, np.array(part.place, np.int32))
+    params[name] = write(params[name], rows, np.array([*part.place, first], np.int32))
+    params[name].block_until_ready()  # else many tensors would wait in memory
 
 
 @functools.lru_cache(maxsize=64)
@@ -275,9 +310,12 @@ def _writer(shape: tuple[int, ...], depth: int, matrix: bool, out: NamedSharding
     def write(param, rows, place):
         rows = rows.astype(param.dtype)
         rows = rows.T if matrix else rows
-        update = rows.reshape((1,) * depth + shape[depth:])
-        start = [place[i] for i in range(depth)] + [0] * (len(shape) - depth)
-        return jax.lax.dynamic_update_slice(param, update, start)
+        if depth:
+            rows = rows.reshape((1,) * depth + shape[depth:])
+        start = [*place[:depth], *[0] * (len(shape) - depth)]
+        if not depth:
+            start[-1 if matrix else 0] = place[0]
+        return jax.lax.dynamic_update_slice(param, rows, start)
 
     return jax.jit(write, donate_argnums=0, out_shardings=out)
 
