@@ -19,12 +19,12 @@ def get_config() -> ConfigDict:
     config.mesh.fsdp = -1
     config.data.update(
         name='countdown',
-        options={'train_size': 50_000, 'test_size': 512},
         prompt='r1',
         prompt_length=256,
         completion_length=1024,
         stops=('</answer>',),
     )
+    config.data.options = {'train_size': 50_000, 'test_size': 512}
     config.grpo.update(steps=300, batch_size=64, group_size=8)
     config.grpo.algorithm.update(microbatch=8, logprob_chunk=64)
     config.grpo.objective.beta = 0.001
