@@ -200,7 +200,8 @@ def settings(config: Mapping[str, Any]) -> dict[str, Any]:
     extract = rewards.extractor(config['extract'])
     names = ('batch_size', 'samples', 'k', 'temperature')
     chosen = {name: config[name] for name in names}
-    return {'correct': rewards.resolve(config['correct']), 'extract': extract, **chosen}
+    functions, _ = rewards.build({config['correct']: 1.0})
+    return {'correct': functions[config['correct']], 'extract': extract, **chosen}
 
 
 def _ask(

@@ -13,7 +13,7 @@ from grpo_jax.models.families import FAMILIES, hugging_face_fields, model_config
 from grpo_jax.sample import sample
 from grpo_jax.types import Sampling
 
-TOLERANCE = 1e-5  # of the largest logit; float32 in both gives about 1e-6
+TOLERANCE = 3e-5  # of the largest logit; float32 in both gives about 1e-6, at worst 1e-5
 
 # Prompts of 11, 4 and 1 tokens and completions of 9: the windows of 3 to 6 are shorter than the
 # longest prompt, those of 13 begin in it, those of 64 hold everything; 8 positions are the length
