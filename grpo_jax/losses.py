@@ -19,7 +19,14 @@ class Objective(NamedTuple):
 
     clip_low: Array | float = 0.2  # the ratio's lower bound is 1 - clip_low
     clip_high: Array | float = 0.2  # its upper bound 1 + clip_high
+    dual_clip: Array | float = 0.0  # for A < 0 the loss is at most dual_clip * |A|; 0: unbounded
     beta: Array | float = 0.0  # weight of the KL term to the reference
+    kl_clamp: Array | float = 0.0  # the KL term lies within +- kl_clamp; 0: anywhere
+    tau_positive: Array | float = 1.0  # SAPO's temperature where A > 0
+    tau_negative: Array | float = 1.05  # and where A <= 0
+    importance_cap: Array | float = 2.0  # C of `importance`
+    entropy_bonus: Array | float = 0.0  # weight of the entropy, which is then raised
+    top_entropy: Array | float = 1.0  # share of the tokens, the least certain, that are trained
 
 
 def nll(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Array:
@@ -42,12 +49,86 @@ def clipped(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Arra
       group: old_logprobs and advantages, f32[G, T].
       objective: clip_low and clip_high.
 
+    Where A < 0 the loss grows with the ratio without end; `dual_clip` = c bounds it by c * |A| (Ye et
+    al., arXiv 1912.09729, eq. 5).
+
     Returns:
       f32[G, T].
     """
     ratio = jnp.exp(logprobs - group.old_logprobs)
     bounded = jnp.clip(ratio, 1 - objective.clip_low, 1 + objective.clip_high)
-    return -jnp.minimum(ratio * group.advantages, bounded * group.advantages)
+    loss = -jnp.minimum(ratio * group.advantages, bounded * group.advantages)
+    most = -objective.dual_clip * group.advantages
+    dual = (jnp.asarray(objective.dual_clip) > 0) & (group.advantages < 0)
+    return jnp.where(dual, jnp.minimum(loss, most), loss)
+
+
+def cispo(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Array:
+    """-sg(clip(ratio, 1 - clip_low, 1 + clip_high)) * A * logp (MiniMax-M1, arXiv 2506.13585, eq. 4).
+
+    The bounds weigh a token and never silence it. Arguments and result are those of `clipped`.
+    """
+    ratio = jnp.exp(logprobs - group.old_logprobs)
+    bounded = jnp.clip(ratio, 1 - objective.clip_low, 1 + objective.clip_high)
+    return -jax.lax.stop_gradient(bounded) * group.advantages * logprobs
+
+
+def sapo(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Array:
+    """-A * sigmoid(tau * (ratio - 1)) * 4 / tau (Soft adaptive policy optimization, 2511.20347).
+
+    A gate that closes smoothly in the place of a clip, its slope 1 at ratio 1; tau depends on the
+    sign of A. Arguments and result are those of `clipped`.
+    """
+    ratio = jnp.exp(logprobs - group.old_logprobs)
+    tau = jnp.where(group.advantages > 0, objective.tau_positive, objective.tau_negative)
+    return -group.advantages * jax.nn.sigmoid(tau * (ratio - 1)) * 4 / tau
+
+
+def at_level(logprobs: jax.Array, group: Batch, level: str) -> jax.Array:
+    """Log-probs whose ratio to the old ones is that of a token or of its whole sequence.
+
+    GSPO (arXiv 2507.18071): 'sequence' gives each token the ratio s = exp(mean_t log ratio_t) of its
+    completion (eq. 7), 'sequence_token' its value sg(s) with the token's own gradient (eq. 14).
+
+    Args:
+      logprobs: f32[G, T].
+      group: old_logprobs f32[G, T] and the rollout's mask.
+      level: 'token', 'sequence' or 'sequence_token'.
+
+    Returns:
+      f32[G, T], to be given to a loss in the place of `logprobs`.
+    """
+    if level == 'token':
+        return logprobs
+    mask = group.rollout.mask
+    difference = jnp.where(mask, logprobs - group.old_logprobs, 0.0)
+    mean = difference.sum(-1, keepdims=True) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
+    if level == 'sequence':
+        return group.old_logprobs + mean
+    fixed = jax.lax.stop_gradient(group.old_logprobs + mean - logprobs)
+    return logprobs + fixed
+
+
+def importance(group: Batch, kind: str, cap: Array) -> jax.Array:
+    """Weights f32[G, T] that correct for a sampler whose log-probs are not quite the trainer's.
+
+    With w = old / sampled probability: truncated importance sampling is min(w, C) (Yao et al., 2025),
+    masking is w where it lies within [1/C, C] and else 0 (IcePop; also of whole sequences).
+
+    Args:
+      group: old_logprobs, and the rollout's logprobs as sampled, f32[G, T].
+      kind: 'token' or 'sequence' (w is then the product over the completion), or one of these with
+        '_mask'.
+      cap: C.
+    """
+    mask = group.rollout.mask
+    log_ratio = jnp.where(mask, group.old_logprobs - group.rollout.logprobs, 0.0)
+    if kind.startswith('sequence'):
+        log_ratio = jnp.broadcast_to(log_ratio.sum(-1, keepdims=True), mask.shape)
+    weight = jnp.exp(jax.lax.stop_gradient(log_ratio))
+    if kind.endswith('mask'):
+        return jnp.where((weight >= 1 / cap) & (weight <= cap), weight, 0.0)
+    return jnp.minimum(weight, cap)
 
 
 def clip_masks(
@@ -58,6 +139,15 @@ def clip_masks(
     low = (ratio < 1 - objective.clip_low) & (group.advantages < 0)
     high = (ratio > 1 + objective.clip_high) & (group.advantages > 0)
     return low, high
+
+
+def kl_term(
+    logprobs: jax.Array, ref_logprobs: jax.Array, name: str, objective: Objective
+) -> jax.Array:
+    """The estimator `name`, within +- kl_clamp where that is not 0 (verl and OpenRLHF use 10)."""
+    value = {'k1': k1, 'k2': k2, 'k3': k3}[name](logprobs, ref_logprobs)
+    clamp = jnp.where(jnp.asarray(objective.kl_clamp) > 0, objective.kl_clamp, jnp.inf)
+    return jnp.clip(value, -clamp, clamp)
 
 
 def k1(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:

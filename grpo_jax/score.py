@@ -12,7 +12,7 @@ from grpo_jax.models import Transformer, apply, completion_hidden
 from grpo_jax.sample import filter_logits
 from grpo_jax.types import Params, Rollout, Sampling
 
-AGGREGATIONS = ('sequence_mean', 'token_mean', 'constant')
+AGGREGATIONS = ('sequence_mean', 'token_mean', 'microbatch_token_mean', 'constant')
 
 
 def completion_logprobs(
@@ -73,7 +73,7 @@ def completion_logprobs(
     )
 
 
-def token_weights(mask: jax.Array, *, aggregation: str) -> jax.Array:
+def token_weights(mask: jax.Array, *, aggregation: str, microbatch: int = 1) -> jax.Array:
     """Weights that turn a sum over tokens into the chosen mean; each sums to at most 1.
 
     They are computed over the whole batch before it is cut into microbatches or spread over
@@ -83,7 +83,10 @@ def token_weights(mask: jax.Array, *, aggregation: str) -> jax.Array:
       mask: bool[B, G, T], the completion tokens.
       aggregation: 'sequence_mean', 1 / (B G |o_i|): GRPO (DeepSeekMath, arXiv 2402.03300, eq. 3);
         'token_mean', 1 / tokens in the batch: DAPO (arXiv 2503.14476, eq. 8);
+        'microbatch_token_mean', the mean over microbatches of their token means: BNPO as TRL has
+        it, the only one that depends on how the batch is cut;
         'constant', 1 / (B G T): Dr. GRPO (arXiv 2503.20783).
+      microbatch: groups that are computed at a time, read by 'microbatch_token_mean' alone.
 
     Returns:
       f32[B, G, T], 0 outside the mask.
@@ -96,9 +99,31 @@ def token_weights(mask: jax.Array, *, aggregation: str) -> jax.Array:
         scale = 1 / (b * g * jnp.maximum(mask.sum(-1, keepdims=True), 1))
     elif aggregation == 'token_mean':
         scale = 1 / jnp.maximum(mask.sum(), 1)
+    elif aggregation == 'microbatch_token_mean':
+        pieces = b // microbatch  # group i belongs to piece i modulo their number, see `update`
+        tokens = mask.sum((1, 2)).reshape(microbatch, pieces).sum(0)
+        scale = 1 / (pieces * jnp.maximum(jnp.tile(tokens, microbatch), 1))[:, None, None]
     elif aggregation == 'constant':
         scale = jnp.float32(1 / (b * g * t))
     else:
         known = ', '.join(AGGREGATIONS)
         raise ValueError(f'aggregation={aggregation!r} is unknown: use one of {known}')
     return jnp.where(mask, scale, 0.0)
+
+
+def least_certain(entropy: jax.Array, mask: jax.Array, share: jax.Array) -> jax.Array:
+    """Which completion tokens are among the `share` of largest entropy in the whole batch.
+
+    Wang et al., arXiv 2506.01939, eq. 6: the tokens where the policy decides.
+
+    Args:
+      entropy: f32[B, G, T].
+      mask: bool[B, G, T].
+      share: f32[], 0 to 1.
+
+    Returns:
+      bool[B, G, T].
+    """
+    ordered = jnp.sort(jnp.where(mask, entropy, -jnp.inf).reshape(-1))[::-1]
+    count = jnp.clip(jnp.ceil(share * mask.sum()).astype(jnp.int32), 1, ordered.size)
+    return mask & (entropy >= ordered[count - 1])

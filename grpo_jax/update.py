@@ -15,13 +15,15 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax import losses, models, sharding
-from grpo_jax.advantages import check_group_options, group_advantages
+from grpo_jax.advantages import check_group_options, group_advantages, normalize_batch
 from grpo_jax.losses import Objective
 from grpo_jax.metrics import group_terms, reduce_terms, rollout_metrics
-from grpo_jax.score import AGGREGATIONS, completion_logprobs, token_weights
+from grpo_jax.score import AGGREGATIONS, completion_logprobs, least_certain, token_weights
 from grpo_jax.types import Batch, Params, Rollout, Sampling, TrainState
 
-LOSSES = ('clipped', 'nll')
+LOSSES = ('clipped', 'nll', 'cispo', 'sapo')
+RATIOS = ('token', 'sequence', 'sequence_token')
+IMPORTANCES = ('none', 'token', 'sequence', 'token_mask', 'sequence_mask')
 KL_ESTIMATORS = ('k1', 'k2', 'k3', 'none')
 KL_PLACES = ('loss', 'reward')
 
@@ -36,6 +38,8 @@ class Algorithm:
     """
 
     loss: str = 'clipped'  # a function of `losses`
+    ratio: str = 'token'  # see `losses.at_level`
+    importance: str = 'none'  # correction for the sampler, see `losses.importance`
     baseline: str = 'mean'  # see `advantages.group_advantages`
     scale: str = 'std'
     advantage_eps: float = 1e-4
@@ -47,12 +51,15 @@ class Algorithm:
     inner_updates: int = 1  # optimizer updates per rollout (the paper's mu)
     microbatch: int = 1  # groups whose gradient is computed at a time
     logprob_chunk: int = 128  # completion positions whose logits exist at a time
-    entropy: bool = False  # also report the policy's entropy
+    entropy: bool = False  # compute the policy's entropy: a metric, and what its bonus needs
+    entropy_mask: bool = False  # train only `top_entropy` of the tokens
 
     def __post_init__(self) -> None:
         check_group_options(2, baseline=self.baseline, scale=self.scale)
         for name, known in (
             ('loss', LOSSES),
+            ('ratio', RATIOS),
+            ('importance', IMPORTANCES),
             ('aggregation', AGGREGATIONS),
             ('kl', KL_ESTIMATORS),
             ('kl_place', KL_PLACES),
@@ -197,13 +204,15 @@ class _Program:
         a = self.algorithm
         reference = self.frozen is not None and a.kl != 'none'
         in_reward = reference and a.kl_place == 'reward'
-        old = ref = None
-        if a.inner_updates > 1 or in_reward:  # else the current ones are the old ones
-            old = self._fixed_logprobs(self.model, self._policy(params), rollout)
+        old = ref = entropy = None
+        if a.inner_updates > 1 or in_reward or a.entropy_mask:  # else the current ones are the old
+            old, entropy = self._fixed_logprobs(
+                self.model, self._policy(params), rollout, entropy=a.entropy_mask
+            )
         if reference:
-            ref = self._fixed_logprobs(self._reference_model(), self.frozen, rollout)
+            ref, _ = self._fixed_logprobs(self._reference_model(), self.frozen, rollout)
         if in_reward:
-            kl = getattr(losses, a.kl)(old, ref)
+            kl = losses.kl_term(old, ref, a.kl, self.objective)
             rewards = rewards - self.objective.beta * jnp.where(rollout.mask, kl, 0.0).sum(-1)
         advantages = jax.vmap(
             functools.partial(
@@ -211,7 +220,13 @@ class _Program:
             )
         )(rewards)
         advantages = jnp.broadcast_to(advantages[..., None], rollout.mask.shape)
-        weights = token_weights(rollout.mask, aggregation=a.aggregation)
+        if a.scale == 'batch':
+            advantages = normalize_batch(advantages, rollout.mask, eps=a.advantage_eps)
+        weights = token_weights(
+            rollout.mask, aggregation=a.aggregation, microbatch=a.microbatch
+        )
+        if a.entropy_mask:
+            weights = weights * least_certain(entropy, rollout.mask, self.objective.top_entropy)
         return Batch(rollout, advantages, weights, ref, old)
 
     def gradient(self, params, batch: Batch):
@@ -255,14 +270,19 @@ class _Program:
         a, rollout = self.algorithm, group.rollout
         if group.old_logprobs is None:
             group = group._replace(old_logprobs=jax.lax.stop_gradient(logprobs))
-        per_token = getattr(losses, a.loss)(logprobs, group, self.objective)
+        at_level = losses.at_level(logprobs, group, a.ratio)
+        per_token = getattr(losses, a.loss)(at_level, group, self.objective)
+        if a.importance != 'none':
+            per_token *= losses.importance(group, a.importance, self.objective.importance_cap)
         kl = None
         if group.ref_logprobs is not None:
-            kl = getattr(losses, a.kl)(logprobs, group.ref_logprobs)
+            kl = losses.kl_term(logprobs, group.ref_logprobs, a.kl, self.objective)
             if a.kl_place == 'loss':
-                per_token = per_token + self.objective.beta * kl
+                per_token += self.objective.beta * kl
+        if entropy is not None:
+            per_token -= self.objective.entropy_bonus * entropy
         loss = jnp.where(rollout.mask, group.weights * per_token, 0.0).sum()
-        terms = group_terms(logprobs, group, self.objective, kl, entropy)
+        terms = group_terms(at_level, group, self.objective, kl, entropy)
         return loss, jax.lax.stop_gradient(terms | {'loss': loss})
 
     def _policy(self, params):
@@ -284,11 +304,14 @@ class _Program:
             entropy=entropy,
         )
 
-    def _fixed_logprobs(self, model, params, rollout: Rollout) -> jax.Array:
-        """f32[B, G, T] without gradient, a microbatch at a time."""
-        out = jax.lax.map(lambda some: self._logprobs(model, params, some)[0], self._cut(rollout))
-        out = out.swapaxes(0, 1)
-        return jax.lax.stop_gradient(out.reshape(-1, *out.shape[2:]))
+    def _fixed_logprobs(self, model, params, rollout: Rollout, *, entropy: bool = False):
+        """Log-probs and entropies f32[B, G, T] without gradient, a microbatch at a time."""
+        out = jax.lax.map(
+            lambda some: self._logprobs(model, params, some, entropy=entropy), self._cut(rollout)
+        )
+        return jax.tree.map(
+            lambda x: jax.lax.stop_gradient(x.swapaxes(0, 1).reshape(-1, *x.shape[2:])), out
+        )
 
     def _cut(self, tree):
         """[B, ...] -> [microbatches, m, ...], strided so that devices keep the groups they hold."""
