@@ -19,14 +19,82 @@ class Objective(NamedTuple):
 
     clip_low: Array | float = 0.2  # the ratio's lower bound is 1 - clip_low
     clip_high: Array | float = 0.2  # its upper bound 1 + clip_high
-    dual_clip: Array | float = 0.0  # for A < 0 the loss is at most dual_clip * |A|; 0: unbounded
     beta: Array | float = 0.0  # weight of the KL term to the reference
+    dual_clip: Array | float = 0.0  # for A < 0 the loss is at most dual_clip * |A|; 0: unbounded
     kl_clamp: Array | float = 0.0  # the KL term lies within +- kl_clamp; 0: anywhere
     tau_positive: Array | float = 1.0  # SAPO's temperature where A > 0
     tau_negative: Array | float = 1.05  # and where A <= 0
-    importance_cap: Array | float = 2.0  # C of `importance`
+    importance_cap: Array | float = 2.0  # C of `importance_weights`
     entropy_bonus: Array | float = 0.0  # weight of the entropy, which is then raised
     top_entropy: Array | float = 1.0  # share of the tokens, the least certain, that are trained
+
+
+def per_token(
+    logprobs: jax.Array,
+    group: Batch,
+    objective: Objective,
+    entropy: jax.Array | None = None,
+    *,
+    loss: str = 'clipped',
+    ratio: str = 'token',
+    importance: str = 'none',
+    kl: str = 'none',
+    kl_place: str = 'loss',
+) -> tuple[jax.Array, jax.Array | None]:
+    """One group's loss per token with all its terms, before weights.
+
+    Args:
+      logprobs: f32[G, T] of the policy that is trained.
+      group: see above.
+      objective: the scalars.
+      entropy: f32[G, T], or None: no bonus.
+      loss: 'clipped', 'nll', 'cispo' or 'sapo'.
+      ratio: see `at_level`.
+      importance: see `importance_weights`; 'none' leaves it out.
+      kl: estimator, read where the group has ref_logprobs.
+      kl_place: 'loss' adds beta * KL here.
+
+    Returns:
+      the loss and the KL per token (None without a reference), f32[G, T].
+    """
+    function = {'clipped': clipped, 'nll': nll, 'cispo': cispo, 'sapo': sapo}[loss]
+    value = function(at_level(logprobs, group, ratio), group, objective)
+    if importance != 'none':
+        value *= importance_weights(group, importance, objective.importance_cap)
+    divergence = None
+    if group.ref_logprobs is not None:
+        divergence = kl_term(logprobs, group.ref_logprobs, kl, objective)
+        if kl_place == 'loss':
+            value += objective.beta * divergence
+    if entropy is not None:
+        value -= objective.entropy_bonus * entropy
+    return value, divergence
+
+
+def gradient_coefficient(
+    logprobs: jax.Array, group: Batch, objective: Objective, **options: str
+) -> jax.Array:
+    """What multiplies each token's grad log pi in the direction of ascent, by autodiff.
+
+    DeepSeekMath's unified view of SFT, RFT, DPO, PPO and GRPO (arXiv 2402.03300, eq. 5), with unit
+    weights: minus the derivative of the sum of the group's `per_token` losses.
+
+    Args:
+      logprobs: f32[G, T].
+      group: see `per_token`; without old_logprobs the policy is the one that sampled.
+      objective: the scalars.
+      **options: of `per_token`.
+
+    Returns:
+      f32[G, T], 0 behind the mask.
+    """
+    if group.old_logprobs is None:
+        group = group._replace(old_logprobs=jax.lax.stop_gradient(logprobs))
+
+    def total(x):
+        return jnp.where(group.rollout.mask, per_token(x, group, objective, **options)[0], 0).sum()
+
+    return -jax.grad(total)(logprobs)
 
 
 def nll(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Array:
@@ -109,7 +177,7 @@ def at_level(logprobs: jax.Array, group: Batch, level: str) -> jax.Array:
     return logprobs + fixed
 
 
-def importance(group: Batch, kind: str, cap: Array) -> jax.Array:
+def importance_weights(group: Batch, kind: str, cap: Array) -> jax.Array:
     """Weights f32[G, T] that correct for a sampler whose log-probs are not quite the trainer's.
 
     With w = old / sampled probability: truncated importance sampling is min(w, C) (Yao et al., 2025),

@@ -39,7 +39,7 @@ class Algorithm:
 
     loss: str = 'clipped'  # a function of `losses`
     ratio: str = 'token'  # see `losses.at_level`
-    importance: str = 'none'  # correction for the sampler, see `losses.importance`
+    importance: str = 'none'  # correction for the sampler, see `losses.importance_weights`
     baseline: str = 'mean'  # see `advantages.group_advantages`
     scale: str = 'std'
     advantage_eps: float = 1e-4
@@ -270,19 +270,21 @@ class _Program:
         a, rollout = self.algorithm, group.rollout
         if group.old_logprobs is None:
             group = group._replace(old_logprobs=jax.lax.stop_gradient(logprobs))
-        at_level = losses.at_level(logprobs, group, a.ratio)
-        per_token = getattr(losses, a.loss)(at_level, group, self.objective)
-        if a.importance != 'none':
-            per_token *= losses.importance(group, a.importance, self.objective.importance_cap)
-        kl = None
-        if group.ref_logprobs is not None:
-            kl = losses.kl_term(logprobs, group.ref_logprobs, a.kl, self.objective)
-            if a.kl_place == 'loss':
-                per_token += self.objective.beta * kl
-        if entropy is not None:
-            per_token -= self.objective.entropy_bonus * entropy
+        per_token, kl = losses.per_token(
+            logprobs,
+            group,
+            self.objective,
+            entropy,
+            loss=a.loss,
+            ratio=a.ratio,
+            importance=a.importance,
+            kl=a.kl,
+            kl_place=a.kl_place,
+        )
         loss = jnp.where(rollout.mask, group.weights * per_token, 0.0).sum()
-        terms = group_terms(at_level, group, self.objective, kl, entropy)
+        terms = group_terms(
+            losses.at_level(logprobs, group, a.ratio), group, self.objective, kl, entropy
+        )
         return loss, jax.lax.stop_gradient(terms | {'loss': loss})
 
     def _policy(self, params):
