@@ -17,9 +17,9 @@ def group_advantages(
     RLOO (arXiv 2402.14740), the mean of the other G - 1 rewards; with neither, the reward itself
     (SFT, RFT and online RFT in the paper's unified table: 1 for a correct completion, else 0).
 
-    The standard deviation is the sample's (divisor G - 1) and the default eps 1e-4, as in TRL (verl:
-    1e-6); open-instruct's is the population's with 1e-8. A group whose rewards are all equal gets
-    exact zeros. `scale='batch'` is left to `normalize_batch`.
+    The standard deviation is the sample's (divisor G - 1) and the default eps 1e-4, as in TRL
+    (verl: 1e-6); open-instruct's is the population's with 1e-8. A group whose rewards are all equal
+    gets exact zeros. `scale='batch'` is left to `normalize_batch`.
 
     Args:
       rewards: f32[G].

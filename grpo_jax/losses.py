@@ -92,7 +92,8 @@ def gradient_coefficient(
         group = group._replace(old_logprobs=jax.lax.stop_gradient(logprobs))
 
     def total(x):
-        return jnp.where(group.rollout.mask, per_token(x, group, objective, **options)[0], 0).sum()
+        value, _ = per_token(x, group, objective, None, **options)
+        return jnp.where(group.rollout.mask, value, 0.0).sum()
 
     return -jax.grad(total)(logprobs)
 
@@ -117,8 +118,8 @@ def clipped(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Arra
       group: old_logprobs and advantages, f32[G, T].
       objective: clip_low and clip_high.
 
-    Where A < 0 the loss grows with the ratio without end; `dual_clip` = c bounds it by c * |A| (Ye et
-    al., arXiv 1912.09729, eq. 5).
+    Where A < 0 the loss grows with the ratio without end; `dual_clip` = c bounds it by c * |A| (Ye
+    et al., arXiv 1912.09729, eq. 5).
 
     Returns:
       f32[G, T].
@@ -132,9 +133,10 @@ def clipped(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Arra
 
 
 def cispo(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Array:
-    """-sg(clip(ratio, 1 - clip_low, 1 + clip_high)) * A * logp (MiniMax-M1, arXiv 2506.13585, eq. 4).
+    """-sg(clip(ratio, 1 - clip_low, 1 + clip_high)) * A * logp.
 
-    The bounds weigh a token and never silence it. Arguments and result are those of `clipped`.
+    MiniMax-M1 (arXiv 2506.13585), eq. 4. The bounds weigh a token and never silence it. Arguments
+    and result are those of `clipped`.
     """
     ratio = jnp.exp(logprobs - group.old_logprobs)
     bounded = jnp.clip(ratio, 1 - objective.clip_low, 1 + objective.clip_high)
@@ -155,8 +157,8 @@ def sapo(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Array:
 def at_level(logprobs: jax.Array, group: Batch, level: str) -> jax.Array:
     """Log-probs whose ratio to the old ones is that of a token or of its whole sequence.
 
-    GSPO (arXiv 2507.18071): 'sequence' gives each token the ratio s = exp(mean_t log ratio_t) of its
-    completion (eq. 7), 'sequence_token' its value sg(s) with the token's own gradient (eq. 14).
+    GSPO (arXiv 2507.18071): 'sequence' gives each token the ratio s = exp(mean_t log ratio_t) of
+    its completion (eq. 7), 'sequence_token' its value sg(s) with the token's own gradient (eq. 14).
 
     Args:
       logprobs: f32[G, T].
@@ -180,8 +182,8 @@ def at_level(logprobs: jax.Array, group: Batch, level: str) -> jax.Array:
 def importance_weights(group: Batch, kind: str, cap: Array) -> jax.Array:
     """Weights f32[G, T] that correct for a sampler whose log-probs are not quite the trainer's.
 
-    With w = old / sampled probability: truncated importance sampling is min(w, C) (Yao et al., 2025),
-    masking is w where it lies within [1/C, C] and else 0 (IcePop; also of whole sequences).
+    With w = old / sampled probability, truncated importance sampling is min(w, C) (Yao et al.,
+    2025); masking is w where it lies within [1/C, C] and else 0 (IcePop; also of whole sequences).
 
     Args:
       group: old_logprobs, and the rollout's logprobs as sampled, f32[G, T].

@@ -8,6 +8,7 @@ groups. SFT is the same program with one demonstration per group, reward 1 and t
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -204,7 +205,9 @@ class _Program:
         a = self.algorithm
         reference = self.frozen is not None and a.kl != 'none'
         in_reward = reference and a.kl_place == 'reward'
-        old = ref = entropy = None
+        old: Any = None
+        ref: Any = None
+        entropy: Any = None
         if a.inner_updates > 1 or in_reward or a.entropy_mask:  # else the current ones are the old
             old, entropy = self._fixed_logprobs(
                 self.model, self._policy(params), rollout, entropy=a.entropy_mask
@@ -222,11 +225,11 @@ class _Program:
         advantages = jnp.broadcast_to(advantages[..., None], rollout.mask.shape)
         if a.scale == 'batch':
             advantages = normalize_batch(advantages, rollout.mask, eps=a.advantage_eps)
-        weights = token_weights(
-            rollout.mask, aggregation=a.aggregation, microbatch=a.microbatch
-        )
+        weights = token_weights(rollout.mask, aggregation=a.aggregation, microbatch=a.microbatch)
         if a.entropy_mask:
-            weights = weights * least_certain(entropy, rollout.mask, self.objective.top_entropy)
+            weights = weights * least_certain(
+                entropy, rollout.mask, jnp.asarray(self.objective.top_entropy)
+            )
         return Batch(rollout, advantages, weights, ref, old)
 
     def gradient(self, params, batch: Batch):

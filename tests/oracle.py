@@ -180,7 +180,8 @@ def advantages(rewards, baseline='mean', scale='std', eps=1e-4):
             'leave_one_out': lambda others=others: statistics.fmean(others),
             'none': lambda: 0.0,
         }[baseline]()
-        out.append((reward - zero) / (statistics.stdev(rewards) + eps if scale == 'std' else 1.0))
+        spread = {'std': statistics.stdev, 'population_std': statistics.pstdev}.get(scale)
+        out.append((reward - zero) / (spread(rewards) + eps if spread else 1.0))
     return out
 
 

@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.advantages import BASELINES, SCALES, check_group_options, group_advantages
+from grpo_jax.advantages import (
+    BASELINES,
+    SCALES,
+    check_group_options,
+    group_advantages,
+    normalize_batch,
+)
 
 advantages = jax.jit(group_advantages, static_argnames=('baseline', 'scale'))
 REWARDS = np.float32([1, 0, 0, 1, 3])
@@ -63,9 +69,20 @@ def test_equal_rewards_are_kept_where_the_group_is_no_baseline():
     np.testing.assert_array_equal(ours, [1, 1, 1])
 
 
-def test_a_group_of_one_without_baseline():
-    ours = advantages(np.float32([0.5]), baseline='none', scale='none')
+@pytest.mark.parametrize('scale', ['none', 'batch'])
+def test_a_group_of_one_without_baseline(scale):
+    ours = advantages(np.float32([0.5]), baseline='none', scale=scale)
     np.testing.assert_array_equal(ours, [0.5])
+
+
+def test_normalize_batch_looks_at_completion_tokens_only():
+    values = jnp.asarray([[[1.0, 1.0], [3.0, 99.0]], [[5.0, 5.0], [3.0, 3.0]]])
+    mask = jnp.asarray([[[True, True], [True, False]], [[True, True], [True, True]]])
+    ours = normalize_batch(values, mask, eps=0.0)
+    spread = np.sqrt(16 / 7)
+    expected = np.array([[[-2, -2], [0, 0]], [[2, 2], [0, 0]]]) / spread
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+    assert (normalize_batch(jnp.full((1, 2, 2), 0.1), mask[:1], eps=0.0) == 0).all()
 
 
 def test_a_missing_reward_is_not_hidden():
@@ -89,7 +106,7 @@ def test_groups_are_vmapped():
         (
             4,
             {'baseline': 'mean', 'scale': 'range'},
-            r"scale='range' is unknown: use one of std, none",
+            r"scale='range' is unknown: use one of std, population_std, batch",
         ),
         (1, {'baseline': 'mean', 'scale': 'none'}, r'group_size=1 with .*use group_size >= 2'),
         (1, {'baseline': 'leave_one_out', 'scale': 'none'}, r'group_size=1 with .*leave_one_out'),

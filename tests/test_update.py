@@ -230,16 +230,25 @@ def test_nothing_behind_the_mask_matters(rollout, rewards, outcome):
     assert ours.metrics == pytest.approx(outcome('default').metrics)
 
 
-def test_scalars_change_the_gradient_and_never_recompile(rollout, rewards):
+SAPO = ('tau_positive', 'tau_negative')
+
+
+@pytest.mark.parametrize('loss', ['clipped', 'sapo'])
+def test_scalars_change_the_gradient_and_never_recompile(rollout, rewards, loss):
     """The second inner update sees the clip bounds; every other scalar acts from the first."""
-    step = compiled(inner_updates=2)
+    clipped = [name for name in Objective._fields if name not in SAPO]
+    step = compiled(loss=loss, inner_updates=2, importance='token', entropy=True, entropy_mask=True)
+    usual = Objective(beta=0.5)
     changes = [
-        (Sampling(), Objective()),
-        *((Sampling(), Objective(**{name: 0.05})) for name in Objective._fields),
-        (Sampling(temperature=0.5), Objective()),
-        (Sampling(top_k=40), Objective()),
-        (Sampling(top_p=0.9), Objective()),
-        (Sampling(min_p=0.05), Objective()),
+        (Sampling(), usual),
+        *(
+            (Sampling(), usual._replace(**{name: 0.05}))
+            for name in (SAPO if loss == 'sapo' else clipped)
+        ),
+        (Sampling(temperature=0.5), usual),
+        (Sampling(top_k=40), usual),
+        (Sampling(top_p=0.9), usual),
+        (Sampling(min_p=0.05), usual),
     ]
     gradients = []
     for sampling, objective in changes:
@@ -415,7 +424,7 @@ def test_a_parameter_that_is_not_finite_skips_the_update(rollout, rewards):
     [
         ({'loss': 'dpo'}, r"loss='dpo' is unknown: use one of clipped, nll"),
         ({'baseline': 'max'}, r"baseline='max' is unknown: use one of mean, leave_one_out, none"),
-        ({'scale': 'iqr'}, r"scale='iqr' is unknown: use one of std, none"),
+        ({'scale': 'iqr'}, r"scale='iqr' is unknown: use one of std, population_std, batch"),
         ({'aggregation': 'sum'}, r"aggregation='sum' is unknown: use one of sequence_mean, "),
         ({'kl': 'k4'}, r"kl='k4' is unknown: use one of k1, k2, k3"),
         ({'kl_place': 'both'}, r"kl_place='both' is unknown: use one of loss, reward"),

@@ -109,7 +109,10 @@ def expected_advantages(case, baseline, scale):
         value = row[g] - {'mean': row.mean(), 'leave_one_out': others.mean(), 'none': 0}[baseline]
         if scale in ('std', 'population_std'):
             value /= row.std(ddof=1 if scale == 'std' else 0) + 1e-4
-        if row.max() == row.min() and (baseline, scale) not in (('none', 'none'), ('none', 'batch')):
+        if row.max() == row.min() and (baseline, scale) not in (
+            ('none', 'none'),
+            ('none', 'batch'),
+        ):
             value = 0.0
         table[b, g] = value
     if scale == 'batch':
@@ -163,7 +166,9 @@ def row_loss(x, case, at, advantage, options, o):
             if o.dual_clip and a < 0 and value.real > o.dual_clip * abs(a):
                 value = complex(o.dual_clip * abs(a))
         if kind.endswith('mask'):
-            value *= importance[t] if 1 / o.importance_cap <= importance[t] <= o.importance_cap else 0
+            value *= (
+                importance[t] if 1 / o.importance_cap <= importance[t] <= o.importance_cap else 0
+            )
         elif kind != 'none':
             value *= min(importance[t], o.importance_cap)
         kl = options.get('kl', 'k3')
