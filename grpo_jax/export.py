@@ -46,7 +46,8 @@ def export(config: ConfigDict, workdir: str, output: str, *, dtype: str = '') ->
         params = policy.base
         if policy.adapters:
             params = setup.merged(made, params, policy.adapters)
-        _describe(made, fields | {'dtype': dtype}, folder)
+        told = {name: dtype for name in ('dtype', 'torch_dtype') if name in {'dtype', *fields}}
+        _describe(made, fields | told, folder)
         size = hf.save(params, made.model.config.base, fields, folder, dtype=dtype)
     print(f'{policy.name}: {size / 1e6:.1f} MB of {dtype} weights in {output}')
 
@@ -84,18 +85,21 @@ def _fields(made: setup.Setup) -> dict[str, Any]:
 
 def _describe(made: setup.Setup, fields: dict[str, Any], folder: pathlib.Path) -> None:
     """Everything but the weights: config, generation config and tokenizer."""
-    if made.source is not None:
-        for path in hf.description(made.source):
-            shutil.copyfile(path, folder / path.name)
-    if made.source is None or made.config.tokenizer:
-        made.tokenizer.save_pretrained(folder)
     generation = folder / 'generation_config.json'
-    if not generation.exists():
-        ends = {
-            'eos_token_id': fields.get('eos_token_id'),
-            'pad_token_id': fields.get('pad_token_id'),
-        }
-        generation.write_text(json.dumps(ends, indent=2) + '\n')
+    own = made.source is None or bool(made.config.tokenizer)
+    for path in hf.description(made.source) if made.source else ():
+        if not own or path.name == generation.name:
+            shutil.copyfile(path, folder / path.name)
+    if own:
+        made.tokenizer.save_pretrained(folder)
+    settings = hf.read_json(generation) if generation.exists() else {}
+    settings.setdefault('pad_token_id', fields.get('pad_token_id'))
+    # What the policy learnt to end with, such as the end of a chat's turn, has to end it elsewhere.
+    known = settings.get('eos_token_id')
+    known = known if isinstance(known, list) else [known]
+    ends = [end for end in dict.fromkeys([*known, *made.ends.tolist()]) if end is not None]
+    settings['eos_token_id'] = ends if len(ends) > 1 else ends[0]
+    generation.write_text(json.dumps(settings, indent=2) + '\n')
     (folder / 'config.json').write_text(json.dumps(fields, indent=2, sort_keys=True) + '\n')
 
 

@@ -44,6 +44,7 @@ class Setup:
     mesh: jax.sharding.Mesh
     model: models.Transformer
     tokenizer: Any
+    ends: np.ndarray  # i32[E], tokens that end a completion
     sampler: Sampler
     source: pathlib.Path | None  # folder of the pretrained checkpoint
 
@@ -59,8 +60,9 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     source = _source(config, workdir)
     tokenizer = load_tokenizer(config.tokenizer or str(source or 'bytes'))
     model = models.Transformer(_model_config(config, source, len(tokenizer)))
-    sampler = _make_sampler(config, mesh, model, tokenizer, source)
-    return Setup(config, workdir, mesh, model, tokenizer, sampler, source)
+    ends = _ends(config, tokenizer, source)
+    sampler = _make_sampler(config, mesh, model, tokenizer, ends)
+    return Setup(config, workdir, mesh, model, tokenizer, ends, sampler, source)
 
 
 def _source(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path | None:
@@ -87,14 +89,14 @@ def keep_description(setup: Setup) -> None:
 def _model_config(
     config: ConfigDict, source: pathlib.Path | None, tokens: int
 ) -> models.ModelConfig:
-    options = {**config.model, 'lora': models.Lora(**config.model.lora)}
+    options = {**config.model.to_dict(), 'lora': models.Lora(**config.model.lora)}
     if source is None:
         return models.ModelConfig(vocab_size=tokens, **options)
-    usual = defaults().model
+    usual = defaults().model.to_dict()
     for name in options:
-        if name not in _COMPUTED and config.model[name] != usual[name]:
+        if name not in _COMPUTED and options[name] != usual[name]:
             raise ValueError(
-                f'model.{name}={config.model[name]} does nothing with pretrained='
+                f'model.{name}={options[name]} does nothing with pretrained='
                 f'{config.pretrained!r}, which says what the model is like: leave it away'
             )
     computed = {name: options[name] for name in _COMPUTED}
@@ -107,11 +109,15 @@ def _model_config(
     return made
 
 
-def _make_sampler(config, mesh, model, tokenizer, source) -> Sampler:
+def _ends(config: ConfigDict, tokenizer: Any, source: pathlib.Path | None) -> np.ndarray:
     path = source and source / 'generation_config.json'
     ends = eos_ids(tokenizer, hf.read_json(path) if path and path.is_file() else None)
     if config.data.chat:
         ends = np.union1d(ends, [prompts.turn_end(tokenizer)[1]]).astype(np.int32)
+    return ends
+
+
+def _make_sampler(config, mesh, model, tokenizer, ends: np.ndarray) -> Sampler:
     table = stop_table(tokenizer, stop_strings(config), model.config.vocab_size)
     stops = None if table is None else jax.device_put(table, sharding.replicated(mesh))
 

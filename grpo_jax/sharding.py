@@ -137,13 +137,16 @@ def put_groups(tree: Any, mesh: Mesh) -> Any:
     return jax.device_put(tree, groups(mesh))
 
 
-def check_batch(batch: int, microbatch: int, mesh: Mesh | None = None) -> None:
+def check_batch(
+    batch: int, microbatch: int, mesh: Mesh | None = None, *, name: str = 'microbatch'
+) -> None:
     """Raises ValueError, with the sizes that work, where B groups cannot be cut as asked.
 
     Args:
       batch: B.
       microbatch: groups per microbatch, over all devices.
       mesh: each microbatch is spread over its fsdp axis.
+      name: what an error calls it.
     """
     devices = mesh.shape['fsdp'] if mesh is not None else 1
     if batch % devices:
@@ -156,6 +159,6 @@ def check_batch(batch: int, microbatch: int, mesh: Mesh | None = None) -> None:
     works = [n for n in range(devices, batch + 1, devices) if batch % n == 0]
     if microbatch not in works:
         raise ValueError(
-            f'microbatch={microbatch} does not cut a batch of {batch} prompts over '
+            f'{name}={microbatch} does not cut a batch of {batch} prompts over '
             f'fsdp={devices} into equal pieces: use one of {", ".join(map(str, works))}'
         )

@@ -18,6 +18,7 @@ from grpo_jax import data, judging, rewards, setup, sharding, update
 from grpo_jax.advantages import check_group_options
 from grpo_jax.losses import Objective
 from grpo_jax.optimizer import adamw
+from grpo_jax.rewards import pool
 from grpo_jax.sample import check_sampling
 from grpo_jax.setup import Problems, Setup
 from grpo_jax.types import Params, Prompts, Rollout, Sampling
@@ -92,7 +93,7 @@ def grpo_stage(made: Setup, training: Problems, heldout: Problems) -> Stage:
     check_group_options(c.group_size, baseline=algorithm.baseline, scale=algorithm.scale)
     sharding.check_batch(c.batch_size, algorithm.microbatch, made.mesh)
     if c.sample_batch:
-        sharding.check_batch(c.batch_size, c.sample_batch, made.mesh)
+        sharding.check_batch(c.batch_size, c.sample_batch, made.mesh, name='sample_batch')
     functions, weights = rewards.build(c.rewards)
     judge = functools.partial(
         judging.judge, problems=training, functions=functions, weights=weights
@@ -140,7 +141,7 @@ def _sample_and_judge(
       the whole rollout on the devices, what the rewards say of it, and the seconds that sampling
       took.
     """
-    began, count = time.perf_counter(), len(prompts.index)
+    began, before, count = time.perf_counter(), pool.timeouts(), len(prompts.index)
     size = size or count
     cuts = [slice(start, start + size) for start in range(0, count, size)]
     parts = [sample(jax.tree.map(operator.itemgetter(cut), prompts)) for cut in cuts]
@@ -151,10 +152,14 @@ def _sample_and_judge(
         finished.append(time.perf_counter())
         return judge(host)
 
+    if len(parts) == 1:  # in the main thread, where an interrupt or a signal can end a reward
+        return parts[0], wait_and_judge(parts[0]), finished[0] - began
     with ThreadPoolExecutor(max_workers=len(parts)) as threads:
         judged = judging.together(list(threads.map(wait_and_judge, parts)))
-    rollout = jax.tree.map(lambda *x: jnp.concatenate(x), *parts) if parts[1:] else parts[0]
-    return rollout, judged, max(finished) - began
+    # The parts were judged at once, so each has counted the others' timeouts too.
+    scores = judged.scores._replace(timeouts=pool.timeouts() - before)
+    rollout = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    return rollout, judged._replace(scores=scores), max(finished) - began
 
 
 def _completion_rows(judged: judging.Judged, count: int) -> list[dict[str, Any]]:

@@ -46,9 +46,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     training = setup.training_problems(made, heldout)
     sft = sft_stage(made, training) if config.sft.steps else None
     grpo = grpo_stage(made, training, heldout)
-    setup.keep_description(made)
-    checkpoint.claim_workdir(made.workdir, config)
     params = setup.initial_params(made)
+    checkpoint.claim_workdir(made.workdir, config)
+    setup.keep_description(made)
     if sft:
         params = _run_stage(made, sft, params)
     _run_stage(made, grpo, params)

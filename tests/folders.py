@@ -1,19 +1,25 @@
-"""Tiny Hugging Face checkpoints made without PyTorch, and a config of runs that begin with them."""
+"""Tiny Hugging Face checkpoints made without PyTorch, and runs that begin with them."""
 
 import json
 
+import jax
+import jax.numpy as jnp
 import runs
 import tiny
 
-from grpo_jax import tokens
+from grpo_jax import checkpoint, setup, tokens
+from grpo_jax.config import defaults
 from grpo_jax.models import families, hf
+from grpo_jax.types import TrainState
+
+VOCAB = 264  # more than any of the tokenizers has
+EOS, IM_START, IM_END, ANOTHER_END = 257, 258, 259, 263
 
 # How ChatML frames a conversation.
 CHATML = (
     '{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n'
     '{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
 )
-IM_START, IM_END = 258, 259
 
 
 def chat_tokenizer():
@@ -25,33 +31,79 @@ def chat_tokenizer():
     return tokenizer
 
 
-def write(folder, *, tokenizer=None, generation=None, seed=0, fields=None, **options):
-    """A random Llama (by its options Qwen3 and others) with a byte tokenizer; returns the folder.
+def write(folder, *, tokenizer=None, generation=None, fields=None, params=None, **options):
+    """Writes a random Llama (by its options a Qwen3 or others); returns the folder.
 
-    `generation` is its generation_config.json, `fields` change its config.json.
+    `generation` is its generation_config.json; `fields` replace some of its config.json; `params`
+    makes its parameters from the model.
     """
-    model = tiny.make_model(**({'vocab_size': 264, 'layers': 1, 'head_dim': 4} | options))
-    described = families.hugging_face_fields(model.config) | (fields or {})
+    model = make_model(**options)
+    described = families.hugging_face_fields(model.config)
+    described |= {'eos_token_id': EOS, 'pad_token_id': 256} | (fields or {})
     folder.mkdir(parents=True)
     (folder / 'config.json').write_text(json.dumps(described))
     if generation is not None:
         (folder / 'generation_config.json').write_text(json.dumps(generation))
     (tokenizer or tokens.byte_tokenizer()).save_pretrained(folder)
-    params = tiny.make_params(model, seed)
-    hf.save(params, model.config, described, folder, dtype='float32')
+    made = (params or tiny.make_params)(model)
+    hf.save(made, model.config, described, folder, dtype='float32')
     return folder
 
 
-def get_config(pretrained, *, rank=0):
-    """A short run of both stages from a checkpoint; adapters where the rank is not 0."""
+def make_model(**options):
+    return tiny.make_model(**({'vocab_size': VOCAB, 'layers': 1, 'head_dim': 4} | options))
+
+
+def writing(*likely):
+    """Parameters of a model whose every token is one of `likely`, all with the same probability."""
+
+    def make(model):
+        width, vocab = model.config.width, model.config.vocab_size
+        logits = jnp.full(vocab, -40.0).at[jnp.array(likely)].set(0.0)
+        params = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tiny.shapes(model))
+        params['embedding'] += 1
+        params['final_norm']['scale'] += 1
+        return params | {'head': jnp.broadcast_to(logits / width, (width, vocab))}
+
+    return make
+
+
+def get_config(pretrained='', *, rank=0, sft=0, **data):
+    """A short run from a checkpoint: GRPO, after `sft` steps of SFT; with adapters of a rank."""
     config = runs.get_config()
-    usual = runs.grpo_defaults().model
-    config.model = usual
+    config.model = defaults().model
     config.pretrained = str(pretrained)
     config.model.lora.rank = rank
-    config.sft.update(steps=2)
+    for name, value in data.items():
+        config.data[name] = value
+    config.sft.update(steps=sft)
     config.grpo.update(steps=3)
     config.grpo.algorithm.update(inner_updates=1, entropy=False)
     config.eval.update(every=3, samples=0)
-    config.checkpoint.update(every=1)
+    config.checkpoint.update(every=2, keep=3)
     return config
+
+
+def rows(folder, **splits):
+    """Writes JSON lines of questions, each answered by '1'; returns keys of a config's data."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, questions in splits.items():
+        lines = [json.dumps({'question': q, 'answer': '1', 'solution': '1'}) for q in questions]
+        (folder / f'{name}.jsonl').write_text('\n'.join(lines) + '\n')
+    return {
+        'name': 'jsonl',
+        'options': {'folder': str(folder)},
+        'cache_dir': str(folder / 'cache'),
+        'demonstration': '{solution}',
+    }
+
+
+def pretend(config, workdir, params, *, stage='grpo', step=3):
+    """Leaves behind what a run does that has trained these parameters."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    checkpoint.claim_workdir(workdir, config)
+    setup.keep_description(setup.prepare(config, workdir))
+    manager = checkpoint.open_manager(workdir / 'checkpoints' / stage, keep=1)
+    checkpoint.save(manager, step, TrainState(jnp.int32(step), params, (), jnp.int32(0)))
+    manager.close()
+    return workdir

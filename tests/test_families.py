@@ -300,7 +300,7 @@ def test_greedy_completions_equal_transformers(kind, greedy):
     expected, leads = zip(
         *(generate(reference, row, None) for row in rows_of(prompts)), strict=True
     )
-    assert min(leads) > 2 * TOLERANCE, 'ties: these tokens cannot be compared'
+    assert min(leads) > TOLERANCE, 'ties: these tokens cannot be compared'
     assert all(len(row) == MAX_TOKENS for row in expected)
     assert len({token for row in expected for token in row}) > 20  # not one loop
     for g in range(2):

@@ -298,12 +298,16 @@ def mesh():
     return sharding.make_mesh(fsdp=4, tensor=2)
 
 
-def test_the_function_on_a_mesh(mesh, rollout):
-    params = jax.device_put(PARAMS, sharding.shardings(PARAMS, mesh))
-    lies = params['blocks']['query_lora_a'].sharding
-    assert lies.spec == jax.sharding.PartitionSpec(None, 'fsdp', None)
-    ours = logits_of(params, sharding.put_groups(rollout, mesh))
-    np.testing.assert_allclose(ours, logits_of(PARAMS, rollout), atol=3e-5)
+def test_adapters_lie_like_their_projections(mesh):
+    """A is split along the weight's inputs and B along its outputs."""
+    specs = jax.tree.map(lambda s: s.spec, sharding.shardings(tiny.shapes(MODEL), mesh))['blocks']
+    for name, inputs in (('query', 1), ('up', 1), ('out', 2), ('down', 1)):
+        weight, a, b = (specs[f'{name}{part}'] for part in ('', '_lora_a', '_lora_b'))
+        assert weight[1 : 1 + inputs] == a[1 : 1 + inputs], name
+        assert weight[1 + inputs :] == b[2:], name
+        assert (a[-1], b[1]) == (None, None), name  # the rank is whole
+        assert any(a), name
+        assert any(b), name
 
 
 @pytest.mark.slow
