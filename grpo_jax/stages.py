@@ -84,10 +84,7 @@ def sft_stage(made: Setup, training: Problems) -> Stage:
 def grpo_stage(made: Setup, training: Problems, heldout: Problems) -> Stage:
     """GRPO on sampled completions."""
     c, config = made.config.grpo, made.config
-    algorithm = update.Algorithm(**c.algorithm)
-    objective = Objective(**c.objective)
-    if not objective.beta:
-        algorithm = dataclasses.replace(algorithm, kl='none')
+    algorithm, objective = _objective(c.algorithm, c.objective)
     sampling = Sampling(**c.sampling)
     check_sampling(sampling)
     check_group_options(c.group_size, baseline=algorithm.baseline, scale=algorithm.scale)
@@ -125,6 +122,39 @@ def grpo_stage(made: Setup, training: Problems, heldout: Problems) -> Stage:
         'grpo', c.steps, algorithm, optimizer, schedule, sampling, objective, collect, ask,
         config.eval.every,
     )  # fmt: skip
+
+
+def _objective(options: Any, scalars: Any) -> tuple[update.Algorithm, Objective]:
+    """Both from their sections of the config: a term whose weight is 0 is left out of the program.
+
+    Raises:
+      ValueError: an unknown option, or a scalar that is set but that none of the options reads.
+    """
+    algorithm, objective = update.Algorithm(**options), Objective(**scalars)
+    if not objective.beta:
+        algorithm = dataclasses.replace(algorithm, kl='none')
+    if objective.entropy_bonus:
+        algorithm = dataclasses.replace(algorithm, entropy=True)
+    if objective.top_entropy < 1:
+        algorithm = dataclasses.replace(algorithm, entropy_mask=True)
+    read = {
+        'dual_clip': algorithm.loss == 'clipped',
+        'clip_low': algorithm.loss in ('clipped', 'cispo'),
+        'clip_high': algorithm.loss in ('clipped', 'cispo'),
+        'tau_positive': algorithm.loss == 'sapo',
+        'tau_negative': algorithm.loss == 'sapo',
+        'importance_cap': algorithm.importance != 'none',
+        'kl_clamp': algorithm.kl != 'none',
+    }
+    usual = Objective()
+    for name, active in read.items():
+        value = getattr(objective, name)
+        if not active and value != getattr(usual, name):
+            raise ValueError(
+                f'grpo.objective.{name}={value} does nothing with loss={algorithm.loss!r}, '
+                f'importance={algorithm.importance!r} and kl={algorithm.kl!r}: leave it away'
+            )
+    return algorithm, objective
 
 
 def _sample_and_judge(

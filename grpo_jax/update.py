@@ -53,7 +53,7 @@ class Algorithm:
     microbatch: int = 1  # groups whose gradient is computed at a time
     logprob_chunk: int = 128  # completion positions whose logits exist at a time
     entropy: bool = False  # compute the policy's entropy: a metric, and what its bonus needs
-    entropy_mask: bool = False  # train only `top_entropy` of the tokens
+    entropy_mask: bool = False  # train only the share `top_entropy` of the tokens
 
     def __post_init__(self) -> None:
         check_group_options(2, baseline=self.baseline, scale=self.scale)

@@ -362,6 +362,8 @@ BAD = [
         "group_size=1 with baseline='leave_one_out'",
     ),
     ({'grpo.algorithm.loss': 'clip'}, "loss='clip' is unknown: use one of clipped, nll"),
+    ({'grpo.objective.tau_positive': 2.0}, "tau_positive=2.0 does nothing with loss='clipped',"),
+    ({'grpo.objective.importance_cap': 3.0}, "importance_cap=3.0 does nothing with .*'none'"),
     ({'grpo.algorithm.kl': 'k1'}, "kl='k1' with kl_place='loss' has an expected on-policy"),
     ({'grpo.sampling.temperature': 0.0}, r'sampling temperature=0.0: make it above 0'),
     ({'grpo.sampling.top_k': -1}, 'sampling top_k=-1: make it at least 0'),
