@@ -23,9 +23,9 @@ def main(arguments: list[str]) -> None:
     """Generates and compares."""
     if arguments[1:]:
         raise app.UsageError(f'unexpected arguments: {arguments[1:]}')
-    length = json.loads(pathlib.Path(WORKDIR.value, 'config.json').read_text())['data'][
-        'completion_length'
-    ]
+    data = json.loads(pathlib.Path(WORKDIR.value, 'config.json').read_text())['data']
+    if data['chat'] or data['stops']:
+        raise app.UsageError('a run with data.chat or data.stops cannot be compared from its texts')
     lines = pathlib.Path(WORKDIR.value, 'evaluation.jsonl').read_text().splitlines()
     rows = [json.loads(line) for line in lines[: ROWS.value]]
     tokenizer = transformers.AutoTokenizer.from_pretrained(EXPORT.value)
@@ -35,7 +35,9 @@ def main(arguments: list[str]) -> None:
     for row in rows:
         asked = tokenizer(row['prompt'], return_tensors='pt')
         with torch.no_grad():
-            tokens = model.generate(**asked, do_sample=False, max_new_tokens=length)
+            tokens = model.generate(
+                **asked, do_sample=False, max_new_tokens=data['completion_length']
+            )
         written = tokenizer.decode(tokens[0, asked.input_ids.shape[1] :], skip_special_tokens=True)
         same += written == row['completion']
     print(f'{same} of {len(rows)} greedy completions are identical in transformers')

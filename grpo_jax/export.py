@@ -8,6 +8,7 @@ pretrained checkpoint. Everything is written beside the folder first and moved t
 
 import contextlib
 import json
+import logging
 import pathlib
 import shutil
 import sys
@@ -21,6 +22,9 @@ from grpo_jax.command import one_line_errors
 from grpo_jax.config import parse, take
 from grpo_jax.models import families, hf
 from grpo_jax.models.config import DTYPES
+from grpo_jax.tokens import load_tokenizer
+
+log = logging.getLogger('grpo_jax')
 
 
 def export(config: ConfigDict, workdir: str, output: str, *, dtype: str = '') -> None:
@@ -90,8 +94,9 @@ def _describe(made: setup.Setup, fields: dict[str, Any], folder: pathlib.Path) -
     for path in hf.description(made.source) if made.source else ():
         if not own or path.name == generation.name:
             shutil.copyfile(path, folder / path.name)
+    (folder / 'config.json').write_text(json.dumps(fields, indent=2, sort_keys=True) + '\n')
     if own:
-        made.tokenizer.save_pretrained(folder)
+        _save_tokenizer(made, folder)
     settings = hf.read_json(generation) if generation.exists() else {}
     settings.setdefault('pad_token_id', fields.get('pad_token_id'))
     # What the policy learnt to end with, such as the end of a chat's turn, has to end it elsewhere.
@@ -100,7 +105,17 @@ def _describe(made: setup.Setup, fields: dict[str, Any], folder: pathlib.Path) -
     ends = [end for end in dict.fromkeys([*known, *made.ends.tolist()]) if end is not None]
     settings['eos_token_id'] = ends if len(ends) > 1 else ends[0]
     generation.write_text(json.dumps(settings, indent=2) + '\n')
-    (folder / 'config.json').write_text(json.dumps(fields, indent=2, sort_keys=True) + '\n')
+
+
+def _save_tokenizer(made: setup.Setup, folder: pathlib.Path) -> None:
+    """Writes the run's tokenizer beside a `config.json`, which decides how it is read again."""
+    made.tokenizer.save_pretrained(folder)
+    again = load_tokenizer(str(folder))
+    if again.backend_tokenizer.to_str() != made.tokenizer.backend_tokenizer.to_str():
+        log.warning(
+            '%s: transformers reads this folder with another tokenizer than the run had, because '
+            'of the architecture: load the tokenizer with PreTrainedTokenizerFast', folder,
+        )  # fmt: skip
 
 
 @contextlib.contextmanager

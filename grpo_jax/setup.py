@@ -89,7 +89,11 @@ def keep_description(setup: Setup) -> None:
 def _model_config(
     config: ConfigDict, source: pathlib.Path | None, tokens: int
 ) -> models.ModelConfig:
-    options = {**config.model.to_dict(), 'lora': models.Lora(**config.model.lora)}
+    options = {
+        **config.model,
+        'rope_scaling': dict(**config.model.rope_scaling),
+        'lora': models.Lora(**config.model.lora),
+    }
     if source is None:
         return models.ModelConfig(vocab_size=tokens, **options)
     usual = defaults().model.to_dict()

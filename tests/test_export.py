@@ -1,0 +1,421 @@
+"""From a run to a folder: its files, its weights and adapters, and what is refused."""
+
+import functools
+import json
+import re
+import shutil
+
+import folders
+import jax
+import numpy as np
+import pytest
+import runs
+import tiny
+from safetensors.numpy import load_file
+from test_models import group_logits
+
+from grpo_jax import evaluate, export, models, setup, tokens
+from grpo_jax.models import families, hf
+
+ROLLOUT = tiny.make_rollout(vocab=folders.VOCAB)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def fast():
+    with runs.compiled_once():
+        yield
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+    """The folder of a checkpoint whose tokenizer knows a chat template."""
+    return folders.write(
+        tmp_path_factory.mktemp('source') / 'llama',
+        tokenizer=folders.chat_tokenizer(),
+        generation={'eos_token_id': folders.EOS, 'temperature': 0.6},
+    )
+
+
+def make_run(workdir, source='', *, config=None, stage='grpo', step=3, **options):
+    """A run that has come to random parameters; returns its config, setup and all parameters."""
+    config = config or folders.get_config(source, **options)
+    made = setup.prepare(config, workdir)
+    params = tiny.make_params(made.model, seed=1)
+    folders.pretend(config, workdir, models.split(params)[1] or params, stage=stage, step=step)
+    return config, made, params
+
+
+@pytest.fixture(scope='module')
+def plain(source, tmp_path_factory):
+    """(workdir, config, setup, parameters) of a run that trained all of them."""
+    workdir = tmp_path_factory.mktemp('plain')
+    return workdir, *make_run(workdir, source)
+
+
+@pytest.fixture(scope='module')
+def adapted(source, tmp_path_factory):
+    """Of one that trained adapters; the parameters are the checkpoint's with the adapters."""
+    workdir = tmp_path_factory.mktemp('adapted')
+    config, made, params = make_run(workdir, source, rank=2)
+    base = setup.initial_params(made)
+    return workdir, config, made, models.join(base, models.split(params)[1])
+
+
+def again(folder, workdir, **options):
+    """An exported folder as `pretrained` of another run: its setup and parameters."""
+    made = setup.prepare(folders.get_config(folder, **options), workdir)
+    return made, setup.initial_params(made)
+
+
+def logits_of(model, params):
+    return np.asarray(tiny.jit(functools.partial(group_logits, model))(params, ROLLOUT))
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+# All weights
+
+
+def test_everything_comes_back(plain, source, tmp_path, capsys):
+    workdir, config, _, params = plain
+    out = tmp_path / 'new' / 'out'
+    export.export(config, str(workdir), str(out))
+    assert capsys.readouterr().out == f'grpo/3: 0.0 MB of float32 weights in {out}\n'
+    made, imported = again(out, tmp_path / 'next')
+    assert tiny.same(imported, params)
+    assert made.tokenizer.get_vocab() == folders.chat_tokenizer().get_vocab()
+    assert made.tokenizer.chat_template == folders.CHATML
+    assert {path.name for path in out.iterdir()} == {path.name for path in source.iterdir()}
+    for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
+        assert (out / name).read_bytes() == (source / name).read_bytes()
+    assert read(out / 'config.json') == read(source / 'config.json') | {'dtype': 'float32'}
+    assert read(out / 'generation_config.json') == {
+        'eos_token_id': folders.EOS, 'temperature': 0.6, 'pad_token_id': 256,
+    }  # fmt: skip
+    assert [path.name for path in out.parent.iterdir()] == ['out']
+
+
+def test_adapters_are_folded_in(adapted, tmp_path):
+    workdir, config, made, params = adapted
+    export.export(config, str(workdir), str(tmp_path / 'out'))
+    found, merged = again(tmp_path / 'out', tmp_path / 'next')
+    assert not models.split(merged)[1]
+    expected = logits_of(made.model, params)
+    np.testing.assert_allclose(logits_of(found.model, merged), expected, atol=3e-5)
+    base = models.split(params)[0]
+    assert np.abs(logits_of(found.model, base) - expected).max() > 0.1
+
+
+def test_adapters_of_both_stages_are_folded_in(source, tmp_path):
+    config = folders.get_config(source, rank=2, sft=2)
+    made = setup.prepare(config, tmp_path / 'run')
+    stages = [models.split(tiny.make_params(made.model, seed))[1] for seed in (1, 2)]
+    for stage, adapters in zip(('sft', 'grpo'), stages, strict=True):
+        folders.pretend(config, tmp_path / 'run', adapters, stage=stage)
+    export.export(config, str(tmp_path / 'run'), str(tmp_path / 'out'))
+    _, found = again(tmp_path / 'out', tmp_path / 'next')
+    expected = setup.initial_params(made)
+    for adapters in stages:
+        expected = models.merge(made.model.config, expected, adapters)
+    assert tiny.gap(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
+def test_dtypes(dtype, plain, tmp_path):
+    workdir, config, _, params = plain
+    export.export(config, str(workdir), str(tmp_path / 'out'), dtype=dtype)
+    assert read(tmp_path / 'out' / 'config.json')['dtype'] == dtype
+    stored = load_file(tmp_path / 'out' / 'model.safetensors')
+    assert {tensor.dtype.name for tensor in stored.values()} == {dtype}
+    _, imported = again(tmp_path / 'out', tmp_path / 'next')
+    assert tiny.same(imported, jax.tree.map(lambda x: x.astype(dtype).astype('float32'), params))
+
+
+@pytest.mark.parametrize('field', ['dtype', 'torch_dtype'])
+def test_the_dtype_is_that_of_the_checkpoint(field, tmp_path):
+    """Whatever name its version of transformers has for it; an older one must not be misled."""
+    source = folders.write(tmp_path / 'source', fields={field: 'bfloat16'})
+    config, *_ = make_run(tmp_path / 'run', source)
+    for dtype, written in (('', 'bfloat16'), ('float16', 'float16')):
+        out = tmp_path / written
+        export.export(config, str(tmp_path / 'run'), str(out), dtype=dtype)
+        stored = load_file(out / 'model.safetensors')
+        assert {tensor.dtype.name for tensor in stored.values()} == {written}
+        found = read(out / 'config.json')
+        assert {found[name] for name in ('dtype', field)} == {written}
+
+
+def test_without_the_source_folder(source, tmp_path, capsys):
+    """A run that trained all parameters has all that it needs."""
+    shutil.copytree(source, tmp_path / 'gone')
+    table = folders.rows(tmp_path / 'rows', train=['1', '2'], test=['3', '4'])
+    config, _, params = make_run(tmp_path / 'run', tmp_path / 'gone', **table)
+    config.eval.correct = 'runs:lucky'
+    shutil.rmtree(tmp_path / 'gone')
+    evaluate.main(config, str(tmp_path / 'run'))
+    found = json.loads(capsys.readouterr().out)
+    assert (found['checkpoint'], found['problems']) == ('grpo/3', 2)
+    export.export(config, str(tmp_path / 'run'), str(tmp_path / 'out'))
+    assert tiny.same(again(tmp_path / 'out', tmp_path / 'next')[1], params)
+
+
+# What ends a completion elsewhere
+
+
+@pytest.mark.parametrize(
+    ('generation', 'chat', 'expected'),
+    [
+        (None, False, 257),
+        (None, True, [257, 259]),
+        ({'eos_token_id': 257}, True, [257, 259]),
+        ({'eos_token_id': [263, 257]}, False, [263, 257]),
+        ({'eos_token_id': 263}, True, [263, 257, 259]),
+    ],
+)
+def test_end_tokens_are_those_of_the_run(generation, chat, expected, tmp_path):
+    """A policy that learnt to end its turn is stopped there by whatever generates with it."""
+    source = folders.write(
+        tmp_path / 'source', tokenizer=folders.chat_tokenizer(), generation=generation
+    )
+    config, *_ = make_run(tmp_path / 'run', source, chat=chat)
+    export.export(config, str(tmp_path / 'run'), str(tmp_path / 'out'))
+    found = read(tmp_path / 'out' / 'generation_config.json')
+    assert found == {'eos_token_id': expected, 'pad_token_id': 256}
+
+
+def test_a_tokenizer_of_the_config(source, tmp_path):
+    """Nothing stays behind of the one it replaces."""
+    plain = tokens.byte_tokenizer()
+    plain.save_pretrained(tmp_path / 'plain')
+    config = folders.get_config(source)
+    config.tokenizer = str(tmp_path / 'plain')
+    make_run(tmp_path / 'run', config=config)
+    export.export(config, str(tmp_path / 'run'), str(tmp_path / 'out'))
+    made, _ = again(tmp_path / 'out', tmp_path / 'next')
+    assert made.tokenizer.get_vocab() == plain.get_vocab()
+    assert made.tokenizer.chat_template is None
+    assert not (tmp_path / 'out' / 'chat_template.jinja').exists()
+    assert read(tmp_path / 'out' / 'generation_config.json')['temperature'] == 0.6
+
+
+# From scratch
+
+
+FROM_SCRATCH = {
+    'llama': {},
+    'qwen3': {'qk_norm': 'head'},
+    'qwen3_moe': {'qk_norm': 'head', 'experts': 4, 'experts_per_token': 2},
+    'mixtral': {'experts': 4, 'experts_per_token': 2},
+    'olmo2': {'norms': 'post', 'qk_norm': 'projection'},
+}
+
+
+def scratch(**options):
+    config = folders.get_config()
+    config.model.update(width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp_width=16)
+    config.model.update(options)
+    return config
+
+
+@pytest.mark.parametrize('kind', FROM_SCRATCH)
+def test_a_run_from_scratch_becomes_a_checkpoint(kind, tmp_path):
+    """Also its tokenizer, although transformers chooses the class by the model beside it."""
+    config, made, params = make_run(tmp_path / 'run', config=scratch(**FROM_SCRATCH[kind]))
+    export.export(config, str(tmp_path / 'run'), str(tmp_path / 'out'))
+    assert read(tmp_path / 'out' / 'config.json')['model_type'] == kind
+    assert read(tmp_path / 'out' / 'generation_config.json') == {
+        'eos_token_id': 257, 'pad_token_id': 256,
+    }  # fmt: skip
+    found, imported = again(tmp_path / 'out', tmp_path / 'next')
+    assert tiny.same(imported, params)
+    assert found.model == made.model
+    text = "Don't, 12345  \n\n <eos>é e\u0301 数"
+    assert len(found.tokenizer) == 258
+    assert found.tokenizer.encode(text) == list(text.encode())
+    assert found.tokenizer.decode(list(text.encode())) == text
+
+
+# Adapters
+
+
+@pytest.mark.parametrize('targets', [('*_proj',), ('q_proj', 'down_proj')], ids=['all', 'some'])
+def test_peft_reads_the_adapter(targets, tmp_path, capsys):
+    peft = pytest.importorskip('peft', reason='peft is the reference for adapters')
+    torch = pytest.importorskip('torch')
+    import checkpoints
+
+    source = folders.write(tmp_path / 'source')
+    config = folders.get_config(source, rank=3)
+    config.model.lora.update(alpha=5.0, targets=targets)
+    _, made, params = make_run(tmp_path / 'run', config=config)
+    out = tmp_path / 'out'
+    export.export_adapter(config, str(tmp_path / 'run'), str(out))
+    assert capsys.readouterr().out == f'grpo/3: adapters of {source} in {out}\n'
+    stored = load_file(out / 'adapter_model.safetensors')
+    assert len(stored) == (14 if len(targets) == 1 else 4)
+    params = models.join(setup.initial_params(made), models.split(params)[1])
+    base, complaints = checkpoints.open_torch(source)
+    assert not complaints
+    plain = checkpoints.completion_logits(base, ROLLOUT)
+    model = peft.PeftModel.from_pretrained(base, out).eval()
+    loaded = peft.get_peft_model_state_dict(model)
+    assert {name: tensor.shape for name, tensor in loaded.items()} == {
+        name: torch.Size(tensor.shape) for name, tensor in stored.items()
+    }
+    theirs = checkpoints.completion_logits(model, ROLLOUT)
+    assert checkpoints.error(logits_of(made.model, params), theirs) < 1e-5
+    assert checkpoints.error(plain, theirs) > 0.01
+    assert setup.load_tokenizer(str(out)).encode('1+1=') == list(b'1+1=')
+
+
+def phi3(folder):
+    """A checkpoint whose projections are stacked."""
+    import transformers
+
+    usual = transformers.CONFIG_MAPPING['phi3'](
+        vocab_size=folders.VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+        bos_token_id=None, eos_token_id=folders.EOS, pad_token_id=256,
+    )  # fmt: skip
+    fields = usual.to_dict() | {'architectures': ['Phi3ForCausalLM']}
+    fields = {k: v for k, v in fields.items() if v is not None}
+    model = models.Transformer(families.model_config(fields))
+    folder.mkdir()
+    (folder / 'config.json').write_text(json.dumps(fields))
+    tokens.byte_tokenizer().save_pretrained(folder)
+    hf.save(tiny.make_params(model), model.config, fields, folder, dtype='float32')
+    return folder
+
+
+WITHOUT_ADAPTER = 'the run has no adapters of a pretrained checkpoint: it trained all weights, or'
+REFUSED = {
+    'all weights': (lambda path, source: folders.get_config(source), WITHOUT_ADAPTER),
+    'after SFT': (lambda path, source: folders.get_config(source, rank=2, sft=2), WITHOUT_ADAPTER),
+    'from scratch': (lambda path, source: folders.get_config(rank=2), WITHOUT_ADAPTER),
+    'stacked': (
+        lambda path, source: folders.get_config(phi3(path / 'phi3'), rank=2),
+        r'Phi3ForCausalLM stacks projections \(self_attn.qkv_proj, mlp.gate_up_proj\), for which P',
+    ),
+}
+
+
+@pytest.mark.parametrize('kind', REFUSED)
+def test_adapters_that_cannot_be_exported(kind, source, tmp_path):
+    make, message = REFUSED[kind]
+    config = make(tmp_path, source)
+    if kind == 'after SFT':
+        make_run(tmp_path / 'run', config=config, stage='sft')
+    make_run(tmp_path / 'run', config=config)
+    (tmp_path / 'outside').mkdir()
+    with pytest.raises(ValueError, match=message) as error:
+        export.export_adapter(config, str(tmp_path / 'run'), str(tmp_path / 'outside' / 'out'))
+    assert '\n' not in str(error.value)
+    assert not list((tmp_path / 'outside').iterdir())
+    export.export(config, str(tmp_path / 'run'), str(tmp_path / 'outside' / 'out'))
+
+
+def test_adapters_of_an_unfinished_sft_can_be_exported(source, tmp_path):
+    config = folders.get_config(source, rank=2, sft=2)
+    make_run(tmp_path / 'run', config=config, stage='sft', step=1)
+    export.export_adapter(config, str(tmp_path / 'run'), str(tmp_path / 'out'))
+    assert read(tmp_path / 'out' / 'adapter_config.json')['base_model_name_or_path'] == str(source)
+
+
+# The folder
+
+
+def test_the_output_folder(plain, tmp_path):
+    workdir, config, *_ = plain
+    for name in ('file', 'full', 'empty'):
+        (tmp_path / name).mkdir()
+    (tmp_path / 'full' / 'precious.txt').write_text('mine')
+    (tmp_path / 'file' / 'out').write_text('mine')
+    for out in (tmp_path / 'full', tmp_path / 'file' / 'out'):
+        message = f'--output={out} is not empty: name a new folder'
+        with pytest.raises(ValueError, match=re.escape(message)):
+            export.export(config, str(workdir), str(out))
+    kept = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*'))
+    assert kept == ['empty', 'file', 'file/out', 'full', 'full/precious.txt']
+    assert (tmp_path / 'full' / 'precious.txt').read_text() == 'mine'
+    (tmp_path / 'empty.partial').mkdir()  # of an export that was killed
+    (tmp_path / 'empty.partial' / 'old.json').touch()
+    export.export(config, str(workdir), str(tmp_path / 'empty'))
+    assert (tmp_path / 'empty' / 'model.safetensors').is_file()
+    assert not (tmp_path / 'empty' / 'old.json').exists()
+    assert not (tmp_path / 'empty.partial').exists()
+
+
+def test_an_export_that_fails_leaves_nothing(plain, tmp_path, monkeypatch):
+    workdir, config, *_ = plain
+
+    def fail(*arguments, **options):
+        raise OSError('the disk is full')
+
+    monkeypatch.setattr(hf, 'save_file', fail)
+    with pytest.raises(OSError, match='the disk is full'):
+        export.export(config, str(workdir), str(tmp_path / 'out'))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_no_architecture_is_like(tmp_path):
+    config, *_ = make_run(tmp_path / 'run', config=scratch(norms='both'))
+    with pytest.raises(ValueError, match='no Hugging Face architecture is like ModelConfig'):
+        export.export(config, str(tmp_path / 'run'), str(tmp_path / 'out'))
+    assert [path.name for path in tmp_path.iterdir()] == ['run']
+
+
+# The command
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (['--workdir={run}'], '--output=FOLDER is missing: name the folder to write'),
+        (['--output={out}'], '--workdir=FOLDER is missing: name the folder of the run'),
+        (['--workdir={out}', '--output={out}'], '{out}/config.json: no such file: --workdir has '),
+        (
+            ['--workdir={run}', '--output={out}', '--dtype=int8'],
+            '--dtype=int8: use one of float32, bfloat16, float16',
+        ),
+        (
+            ['--workdir={run}', '--output={out}', '--dtype=float32', '--adapter'],
+            '--dtype does nothing with --adapter, which are float32: leave it away',
+        ),
+        (['--workdir={run}', '--output={out}', '--adaptor'], "unexpected argument '--adaptor'"),
+        (['--workdir={run}', '--output={out}', '--adapter'], WITHOUT_ADAPTER),
+        (
+            ['--workdir={run}', '--output={out}', '--config.model.width=64'],
+            'model.width=64 does nothing with pretrained=',
+        ),
+        (
+            ['--workdir={run}', '--output={out}', '--config.mesh.fsdp=16'],
+            'mesh fsdp=16 x tensor=1 needs 16 devices',
+        ),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, plain, tmp_path, monkeypatch, capsys):
+    names = {'run': plain[0], 'out': tmp_path / 'out'}
+    given = [argument.format(**names) for argument in arguments]
+    monkeypatch.setattr('sys.argv', ['export', *given])
+    with pytest.raises(SystemExit) as stopped:
+        export.run()
+    assert stopped.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.out == ''
+    assert printed.err.startswith(f'error: {message.format(**names)}')
+    assert printed.err.count('\n') == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_command(adapted, tmp_path, monkeypatch):
+    workdir, *_ = adapted
+    for name, options in (('merged', ['--dtype=bfloat16']), ('adapter', ['--adapter'])):
+        out = f'--output={tmp_path / name}'
+        monkeypatch.setattr('sys.argv', ['export', f'--workdir={workdir}', out, *options])
+        export.run()
+    stored = load_file(tmp_path / 'merged' / 'model.safetensors')
+    assert {tensor.dtype.name for tensor in stored.values()} == {'bfloat16'}
+    assert len(load_file(tmp_path / 'adapter' / 'adapter_model.safetensors')) == 14
+    assert read(tmp_path / 'adapter' / 'adapter_config.json')['r'] == 2
