@@ -38,7 +38,8 @@ def main(arguments: list[str]) -> None:
             tokens = model.generate(
                 **asked, do_sample=False, max_new_tokens=data['completion_length']
             )
-        written = tokenizer.decode(tokens[0, asked.input_ids.shape[1] :], skip_special_tokens=True)
+        new = tokens[0, asked.input_ids.shape[1] :]
+        written = tokenizer.decode(new, skip_special_tokens=True)
         same += written == row['completion']
     print(f'{same} of {len(rows)} greedy completions are identical in transformers')
 

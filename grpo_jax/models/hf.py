@@ -140,6 +140,11 @@ def _contents(folder: pathlib.Path) -> dict[str, _Stored]:
         for name, entry in header.items():
             begin, end = entry['data_offsets']
             stored = _Stored(path, start + begin, entry['dtype'], tuple(entry['shape']))
+            if name in tensors:
+                raise ValueError(
+                    f'{name} is in {tensors[name].file} and in {path}: leave the files of one '
+                    'checkpoint in the folder'
+                )
             if start + end > path.stat().st_size:
                 raise ValueError(f'{path} was cut off: {name} ends behind its end; copy it again')
             if stored.dtype in _DTYPES and end - begin != stored.bytes:
