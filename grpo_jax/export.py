@@ -113,9 +113,9 @@ def _save_tokenizer(made: setup.Setup, folder: pathlib.Path) -> None:
     again = load_tokenizer(str(folder))
     if again.backend_tokenizer.to_str() != made.tokenizer.backend_tokenizer.to_str():
         log.warning(
-            '%s: transformers reads this folder with another tokenizer than the run had, because '
-            'of the architecture: load the tokenizer with PreTrainedTokenizerFast', folder,
-        )  # fmt: skip
+            'transformers reads the exported folder with another tokenizer than the run had, because '
+            'of the architecture: load the tokenizer with PreTrainedTokenizerFast'
+        )
 
 
 @contextlib.contextmanager

@@ -79,6 +79,8 @@ def test_gsm8k_from_folder_to_folder(tmp_path, command, capfd):
     assert sum(' #### ' in row['completion'] for row in rows) > len(rows) / 2  # it has learnt that
     assert command(export.run, workdir=workdir, output=out).startswith('grpo/2: ')
     assert same_completions(workdir, out, capfd) == len(rows)
+    with pytest.raises(AssertionError):  # before training they are others
+        same_completions(workdir, source, capfd)
 
 
 def same_completions(workdir, out, capfd):

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import runs
 import tiny
+import tokenizers
 from safetensors.numpy import load_file
 from test_models import group_logits
 
@@ -220,7 +221,7 @@ def scratch(**options):
 
 
 @pytest.mark.parametrize('kind', FROM_SCRATCH)
-def test_a_run_from_scratch_becomes_a_checkpoint(kind, tmp_path):
+def test_a_run_from_scratch_becomes_a_checkpoint(kind, tmp_path, caplog):
     """Also its tokenizer, although transformers chooses the class by the model beside it."""
     config, made, params = make_run(tmp_path / 'run', config=scratch(**FROM_SCRATCH[kind]))
     export.export(config, str(tmp_path / 'run'), str(tmp_path / 'out'))
@@ -235,6 +236,20 @@ def test_a_run_from_scratch_becomes_a_checkpoint(kind, tmp_path):
     assert len(found.tokenizer) == 258
     assert found.tokenizer.encode(text) == list(text.encode())
     assert found.tokenizer.decode(list(text.encode())) == text
+    assert not [record for record in caplog.records if record.name == 'grpo_jax']
+
+
+def test_a_tokenizer_that_transformers_reads_otherwise(tmp_path, caplog):
+    """Beside a Qwen2 every tokenizer becomes a Qwen2Tokenizer, with rules and a token of its own."""
+    config, *_ = make_run(tmp_path / 'run', config=scratch(attention_bias=True))
+    export.export(config, str(tmp_path / 'run'), str(tmp_path / 'out'))
+    assert read(tmp_path / 'out' / 'config.json')['model_type'] == 'qwen2'
+    assert [record.message[:63] for record in caplog.records if record.name == 'grpo_jax'] == [
+        'transformers reads the exported folder with another tokenizer t'
+    ]
+    assert len(tokens.load_tokenizer(str(tmp_path / 'out'))) == 259
+    faithful = tokenizers.Tokenizer.from_file(str(tmp_path / 'out' / 'tokenizer.json'))
+    assert faithful.encode('e\u0301 12').ids == list('e\u0301 12'.encode())
 
 
 # Adapters

@@ -16,7 +16,7 @@ import pytest
 
 from grpo_jax import losses
 from grpo_jax.losses import Objective
-from grpo_jax.types import Batch
+from grpo_jax.types import Batch, Rollout
 
 RATIOS = (0.1, 0.75, 0.79, 0.85, 1.01, 1.15, 1.25, 1.31, 4.0)
 ADVANTAGES = (-2.0, -0.5, 0.0, 0.3, 1.7)
@@ -145,3 +145,18 @@ def test_slope_of_the_on_policy_objective():
 
     _, slopes = value_and_slope(loss, logprob)
     np.testing.assert_allclose(slopes, -(advantage + 0.04 * (np.exp(ref - logprob) - 1)), rtol=2e-5)
+
+
+def test_gradient_coefficients_of_the_papers_table():
+    """SFT and RFT: the advantage; GRPO: A + beta * (ref / pi - 1), and 0 behind the mask."""
+    rng = np.random.default_rng(2)
+    logprob, ref, advantage = rng.normal(-2, 1, (3, 2, 8)).astype(np.float32)
+    mask = np.arange(8) < np.array([[8], [5]])
+    rollout = Rollout(None, None, jnp.asarray(mask), None, None)
+    batch = Batch(rollout, jnp.asarray(advantage), None)
+    coefficient = losses.gradient_coefficient(logprob, batch, Objective(), loss='nll')
+    np.testing.assert_allclose(coefficient, np.where(mask, advantage, 0), rtol=1e-6)
+    batch = batch._replace(ref_logprobs=jnp.asarray(ref))
+    coefficient = losses.gradient_coefficient(logprob, batch, Objective(beta=0.04), kl='k3')
+    expected = np.where(mask, advantage + 0.04 * (np.exp(ref - logprob) - 1), 0)
+    np.testing.assert_allclose(coefficient, expected, rtol=2e-5, atol=1e-6)

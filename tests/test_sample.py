@@ -1,14 +1,24 @@
 """Sampling: the distribution drawn from, how completions end, where randomness comes from."""
 
+import functools
+import itertools
+import random
+
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import numpy as np
 import oracle
 import pytest
 import tiny
+import tokenizers
 from scipy import stats
+from transformers import PreTrainedTokenizerFast
 
+from grpo_jax import sharding, tokens
 from grpo_jax.models import Transformer
 from grpo_jax.sample import check_sampling, draw, filter_logits, row_keys, sample
+from grpo_jax.tokens import stop_table
 from grpo_jax.types import Prompts, Sampling
 
 filters = jax.jit(filter_logits)
@@ -239,6 +249,99 @@ def test_the_loop_ends_when_all_rows_have(model, params, prompts, drawn):
         assert out.ended.all() or made == 6
         seen.add(made)
     assert min(seen) < 5
+
+
+# Stop strings
+
+LETTERS = 'abcd\n'
+NO_ENDS = np.full(len(EOS), -1)
+
+
+@functools.cache
+def speller():
+    """A tokenizer of the model's vocabulary whose tokens have one to three of five letters."""
+    words = [''.join(word) for n in (1, 2, 3) for word in itertools.product(LETTERS, repeat=n)]
+    words = words[:5] + random.Random(0).sample(words[5:], tiny.VOCAB - 7) + ['<eos>', '<pad>']
+    levels = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, '<pad>')
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(levels), eos_token='<eos>', pad_token='<pad>'
+    )
+    made.backend_tokenizer.decoder = tokenizers.decoders.Fuse()
+    return made
+
+
+def stopping(*strings):
+    return stop_table(speller(), strings, tiny.VOCAB)
+
+
+def cut(rollout, strings, eos_ids=EOS):
+    """A rollout that nothing has stopped, ended where the text of its tokens first says so."""
+    mask = np.zeros_like(rollout.mask)
+    ended = np.zeros_like(rollout.ended)
+    for place in np.ndindex(ended.shape):
+        for t, token in enumerate(rollout.tokens[place]):
+            text = speller().decode(rollout.tokens[place][: t + 1], skip_special_tokens=True)
+            mask[place][t] = True
+            ended[place] = token in eos_ids or any(string in text for string in strings)
+            if ended[place]:
+                break
+    tokens = np.where(mask, rollout.tokens, 0)
+    return rollout._replace(
+        tokens=tokens, mask=mask, ended=ended, logprobs=np.where(mask, rollout.logprobs, 0)
+    )
+
+
+@hypothesis.settings(max_examples=25)
+@hypothesis.given(
+    seed=st.integers(0, 2**31 - 1),
+    strings=st.sampled_from(list(itertools.product(LETTERS, repeat=2))).map(''.join),
+    eos_ids=st.sampled_from([EOS, NO_ENDS]),
+)
+def test_a_stop_string_ends_a_completion(model, params, prompts, seed, strings, eos_ids):
+    """At the token that completes it, whatever that token holds behind; all else stays the same."""
+    free = completions(model, params, prompts, seed=seed, eos_ids=NO_ENDS)
+    stopped = completions(
+        model, params, prompts, seed=seed, eos_ids=eos_ids, stops=stopping(strings)
+    )
+    expected = cut(free, [strings], eos_ids)
+    for name in ('tokens', 'mask', 'ended'):
+        np.testing.assert_array_equal(getattr(stopped, name), getattr(expected, name), name)
+    np.testing.assert_allclose(stopped.logprobs, expected.logprobs, atol=1e-6)
+    texts = tokens.texts(
+        speller(), stopped.tokens.reshape(16, -1), stopped.mask.reshape(16, -1), [strings]
+    )
+    for text, row in zip(texts, free.tokens.reshape(16, -1), strict=True):
+        assert strings not in text[:-1]
+        assert speller().decode(row, skip_special_tokens=True).startswith(text)
+
+
+STOPS = ('ab', 'b\nb', 'dd', 'ca')
+
+
+def test_several_stop_strings(model, params, prompts):
+    """Which compile once, whatever they are."""
+    free = completions(model, params, prompts, eos_ids=NO_ENDS)
+    stopped = completions(model, params, prompts, stops=stopping(*STOPS))
+    assert tiny.same(stopped._replace(logprobs=0), cut(free, STOPS)._replace(logprobs=0))
+    assert 0.5 < stopped.ended.mean() < 1
+    before = sample._cache_size()
+    other = completions(model, params, prompts, seed=1, stops=stopping('ba', 'a\na', 'cc', 'db'))
+    assert sample._cache_size() == before
+    assert tiny.gap(other.tokens, stopped.tokens) > 0
+    logits = oracle.completion_logits(oracle.float64(params), stopped, model.config)
+    expected = oracle.logprobs(logits, stopped.tokens)
+    np.testing.assert_allclose(stopped.logprobs[stopped.mask], expected[stopped.mask], atol=1e-5)
+
+
+def test_stop_strings_on_a_mesh(model, params, prompts):
+    mesh = sharding.make_mesh(fsdp=2, tensor=2)
+    alone = completions(model, params, prompts, stops=stopping(*STOPS))
+    placed = jax.device_put(params, sharding.shardings(params, mesh))
+    table = jax.device_put(stopping(*STOPS), sharding.replicated(mesh))
+    groups = sharding.put_groups(prompts, mesh)
+    meshed = completions(model, placed, groups, stops=table, mesh=mesh)
+    for name in ('tokens', 'mask', 'ended'):
+        np.testing.assert_array_equal(getattr(meshed, name), getattr(alone, name))
 
 
 # Randomness
