@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 from grpo_jax import setup
 from grpo_jax.command import one_line_errors
 from grpo_jax.config import parse, take
-from grpo_jax.models import families, hf
+from grpo_jax.models import families, folders, hf
 from grpo_jax.models.config import DTYPES
 from grpo_jax.tokens import load_tokenizer
 
@@ -81,7 +81,7 @@ def export_adapter(config: ConfigDict, workdir: str, output: str) -> None:
 def _fields(made: setup.Setup) -> dict[str, Any]:
     """The `config.json` to write."""
     if made.source is not None:
-        return hf.read_json(made.source / 'config.json')
+        return folders.read_json(made.source / 'config.json')
     tokenizer = made.tokenizer
     ends = {'eos_token_id': tokenizer.eos_token_id, 'pad_token_id': tokenizer.pad_token_id}
     return families.hugging_face_fields(made.model.config.base) | ends
@@ -91,13 +91,13 @@ def _describe(made: setup.Setup, fields: dict[str, Any], folder: pathlib.Path) -
     """Everything but the weights: config, generation config and tokenizer."""
     generation = folder / 'generation_config.json'
     own = made.source is None or bool(made.config.tokenizer)
-    for path in hf.description(made.source) if made.source else ():
+    for path in folders.description(made.source) if made.source else ():
         if not own or path.name == generation.name:
             shutil.copyfile(path, folder / path.name)
     (folder / 'config.json').write_text(json.dumps(fields, indent=2, sort_keys=True) + '\n')
     if own:
         _save_tokenizer(made, folder)
-    settings = hf.read_json(generation) if generation.exists() else {}
+    settings = folders.read_json(generation) if generation.exists() else {}
     settings.setdefault('pad_token_id', fields.get('pad_token_id'))
     # What the policy learnt to end with, such as the end of a chat's turn, has to end it elsewhere.
     known = settings.get('eos_token_id')
@@ -113,8 +113,8 @@ def _save_tokenizer(made: setup.Setup, folder: pathlib.Path) -> None:
     again = load_tokenizer(str(folder))
     if again.backend_tokenizer.to_str() != made.tokenizer.backend_tokenizer.to_str():
         log.warning(
-            'transformers reads the exported folder with another tokenizer than the run had, because '
-            'of the architecture: load the tokenizer with PreTrainedTokenizerFast'
+            'transformers reads the exported folder with another tokenizer than the run had, '
+            'because of the architecture: load the tokenizer with PreTrainedTokenizerFast'
         )
 
 

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax import checkpoint, data, models, prompts, sharding
 from grpo_jax.config import check_values, defaults
-from grpo_jax.models import families, hf
+from grpo_jax.models import families, folders, hf
 from grpo_jax.sample import sample
 from grpo_jax.tokens import eos_ids, load_tokenizer, stop_table
 from grpo_jax.types import Params, Prompts, Rollout
@@ -70,7 +70,7 @@ def _source(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path | None:
     if not config.pretrained:
         return None
     copied = workdir / 'pretrained'
-    return copied if copied.is_dir() else hf.find_folder(config.pretrained)
+    return copied if copied.is_dir() else folders.find_folder(config.pretrained)
 
 
 def keep_description(setup: Setup) -> None:
@@ -81,7 +81,7 @@ def keep_description(setup: Setup) -> None:
     partial = setup.workdir / 'pretrained.partial'
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    for path in hf.description(setup.source):
+    for path in folders.description(setup.source):
         shutil.copyfile(path, partial / path.name)
     partial.rename(target)
 
@@ -104,7 +104,7 @@ def _model_config(
                 f'{config.pretrained!r}, which says what the model is like: leave it away'
             )
     computed = {name: options[name] for name in _COMPUTED}
-    made = families.model_config(hf.read_json(source / 'config.json'), **computed)
+    made = families.model_config(folders.read_json(source / 'config.json'), **computed)
     if tokens > made.vocab_size:
         raise ValueError(
             f'the tokenizer has {tokens} tokens, but pretrained={config.pretrained!r} embeds '
@@ -115,7 +115,7 @@ def _model_config(
 
 def _ends(config: ConfigDict, tokenizer: Any, source: pathlib.Path | None) -> np.ndarray:
     path = source and source / 'generation_config.json'
-    ends = eos_ids(tokenizer, hf.read_json(path) if path and path.is_file() else None)
+    ends = eos_ids(tokenizer, folders.read_json(path) if path and path.is_file() else None)
     if config.data.chat:
         ends = np.union1d(ends, [prompts.turn_end(tokenizer)[1]]).astype(np.int32)
     return ends
@@ -200,7 +200,7 @@ def initial_params(setup: Setup) -> Params:
         key = jax.random.key(setup.config.seed)
         params = jax.jit(models.init, static_argnums=0)(base, key)
         return jax.device_put(params, sharding.shardings(params, setup.mesh))
-    folder = hf.find_folder(setup.config.pretrained)
+    folder = folders.find_folder(setup.config.pretrained)
     return hf.load(folder, base.config, _shapes(base), setup.mesh)
 
 

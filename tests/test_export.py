@@ -240,7 +240,7 @@ def test_a_run_from_scratch_becomes_a_checkpoint(kind, tmp_path, caplog):
 
 
 def test_a_tokenizer_that_transformers_reads_otherwise(tmp_path, caplog):
-    """Beside a Qwen2 every tokenizer becomes a Qwen2Tokenizer, with rules and a token of its own."""
+    """Beside a Qwen2 every tokenizer becomes a Qwen2Tokenizer: other rules, one more token."""
     config, *_ = make_run(tmp_path / 'run', config=scratch(attention_bias=True))
     export.export(config, str(tmp_path / 'run'), str(tmp_path / 'out'))
     assert read(tmp_path / 'out' / 'config.json')['model_type'] == 'qwen2'

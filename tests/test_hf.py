@@ -15,7 +15,7 @@ import tiny
 from checkpoints import torch
 
 from grpo_jax import models, sharding
-from grpo_jax.models import hf
+from grpo_jax.models import folders, hf
 from grpo_jax.models.families import FAMILIES, hugging_face_fields, model_config
 
 TOKENS = torch.tensor([[3, 14, 15, 9, 2, 6, 5, 35, 8]])
@@ -147,7 +147,7 @@ def old_fields(fields):
 
 @pytest.mark.parametrize('kind', ['llama', 'gemma3_text', 'qwen3_moe', 'phi3'])
 def test_an_old_config_means_the_same(checkpoint, kind):
-    fields = hf.read_json(checkpoint(kind) / 'config.json')
+    fields = folders.read_json(checkpoint(kind) / 'config.json')
     if kind == 'llama':
         fields['rope_parameters'] = {'rope_type': 'linear', 'rope_theta': 70.0, 'factor': 2.0}
     if kind == 'gemma3_text':
@@ -173,7 +173,7 @@ def test_tensors_without_use_are_let_be(broken):
 def refusal(folder):
     """The message with which the folder is refused."""
     with pytest.raises(ValueError, match=r'.') as caught:
-        checkpoints.read(hf.find_folder(str(folder)))
+        checkpoints.read(folders.find_folder(str(folder)))
     return str(caught.value)
 
 
@@ -224,7 +224,7 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(broken,
     assert f'{broken} holds pickled weights (pytorch_model.bin), which can run code' in message
     command = message.split('python -c "')[1].removesuffix('"')
     exec(command, {})  # in place of a Python of its own, which would take ten times as long
-    converted = hf.find_folder(f'{broken}-safe')
+    converted = folders.find_folder(f'{broken}-safe')
     read = tensors_of(converted)
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
@@ -300,7 +300,7 @@ def test_folders_that_are_no_checkpoint(tmp_path, monkeypatch, checkpoint):
     monkeypatch.setattr(
         huggingface_hub, 'snapshot_download', lambda name, **_: str(checkpoint('llama'))
     )
-    assert hf.find_folder('somebody/some-model') == checkpoint('llama')
+    assert folders.find_folder('somebody/some-model') == checkpoint('llama')
 
 
 # Export
@@ -358,7 +358,7 @@ def test_export_in_shards(checkpoint, tmp_path):
     exported = export(tmp_path / 'out', source, dtype='float32', shard_bytes=most)
     assert same_tensors(exported, source)
     files = sorted(exported.glob('*.safetensors'))
-    index = hf.read_json(exported / 'model.safetensors.index.json')
+    index = folders.read_json(exported / 'model.safetensors.index.json')
     assert files[-1].name == f'model-{len(files):05}-of-{len(files):05}.safetensors'
     assert index['metadata']['total_size'] == sum(
         4 * tensor.numel() for tensor in tensors_of(source).values()

@@ -333,6 +333,7 @@ def test_several_stop_strings(model, params, prompts):
     np.testing.assert_allclose(stopped.logprobs[stopped.mask], expected[stopped.mask], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_stop_strings_on_a_mesh(model, params, prompts):
     mesh = sharding.make_mesh(fsdp=2, tensor=2)
     alone = completions(model, params, prompts, stops=stopping(*STOPS))

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import save_file
@@ -22,15 +21,9 @@ from safetensors.numpy import save_file
 from grpo_jax import sharding
 from grpo_jax.models.config import PROJECTIONS, ModelConfig
 from grpo_jax.models.families import Family, family_of, layer_names
+from grpo_jax.models.folders import DTYPES, INDEX, Stored, contents, read, read_json
 from grpo_jax.types import Params
 
-_DTYPES = {
-    'F64': np.dtype('float64'),
-    'F32': np.dtype('float32'),
-    'F16': np.dtype('float16'),
-    'BF16': np.dtype(ml_dtypes.bfloat16),
-}
-_INDEX = 'model.safetensors.index.json'
 _SHARD_BYTES = 4 * 2**30  # of a file that is written
 _PIECE_BYTES = 2**27  # of what is read at a time
 
@@ -41,134 +34,6 @@ class _Part(NamedTuple):
     path: tuple[str, ...]
     place: tuple[int, ...]  # (layer,) or (layer, expert) of the stacked parameter, or ()
     shape: tuple[int, ...]  # of the tensor's rows, as Hugging Face has them
-
-
-class _Stored(NamedTuple):
-    """Where a tensor lies on disk."""
-
-    file: pathlib.Path
-    offset: int  # bytes
-    dtype: str  # the file's name for it
-    shape: tuple[int, ...]
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.shape) * _DTYPES[self.dtype].itemsize
-
-
-# The folder
-
-
-def find_folder(name: str) -> pathlib.Path:
-    """The local folder of a checkpoint: `name` itself, or the hub's repository of that name.
-
-    Raises:
-      ValueError: neither can be had, or the weights are pickled.
-    """
-    folder = pathlib.Path(name).expanduser()
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        patterns = ['*.json', '*.safetensors', 'tokenizer*', '*.model', '*.jinja', '*.txt']
-        try:
-            folder = pathlib.Path(snapshot_download(name, allow_patterns=patterns))
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f'pretrained={name!r} is neither a folder nor a checkpoint that the Hugging Face '
-                f'hub gave: give the path of a folder ({type(error).__name__}: {error})'
-            ) from error
-    if not (folder / 'config.json').is_file():
-        raise ValueError(f'{folder} holds no config.json: give the folder of a checkpoint')
-    if not _files(folder):
-        pickled = sorted(path.name for path in folder.glob('*.bin'))
-        if pickled:
-            raise ValueError(
-                f'{folder} holds pickled weights ({", ".join(pickled)}), which can run code when '
-                'they are read. Convert them once, where you trust them: python -c "from '
-                'transformers import AutoModelForCausalLM as M; '
-                f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safe')\""
-            )
-        raise ValueError(f'{folder} holds no *.safetensors file: give the folder of a checkpoint')
-    return folder
-
-
-def description(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The files of a checkpoint that say what it is: configs and tokenizer, no weights."""
-    kinds = ('.json', '.jinja', '.model', '.txt')
-    return sorted(path for path in folder.iterdir() if path.suffix in kinds and path.name != _INDEX)
-
-
-def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-      ValueError: it is not one.
-    """
-    try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
-        raise ValueError(f'{path} is not valid JSON: {error}') from error
-    if not isinstance(value, dict):
-        raise ValueError(f'{path} holds {type(value).__name__}, not a JSON object')
-    return value
-
-
-def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The safetensors files that belong to the checkpoint."""
-    index = folder / _INDEX
-    if not index.is_file():
-        return sorted(folder.glob('*.safetensors'))
-    weight_map = read_json(index).get('weight_map')
-    if not isinstance(weight_map, dict):
-        raise ValueError(f'{index} holds no weight_map: copy it again')
-    files = {folder / name for name in weight_map.values()}
-    missing = sorted(path.name for path in files if not path.is_file())
-    if missing:
-        raise ValueError(f'{index} names files that do not exist: {", ".join(missing)}')
-    return sorted(files)
-
-
-def _contents(folder: pathlib.Path) -> dict[str, _Stored]:
-    """All tensors of the folder, from the files' headers alone.
-
-    The format is read here because the library cannot give bfloat16 to NumPy, and because its
-    memory map would keep in memory what has been read.
-    """
-    tensors = {}
-    for path in _files(folder):
-        start, header = _header(path)
-        for name, entry in header.items():
-            begin, end = entry['data_offsets']
-            stored = _Stored(path, start + begin, entry['dtype'], tuple(entry['shape']))
-            if name in tensors:
-                raise ValueError(
-                    f'{name} is in {tensors[name].file} and in {path}: leave the files of one '
-                    'checkpoint in the folder'
-                )
-            if start + end > path.stat().st_size:
-                raise ValueError(f'{path} was cut off: {name} ends behind its end; copy it again')
-            if stored.dtype in _DTYPES and end - begin != stored.bytes:
-                raise ValueError(
-                    f'{path}: {name} has {end - begin} bytes, but its shape {stored.shape} of '
-                    f'{stored.dtype} needs {stored.bytes}; copy it again'
-                )
-            tensors[name] = stored
-    return tensors
-
-
-def _header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
-    """Where the data of a safetensors file begin, and the entries of its tensors."""
-    with path.open('rb') as file:
-        size = int.from_bytes(file.read(8), 'little')
-        text = file.read(size) if size < path.stat().st_size else b''
-    try:
-        header = json.loads(text)
-    except ValueError:
-        header = None
-    if not isinstance(header, dict):
-        raise ValueError(f'{path} is not a safetensors file (or a pointer to one): copy it again')
-    header.pop('__metadata__', None)
-    return 8 + size, header
 
 
 # What lies where
@@ -217,7 +82,7 @@ def _leaves(shapes: Params) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]
         yield tuple(key.key for key in path), leaf.shape
 
 
-def _check(folder: pathlib.Path, tensors: Mapping[str, _Stored], layout: Mapping[str, list[_Part]]):
+def _check(folder: pathlib.Path, tensors: Mapping[str, Stored], layout: Mapping[str, list[_Part]]):
     """Raises ValueError that lists every tensor which is missing, unknown or of another shape."""
     spare = {'lm_head.weight'} if 'lm_head.weight' not in layout else set()
     wrong = [f'{name} is missing' for name in layout if name not in tensors]
@@ -230,7 +95,7 @@ def _check(folder: pathlib.Path, tensors: Mapping[str, _Stored], layout: Mapping
         shape = (sum(r[0] for r in rows), *rows[0][1:])
         if stored.shape != shape:
             wrong.append(f'{name} has shape {stored.shape}, config.json says {shape}')
-        if stored.dtype not in _DTYPES:
+        if stored.dtype not in DTYPES:
             wrong.append(f'{name} is stored as {stored.dtype}, not as a float of 16 or more bits')
     if wrong:
         shown = '; '.join(wrong[:20]) + (f'; and {len(wrong) - 20} more' if wrong[20:] else '')
@@ -254,7 +119,7 @@ def load(folder: pathlib.Path, config: ModelConfig, shapes: Params, mesh: Mesh |
         is read before.
     """
     layout = _layout(config, family_of(read_json(folder / 'config.json')), shapes)
-    tensors = _contents(folder)
+    tensors = contents(folder)
     _check(folder, tensors, layout)
     where = None if mesh is None else sharding.shardings(shapes, mesh)
     params = _zeros(shapes, where)
@@ -262,13 +127,13 @@ def load(folder: pathlib.Path, config: ModelConfig, shapes: Params, mesh: Mesh |
         skipped = 0
         for part in parts:
             for first, count in _pieces(tensors[name], part):
-                rows = _read(tensors[name], skipped + first, (count, *part.shape[1:]))
+                rows = read(tensors[name], skipped + first, (count, *part.shape[1:]))
                 _put(params, part, first, _place(rows, mesh), where)
             skipped += part.shape[0]
     return params
 
 
-def _pieces(stored: _Stored, part: _Part) -> Iterator[tuple[int, int]]:
+def _pieces(stored: Stored, part: _Part) -> Iterator[tuple[int, int]]:
     """(first row, rows) of what is read at a time: embedding and head are cut, layers are not."""
     total = part.shape[0]
     count = total
@@ -281,14 +146,6 @@ def _pieces(stored: _Stored, part: _Part) -> Iterator[tuple[int, int]]:
 def _zeros(shapes: Params, where: Any) -> Params:
     make = functools.partial(jax.tree.map, lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.jit(make, out_shardings=where)()
-
-
-def _read(stored: _Stored, start: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Rows `start` onward of a stored tensor."""
-    dtype = _DTYPES[stored.dtype]
-    skip = start * math.prod(stored.shape[1:]) * dtype.itemsize
-    rows = np.fromfile(stored.file, dtype, math.prod(shape), offset=stored.offset + skip)
-    return rows.reshape(shape)
 
 
 def _place(rows: np.ndarray, mesh: Mesh | None) -> jax.Array:
@@ -366,7 +223,7 @@ def save(
     if len(shards) > 1:
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
         index = {'metadata': {'total_size': total}, 'weight_map': where}
-        (folder / _INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + '\n')
+        (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + '\n')
     return total
 
 
