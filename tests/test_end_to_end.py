@@ -48,7 +48,7 @@ def test_gsm8k_from_folder_to_folder(tmp_path, command, capfd):
     if not (folder / 'gsm8k' / 'train.jsonl').is_file():
         pytest.skip('GRPO_JAX_DATA_DIR names no folder with gsm8k/train.jsonl')
     source, workdir, out = tmp_path / 'source', tmp_path / 'run', tmp_path / 'trained'
-    benchmark(make_checkpoint, output=source, vocabulary=1000, width=64, layers=1)
+    benchmark(make_checkpoint, output=source, vocabulary=1000, width=32, layers=1)
     printed = command(
         train.run,
         config=pathlib.Path(runs.__file__).parents[1] / 'configs' / 'gsm8k_checkpoint.py',
@@ -59,7 +59,7 @@ def test_gsm8k_from_folder_to_folder(tmp_path, command, capfd):
         config__data__demonstration=' #### {answer}',
         config__data__prompt_length=128,
         config__data__completion_length=16,
-        config__sft__steps=50,
+        config__sft__steps=40,
         config__sft__optimizer__learning_rate=1e-2,
         config__sft__optimizer__warmup_steps=5,
         config__grpo__steps=2,
@@ -68,7 +68,7 @@ def test_gsm8k_from_folder_to_folder(tmp_path, command, capfd):
     )
     assert 'held-out accuracy: ' in printed
     steps = [(row['stage'], row['step']) for row in runs.lines(workdir / 'metrics.jsonl')]
-    assert steps == [('sft', k) for k in range(50)] + [('grpo', 0), ('grpo', 1)]
+    assert steps == [('sft', k) for k in range(40)] + [('grpo', 0), ('grpo', 1)]
     found = json.loads(command(evaluate.run, workdir=workdir))
     assert found['checkpoint'] == 'grpo/2'
     assert found['problems'] > 8

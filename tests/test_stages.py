@@ -52,6 +52,7 @@ def plain(source, cache, tmp_path_factory):
 def adapted(source, cache, tmp_path_factory):
     """A finished run of both stages that trains adapters."""
     config = folders.get_config(source, cache_dir=cache, rank=2, sft=3)
+    config.model.lora.targets = ('q_proj', 'down_proj')  # more take longer to compile
     workdir = tmp_path_factory.mktemp('runs') / 'adapted'
     runs.train(config, workdir)
     return config, workdir
@@ -301,7 +302,7 @@ def test_checkpoints_of_adapters_hold_adapters_only(adapted):
     for stage in STAGES:
         state = newest(workdir, stage)
         names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(state['params'])}
-        assert len(names) == 14
+        assert len(names) == 4
         assert all(name.endswith(('_lora_a', '_lora_b')) for name in names)
         leaves = jax.tree.leaves(state['rest'])
         size = sum(leaf.size for leaf in jax.tree.leaves(state['params']))

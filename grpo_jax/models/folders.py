@@ -109,7 +109,7 @@ def contents(folder: pathlib.Path) -> dict[str, Stored]:
     Raises:
       ValueError: a file is damaged or missing, or two hold the same tensor.
     """
-    tensors = {}
+    tensors: dict[str, Stored] = {}
     for path in _files(folder):
         start, header = _header(path)
         for name, entry in header.items():
