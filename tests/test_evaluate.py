@@ -167,7 +167,7 @@ def test_judge_stops_where_a_string_says():
     rollout = make_rollout(prompts, [['2;', ';ab'], ['a;', '7']])
     functions = {'right': lambda completions, **_: [float(len(text)) for text in completions]}
     judged = judging.judge(rollout, problems(stops=('b', ';')), functions, {'right': 1.0})
-    assert judged.completions == ['2', '', 'a', '7']
+    assert judged.completions == ['2;', ';', 'a;', '7']
     assert judged.scores.total.tolist() == [1, 0, 1, 1]
 
 
