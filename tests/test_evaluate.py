@@ -168,7 +168,7 @@ def test_judge_stops_where_a_string_says():
     functions = {'right': lambda completions, **_: [float(len(text)) for text in completions]}
     judged = judging.judge(rollout, problems(stops=('b', ';')), functions, {'right': 1.0})
     assert judged.completions == ['2;', ';', 'a;', '7']
-    assert judged.scores.total.tolist() == [1, 0, 1, 1]
+    assert judged.scores.total.tolist() == [2, 1, 2, 1]
 
 
 def test_parts_of_a_batch_together():
