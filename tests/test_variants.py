@@ -200,9 +200,20 @@ def expected(case, options, o):
 
 
 @pytest.mark.parametrize('name', VARIANTS)
-@hypothesis.settings(max_examples=200, deadline=None)
+def test_loss_and_gradient(name):
+    for seed in range(30):
+        check(name, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', VARIANTS)
+@hypothesis.settings(max_examples=300, deadline=None)
 @hypothesis.given(seed=st.integers(0, 10**6))
-def test_loss_and_gradient(name, seed):
+def test_loss_and_gradient_of_many_batches(name, seed):
+    check(name, seed)
+
+
+def check(name, seed):
     options = VARIANTS[name]
     objective = Objective(beta=0.1)._replace(**{k: v for k, v in options.items() if k in SCALARS})
     rest = {k: v for k, v in options.items() if k not in SCALARS}
