@@ -111,7 +111,7 @@ def defaults() -> ConfigDict:
         'steps': 100,
         'batch_size': 32,  # B, prompts per step
         'group_size': 8,  # G, completions per prompt
-        'sample_batch': 0,  # prompts sampled at a time while others are rewarded; 0: all at once
+        'sample_batch': 0,  # prompts sampled, and rewarded, at a time; 0: all at once
         'algorithm': _fields(Algorithm),  # see `update.Algorithm`
         'objective': Objective(beta=0.04)._asdict(),  # see `losses.Objective`
         'sampling': Sampling()._asdict(),  # see `types.Sampling`
