@@ -50,7 +50,9 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     checkpoint.claim_workdir(made.workdir, config)
     setup.keep_description(made)
     if sft:
-        params = _run_stage(made, sft, params)
+        trained = _run_stage(made, sft, params)
+        lora = made.model.config.lora.rank
+        params = setup.merged(made, params, trained) if lora else trained
     _run_stage(made, grpo, params)
     picture = report.plot(made.workdir)
     tests = report.read(made.workdir / 'heldout.jsonl', 'grpo')
@@ -67,10 +69,10 @@ def _run_stage(made: Setup, stage: Stage, params: Params) -> Params:
     Args:
       made: the run.
       stage: what to do.
-      params: without adapters; their memory is taken over.
+      params: without adapters; where there are none, their memory may be taken over.
 
     Returns:
-      The parameters afterwards, again without adapters.
+      What was trained: all parameters, or the adapters.
     """
     save, lora = made.config.checkpoint, made.model.config.lora.rank
     reference = stage.algorithm.kl != 'none'
@@ -87,7 +89,7 @@ def _run_stage(made: Setup, stage: Stage, params: Params) -> Params:
     if start < stage.steps or stage.heldout:
         state = _steps(made, stage, manager, start, state, frozen)
     manager.close()
-    return setup.merged(made, params, state.params) if lora else state.params
+    return state.params
 
 
 def _steps(

@@ -6,6 +6,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 
 import jax
 import pytest
+import runs
 import tiny
 
 # Not through XLA_FLAGS: child processes of a test shall see the machine as it is.
@@ -32,3 +33,10 @@ def rollout():
 @pytest.fixture(scope='session')
 def rewards():
     return tiny.make_rewards()
+
+
+@pytest.fixture(scope='module')
+def compiled_once():
+    """For modules of short runs: what one of them compiles is kept for the next."""
+    with runs.compiled_once():
+        yield

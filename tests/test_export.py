@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import oracle
 import pytest
-import runs
 import tiny
 import tokenizers
 from safetensors.numpy import load_file
@@ -19,13 +18,9 @@ from test_models import group_logits
 from grpo_jax import evaluate, export, models, setup, tokens
 from grpo_jax.models import families, hf
 
+pytestmark = pytest.mark.usefixtures('compiled_once')
+
 ROLLOUT = tiny.make_rollout(vocab=folders.VOCAB)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def fast():
-    with runs.compiled_once():
-        yield
 
 
 @pytest.fixture(scope='module')

@@ -255,4 +255,5 @@ def test_bad_settings(scaling, message):
 
 @pytest.mark.parametrize('scaling', KINDS)
 def test_good_settings(scaling):
-    rope.check_scaling(scaling)
+    sizes = {'vocab_size': 5, 'width': 8, 'layers': 1, 'heads': 1, 'kv_heads': 1, 'head_dim': 8}
+    assert ModelConfig(**sizes, mlp_width=8, rope_scaling=scaling).rope_scaling == scaling

@@ -8,20 +8,15 @@ import folders
 import jax
 import numpy as np
 import pytest
-import runs
 import tiny
 
 from grpo_jax import judging, models, setup
 from grpo_jax.config import defaults
 from grpo_jax.types import Sampling
 
+pytestmark = pytest.mark.usefixtures('compiled_once')
+
 COMPUTED = {'dtype', 'param_dtype', 'remat', 'lora'}
-
-
-@pytest.fixture(scope='module', autouse=True)
-def fast():
-    with runs.compiled_once():
-        yield
 
 
 @pytest.fixture(scope='module')

@@ -19,14 +19,10 @@ from grpo_jax import data, models, report, rewards, setup, stages
 from grpo_jax.rewards import pool
 from grpo_jax.types import STAGES, Sampling
 
+pytestmark = pytest.mark.usefixtures('compiled_once')
+
 TIMES = re.compile('timing/|step_time$|perf/')
 FILES = ('metrics.jsonl', 'completions.jsonl', 'heldout.jsonl')
-
-
-@pytest.fixture(scope='module', autouse=True)
-def fast():
-    with runs.compiled_once():
-        yield
 
 
 @pytest.fixture(scope='module')
@@ -155,9 +151,9 @@ def test_slow_rewards_of_all_parts_run_at_once(asked):
 
     def slow(prompts, completions, **columns):
         together.wait(60)
-        return [0.0] * len(completions)
+        return [1.0] * len(completions)
 
-    collect(asked, slow=slow)
+    assert (collect(asked, slow=slow).rewards == 1).all()
 
 
 def test_the_order_does_not_depend_on_which_reward_is_ready_first(asked):
