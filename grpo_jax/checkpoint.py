@@ -3,6 +3,7 @@
 import os
 import pathlib
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax import sharding
 from grpo_jax.config import differing_keys, to_json
-from grpo_jax.types import STAGES, Params, TrainState
+from grpo_jax.types import Params, TrainState, stage_order
 
 
 def check_workdir(workdir: str, config: ConfigDict) -> pathlib.Path:
@@ -53,16 +54,20 @@ def open_manager(path: pathlib.Path, *, keep: int) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(path, options=options)
 
 
-def newest_manager(workdir: pathlib.Path) -> ocp.CheckpointManager:
+def newest_manager(workdir: pathlib.Path, kinds: Sequence[str]) -> ocp.CheckpointManager:
     """A manager for the last stage of a run that saved anything.
+
+    Args:
+      workdir: the run's folder.
+      kinds: 'sft', 'grpo' or 'reward'; the stages that are meant.
 
     Raises:
       ValueError: none did.
     """
-    for stage in reversed(STAGES):
-        path = workdir / 'checkpoints' / stage
-        if path.is_dir():
-            manager = open_manager(path, keep=1)
+    names = [path.name for path in (workdir / 'checkpoints').glob('*')]
+    for stage in sorted(names, key=stage_order, reverse=True):
+        if stage.partition('-')[0] in kinds:
+            manager = open_manager(workdir / 'checkpoints' / stage, keep=1)
             if manager.latest_step():
                 return manager
     raise ValueError(f'{workdir} holds no checkpoint: train first, or name another --workdir')

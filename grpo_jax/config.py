@@ -20,15 +20,16 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from grpo_jax.algorithm import Algorithm
 from grpo_jax.command import one_line_errors
 from grpo_jax.losses import Objective
 from grpo_jax.models import Lora, ModelConfig
 from grpo_jax.types import Sampling
-from grpo_jax.update import Algorithm
 
 FREE = (
     'data.options',
     'grpo.rewards',
+    'grpo.step_rewards',
     'model.rope_scaling',
 )  # replaced as a whole, with keys of their own
 
@@ -50,10 +51,16 @@ _LEAST = {  # the smallest value of what nothing else checks before training
     'data.completion_length': 1,
     'sft.steps': 0,
     'sft.batch_size': 1,
-    'grpo.steps': 1,
+    'grpo.steps': 0,
+    'grpo.iterations': 1,
     'grpo.batch_size': 1,
     'grpo.group_size': 1,
     'grpo.sample_batch': 0,
+    'grpo.refill': 0,
+    'reward_model.steps': 0,
+    'reward_model.batch_size': 1,
+    'reward_model.group_size': 1,
+    'reward_model.replay': 0,
     'eval.every': 1,
     'eval.batch_size': 1,
     'eval.samples': 0,
@@ -81,6 +88,7 @@ def defaults() -> ConfigDict:
         'lora': _fields(Lora),
     }
     del model['vocab_size']  # the tokenizer's
+    del model['scalar_head']  # that of reward models and critics
     config = ConfigDict()
     config.seed = 0  # of parameters, the order of data and every sampled token
     config.tokenizer = ''  # folder, hub id or 'bytes'; empty: that of `pretrained`, else bytes
@@ -107,16 +115,34 @@ def defaults() -> ConfigDict:
         'microbatch': 32,
         'optimizer': dict(_OPTIMIZER, learning_rate=1e-3),
     }
-    config.grpo = {  # stage 2
-        'steps': 100,
+    config.grpo = {  # stage 2: GRPO, or another method by its options, see `presets`
+        'steps': 100,  # of each iteration; 0 leaves the stage out
+        'iterations': 1,  # each refreshes the reference, and the reward model if one is trained
+        'source': 'policy',  # who samples; 'reference': the policy that the stage began with
         'batch_size': 32,  # B, prompts per step
         'group_size': 8,  # G, completions per prompt
         'sample_batch': 0,  # prompts sampled, and rewarded, at a time; 0: all at once
+        'refill': 0,  # most further batches per step to replace groups whose rewards are all equal
+        'drop': (),  # completions not learnt from: 'wrong' (reward <= 0), 'duplicates', 'truncated'
         'algorithm': _fields(Algorithm),  # see `update.Algorithm`
         'objective': Objective(beta=0.04)._asdict(),  # see `losses.Objective`
         'sampling': Sampling()._asdict(),  # see `types.Sampling`
         'rewards': {},  # function -> weight, or weight and options, see `rewards.build`
+        'step_rewards': {},  # one step function, likewise; for supervision='process'
         'optimizer': dict(_OPTIMIZER),
+    }
+    config.critic = {'optimizer': dict(_OPTIMIZER, learning_rate=1e-5)}  # with baseline='critic'
+    config.reward_model = {  # a decoder with a scalar head beside the rules
+        'weight': 0.0,  # of its score in the reward; 0: there is none
+        'kind': 'outcome',  # one score for each completion, or 'process': one for each step
+        'pretrained': '',  # folder of a sequence classifier; empty: the policy's trunk
+        'steps': 0,  # of its training on samples of the policy, before each iteration
+        'loss': 'bradley_terry',  # 'bradley_terry' or 'label' (outcome), 'step' (process)
+        'batch_size': 32,  # prompts
+        'group_size': 8,  # completions per prompt, judged by `eval.correct` or `step_rewards`
+        'microbatch': 32,
+        'replay': 0.1,  # share of prompts taken from the samples of earlier iterations
+        'optimizer': dict(_OPTIMIZER, learning_rate=2e-5),
     }
     config.eval = {
         'every': 50,  # GRPO steps; also before the first and after the last
@@ -143,7 +169,9 @@ def check_keys(config: Mapping[str, Any]) -> None:
 
 
 def check_values(config: ConfigDict) -> None:
-    """Raises ValueError for a number that is too small."""
+    """Raises ValueError for a number that is too small, or a run that would train nothing."""
+    if not config.sft.steps and not config.grpo.steps:
+        raise ValueError('sft.steps=0 and grpo.steps=0: set one of them to train anything')
     values = config.to_dict()
     for path, least in _LEAST.items():
         value = functools.reduce(operator.getitem, path.split('.'), values)
@@ -155,7 +183,7 @@ def _flat(config: Mapping[str, Any], prefix: str = '', free: Sequence[str] = FRE
     keys = []
     for name, value in config.items():
         path = f'{prefix}{name}'
-        nested = isinstance(value, Mapping | ConfigDict) and path not in free
+        nested = isinstance(value, Mapping | ConfigDict) and path not in free and len(value)
         keys += _flat(value, f'{path}.', free) if nested else [path]
     return keys
 
@@ -239,9 +267,7 @@ def parse(arguments: Sequence[str], *, saved: bool = False) -> tuple[ConfigDict,
             config = from_json(file.read())
     else:
         path = take(rest, 'config')
-        if not path or not os.path.isfile(path):
-            raise ValueError(f'--config={path}: no such file: give the path of a config file')
-        config = _load(path)
+        config = load(path)
         check_keys(config)
     for argument in rest:
         match = re.match(r'--config\.([\w.]+)=', argument)
@@ -270,14 +296,23 @@ def take(arguments: list[str], name: str) -> str:
     return values[-1] if values else ''
 
 
-def _load(path: str) -> ConfigDict:
-    spec = importlib.util.spec_from_file_location('config_file', path)
+def load(path: str | os.PathLike[str]) -> ConfigDict:
+    """What the `get_config()` of a config file returns; of `FILE.py:NAME`, get_config(NAME).
+
+    Raises:
+      ValueError: the file does not exist, raises or returns no ConfigDict.
+    """
+    file, colon, argument = str(path).partition('.py:')
+    file += '.py' if colon else ''
+    if not os.path.isfile(file):
+        raise ValueError(f'--config={path}: no such file: give the path of a config file')
+    spec = importlib.util.spec_from_file_location('config_file', file)
     if spec is None or spec.loader is None:
         raise ValueError(f'--config={path}: not a Python file')
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-        config = module.get_config()
+        config = module.get_config(argument) if colon else module.get_config()
     except Exception as error:
         raise ValueError(f'--config={path}: {_reason(error)}') from error
     if not isinstance(config, ConfigDict):

@@ -19,7 +19,7 @@ class Objective(NamedTuple):
 
     clip_low: Array | float = 0.2  # the ratio's lower bound is 1 - clip_low
     clip_high: Array | float = 0.2  # its upper bound 1 + clip_high
-    beta: Array | float = 0.0  # weight of the KL term to the reference
+    beta: Array | float = 0.0  # weight of the KL term to the reference; scales a pair's `margin`
     dual_clip: Array | float = 0.0  # for A < 0 the loss is at most dual_clip * |A|; 0: unbounded
     kl_clamp: Array | float = 0.0  # the KL term lies within +- kl_clamp; 0: anywhere
     tau_positive: Array | float = 1.0  # SAPO's temperature where A > 0
@@ -27,6 +27,13 @@ class Objective(NamedTuple):
     importance_cap: Array | float = 2.0  # C of `importance_weights`
     entropy_bonus: Array | float = 0.0  # weight of the entropy, which is then raised
     top_entropy: Array | float = 1.0  # share of the tokens, the least certain, that are trained
+    reference_decay: Array | float = 1.0  # d: after a step, ref = d * ref + (1 - d) * policy
+    label_smoothing: Array | float = 0.0  # DPO: probability that a pair is the wrong way round
+    gamma: Array | float = 1.0  # PPO's discount per token
+    lam: Array | float = 0.95  # its lambda, see `advantages.gae`
+    value_clip: Array | float = 0.2  # how far a value may move for its loss to count; 0: any way
+    max_kl: Array | float = 0.01  # TRPO's bound on the mean KL to the policy before the step
+    damping: Array | float = 0.1  # added to the diagonal of its Fisher matrix
 
 
 def per_token(
@@ -48,21 +55,20 @@ def per_token(
       group: see above.
       objective: the scalars.
       entropy: f32[G, T], or None: no bonus.
-      loss: 'clipped', 'nll', 'cispo' or 'sapo'.
+      loss: one of LOSSES.
       ratio: see `at_level`.
       importance: see `importance_weights`; 'none' leaves it out.
-      kl: estimator, read where the group has ref_logprobs.
+      kl: estimator, read where the group has ref_logprobs; 'none' adds no term.
       kl_place: 'loss' adds beta * KL here.
 
     Returns:
-      the loss and the KL per token (None without a reference), f32[G, T].
+      the loss and the KL per token (None without a reference or estimator), f32[G, T].
     """
-    function = {'clipped': clipped, 'nll': nll, 'cispo': cispo, 'sapo': sapo}[loss]
-    value = function(at_level(logprobs, group, ratio), group, objective)
+    value = FUNCTIONS[loss](at_level(logprobs, group, ratio), group, objective)
     if importance != 'none':
         value *= importance_weights(group, importance, objective.importance_cap)
     divergence = None
-    if group.ref_logprobs is not None:
+    if group.ref_logprobs is not None and kl != 'none':
         divergence = kl_term(logprobs, group.ref_logprobs, kl, objective)
         if kl_place == 'loss':
             value += objective.beta * divergence
@@ -77,7 +83,9 @@ def gradient_coefficient(
     """What multiplies each token's grad log pi in the direction of ascent, by autodiff.
 
     DeepSeekMath's unified view of SFT, RFT, DPO, PPO and GRPO (arXiv 2402.03300, eq. 5), with unit
-    weights: minus the derivative of the sum of the group's `per_token` losses.
+    weights: minus the derivative of the sum of the group's `per_token` losses, or of the one loss
+    that a pair's tokens share. For DPO it is beta * sigmoid(-beta * m) at every token of the
+    preferred completion and its negative at the other's (table 10).
 
     Args:
       logprobs: f32[G, T].
@@ -93,6 +101,8 @@ def gradient_coefficient(
 
     def total(x):
         value, _ = per_token(x, group, objective, None, **options)
+        if options.get('loss') in PAIRWISE:
+            return value.mean()  # of equal values
         return jnp.where(group.rollout.mask, value, 0.0).sum()
 
     return -jax.grad(total)(logprobs)
@@ -132,6 +142,16 @@ def clipped(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Arra
     return jnp.where(dual, jnp.minimum(loss, most), loss)
 
 
+def surrogate(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Array:
+    """-ratio * A, without a clip: a bound on the KL has to hold the policy back (TRPO).
+
+    Trust region policy optimization (arXiv 1502.05477), eq. 14. Arguments and result are those of
+    `clipped`.
+    """
+    del objective
+    return -jnp.exp(logprobs - group.old_logprobs) * group.advantages
+
+
 def cispo(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Array:
     """-sg(clip(ratio, 1 - clip_low, 1 + clip_high)) * A * logp.
 
@@ -152,6 +172,100 @@ def sapo(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Array:
     ratio = jnp.exp(logprobs - group.old_logprobs)
     tau = jnp.where(group.advantages > 0, objective.tau_positive, objective.tau_negative)
     return -group.advantages * jax.nn.sigmoid(tau * (ratio - 1)) * 4 / tau
+
+
+def dpo(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Array:
+    """-(1 - s) log sigmoid(beta * m) - s log sigmoid(-beta * m) of a pair with the `margin` m.
+
+    Direct preference optimization (arXiv 2305.18290), eq. 7, where s = label_smoothing is 0; the
+    conservative form (see arXiv 2403.00409) holds the preference to be wrong with probability s.
+
+    Args:
+      logprobs: f32[2, T] of the policy that is trained.
+      group: see `margin`.
+      objective: beta and label_smoothing.
+
+    Returns:
+      f32[2, T], the pair's loss at each of its tokens: with the weights 1 / (B G |o_i|) of
+      'sequence_mean' the sum over all tokens is the mean over pairs.
+    """
+    scaled = objective.beta * margin(logprobs, group)
+    kept, swapped = jax.nn.log_sigmoid(scaled), jax.nn.log_sigmoid(-scaled)
+    smoothing = objective.label_smoothing
+    return jnp.broadcast_to(-(1 - smoothing) * kept - smoothing * swapped, logprobs.shape)
+
+
+def ipo(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Array:
+    """(m - 1 / (2 beta))^2 of a pair with the `margin` m; beta must not be 0.
+
+    A general theoretical paradigm (Azar et al., arXiv 2310.12036), eq. 17. Arguments and result are
+    those of `dpo`.
+    """
+    loss = jnp.square(margin(logprobs, group) - 0.5 / objective.beta)
+    return jnp.broadcast_to(loss, logprobs.shape)
+
+
+def hinge(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Array:
+    """max(0, 1 - beta * m) of a pair with the `margin` m.
+
+    SLiC-HF (arXiv 2305.10425), of log-ratios to the reference. Arguments and result are
+    those of `dpo`.
+    """
+    loss = jax.nn.relu(1 - objective.beta * margin(logprobs, group))
+    return jnp.broadcast_to(loss, logprobs.shape)
+
+
+def margin(logprobs: jax.Array, group: Batch) -> jax.Array:
+    """How much further a pair's preferred completion has moved from the reference than the other.
+
+    m = log-ratio(preferred) - log-ratio(other), a completion's log-ratio being the sum of
+    log(pi / ref) over its tokens. The one with the larger advantage is preferred; where both have
+    the same there is no preference, and m and its gradient are 0.
+
+    Args:
+      logprobs: f32[2, T] of the policy that is trained.
+      group: ref_logprobs f32[2, T], the rollout's mask, and advantages f32[2, T], each the same at
+        all tokens of a completion.
+
+    Returns:
+      f32[].
+
+    Raises:
+      ValueError: the group is no pair, or has no ref_logprobs.
+    """
+    if logprobs.shape[0] != 2:
+        raise ValueError(
+            f'group_size={logprobs.shape[0]}: the losses {", ".join(PAIRWISE)} compare a pair of '
+            'completions; use group_size=2'
+        )
+    if group.ref_logprobs is None:
+        raise ValueError(
+            f'ref_logprobs=None: the losses {", ".join(PAIRWISE)} are relative to a reference; '
+            'give the log-probs of one'
+        )
+    difference = jnp.where(group.rollout.mask, logprobs - group.ref_logprobs, 0.0)
+    advantage = group.advantages[:, 0]
+    return (jnp.sign(advantage - advantage[::-1]) * difference.sum(-1)).sum()
+
+
+def value_loss(values: jax.Array, group: Batch, objective: Objective) -> jax.Array:
+    """max((v - R)^2, (clip(v, old - value_clip, old + value_clip) - R)^2) / 2, a critic's loss.
+
+    PPO as OpenAI's baselines have it: a value that moved further than value_clip towards its return
+    is not pushed on. value_clip = 0 is the plain square.
+
+    Args:
+      values: f32[G, T] of the critic that is trained.
+      group: old_values, and returns R, f32[G, T].
+      objective: value_clip.
+
+    Returns:
+      f32[G, T].
+    """
+    clip = jnp.asarray(objective.value_clip)
+    near = group.old_values + jnp.clip(values - group.old_values, -clip, clip)
+    near = jnp.where(clip > 0, near, values)
+    return 0.5 * jnp.maximum(jnp.square(values - group.returns), jnp.square(near - group.returns))
 
 
 def at_level(logprobs: jax.Array, group: Batch, level: str) -> jax.Array:
@@ -234,3 +348,17 @@ def k3(logprobs: jax.Array, ref_logprobs: jax.Array) -> jax.Array:
     """ref/pi - log(ref/pi) - 1: unbiased, never negative (DeepSeekMath, 2402.03300, eq. 4)."""
     log_ratio = ref_logprobs - logprobs
     return jnp.exp(log_ratio) - log_ratio - 1
+
+
+FUNCTIONS = {
+    'clipped': clipped,
+    'nll': nll,
+    'surrogate': surrogate,
+    'cispo': cispo,
+    'sapo': sapo,
+    'dpo': dpo,
+    'ipo': ipo,
+    'hinge': hinge,
+}
+LOSSES = tuple(FUNCTIONS)
+PAIRWISE = ('dpo', 'ipo', 'hinge')  # of two completions of one prompt, one of them preferred

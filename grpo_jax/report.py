@@ -13,7 +13,7 @@ from typing import Any
 
 from tensorboardX import SummaryWriter
 
-from grpo_jax.types import STAGES
+from grpo_jax.types import stage_order
 
 
 class Records:
@@ -21,7 +21,7 @@ class Records:
 
     Args:
       workdir: the run's folder.
-      stage: 'sft' or 'grpo'.
+      stage: its name, see `types.stage_order`.
       step: the step from which this process goes on; lines of this one and later are cut off.
     """
 
@@ -68,6 +68,29 @@ def read(path: pathlib.Path, stage: str) -> list[dict[str, Any]]:
     return [row for row in rows if row['stage'] == stage]
 
 
+def read_policy(path: pathlib.Path, steps: int) -> list[dict[str, Any]]:
+    """The rows of all iterations, oldest first and numbered through; of SFT where there are none.
+
+    Args:
+      path: one of the files.
+      steps: of an iteration.
+    """
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    found = [row for row in rows if row['stage'].startswith('grpo')]
+    for row in found:
+        row['step'] += (stage_order(row['stage'])[0] - 1) * steps
+    return found or [row for row in rows if row['stage'] == 'sft']
+
+
+def has_heldout(workdir: pathlib.Path, stage: str, step: int) -> bool:
+    """Whether the evaluation after a stage's last step has been written to its end."""
+    path = workdir / 'heldout.jsonl'
+    if not path.exists():
+        return False
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')]
+    return any((row['stage'], row['step']) == (stage, step) for row in map(json.loads, lines))
+
+
 def cut_off(path: pathlib.Path, stage: str, step: int) -> None:
     """Removes this stage's lines from `step` on, those of later stages, and a torn last line."""
     if not path.exists():
@@ -77,22 +100,27 @@ def cut_off(path: pathlib.Path, stage: str, step: int) -> None:
         if not line.endswith('\n'):
             break
         row = json.loads(line)
-        if (STAGES.index(row['stage']), row['step']) < (STAGES.index(stage), step):
+        if (stage_order(row['stage']), row['step']) < (stage_order(stage), step):
             kept.append(line)
     partial = path.with_suffix('.partial')
     partial.write_text(''.join(kept))
     os.replace(partial, path)
 
 
-def plot(workdir: pathlib.Path) -> pathlib.Path:
-    """Draws `reward.png`: reward, accuracy, completion length and KL against the GRPO step."""
+def plot(workdir: pathlib.Path, steps: int) -> pathlib.Path:
+    """Draws `reward.png`: reward, accuracy, completion length and KL against the step.
+
+    Args:
+      workdir: the run's folder.
+      steps: of an iteration.
+    """
     import matplotlib
 
     matplotlib.use('Agg')
     from matplotlib import pyplot as plt
 
-    rows = read(workdir / 'metrics.jsonl', 'grpo')
-    tests = read(workdir / 'heldout.jsonl', 'grpo')
+    rows = read_policy(workdir / 'metrics.jsonl', steps)
+    tests = read_policy(workdir / 'heldout.jsonl', steps)
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout='constrained')
     panels = (
         ('reward', 'reward', axes[0, 0]),
@@ -107,23 +135,23 @@ def plot(workdir: pathlib.Path) -> pathlib.Path:
         if points:
             axis.plot(*zip(*points, strict=True), linewidth=0.8, label='sampled, training problems')
         else:
-            axis.text(0.5, 0.5, 'not computed (beta = 0)', ha='center', transform=axis.transAxes)
+            axis.text(0.5, 0.5, 'not computed', ha='center', transform=axis.transAxes)
     if tests:
         points = [(row['step'], row['metrics']['eval/accuracy']) for row in tests]
         axes[0, 1].plot(*zip(*points, strict=True), 'o-', markersize=4, label='greedy, held-out')
         axes[0, 1].set_ylim(0, 1)
         axes[0, 1].legend(fontsize=8, loc='lower right')
     for axis in axes[1]:
-        axis.set_xlabel('GRPO step')
+        axis.set_xlabel('step')
     path = workdir / 'reward.png'
     figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
 
 
-def before_and_after(workdir: pathlib.Path, count: int = 8) -> str:
-    """A table of the first held-out prompts with the greedy answers before and after GRPO."""
-    tests = read(workdir / 'heldout.jsonl', 'grpo')
+def before_and_after(workdir: pathlib.Path, steps: int, count: int = 8) -> str:
+    """A table of the first held-out prompts with the greedy answers before and after training."""
+    tests = read_policy(workdir / 'heldout.jsonl', steps)
     first, last = tests[0], tests[-1]
 
     def cell(row: Mapping[str, Any], i: int) -> str:

@@ -4,6 +4,8 @@ Everything here is part of the one jitted update program.
 """
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +46,86 @@ def completion_logprobs(
     """
     prompts, tokens = rollout.prompts, rollout.tokens
     hidden = completion_hidden(model, params, prompts.tokens, prompts.length, tokens)
-    length = tokens.shape[-1]
+
+    def piece(states, targets):
+        logits = apply(model, params, states, method='logits')
+        logits = filter_logits(logits, sampling, keep=targets)
+        norm = jax.nn.logsumexp(logits, axis=-1)
+        hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+        logprob = jnp.where(hit, logits, 0.0).sum(-1) - norm
+        if not entropy:
+            return logprob, None
+        inside = logits > -jnp.inf
+        logp = jnp.where(inside, logits, 0.0) - norm[..., None]
+        return logprob, -jnp.where(inside, jnp.exp(logp) * logp, 0.0).sum(-1)
+
+    return _by_chunks(piece, (hidden, tokens), chunk)
+
+
+def completion_kl(
+    model: Transformer,
+    old_params: Params,
+    params: Params,
+    rollout: Rollout,
+    sampling: Sampling,
+    *,
+    chunk: int,
+) -> jax.Array:
+    """KL(old || new) of each completion token's distribution, summed over the vocabulary.
+
+    Both distributions are those that `sampling` describes. Where a filter gives the two policies
+    different supports the KL is infinite as soon as the new one drops a token of the old one, so
+    such a token counts as inside the new support, as the sampled token does on both sides; one
+    outside the old support adds nothing to the sum, only what mass it has in the new distribution
+    is missing from the others. Supports are the same at `params = old_params`.
+
+    Logits exist for `chunk` positions at a time, as in `completion_logprobs`.
+
+    Args:
+      model: the decoder.
+      old_params: the policy that the KL's mean is taken under; no gradient flows to them.
+      params: the other policy's; twice differentiable, by jvp of grad too.
+      rollout: prompts and completions [B, G, T].
+      sampling: temperature and filters.
+      chunk: completion positions per piece.
+
+    Returns:
+      f32[B, G, T] in nats, at least 0 up to rounding. Values behind the mask are finite and mean
+      nothing.
+    """
+    prompts, tokens = rollout.prompts, rollout.tokens
+    old_params = jax.lax.stop_gradient(old_params)
+    old_hidden, hidden = (
+        completion_hidden(model, p, prompts.tokens, prompts.length, tokens)
+        for p in (old_params, params)
+    )
+
+    def piece(old_states, states, targets):
+        old = apply(model, old_params, old_states, method='logits')
+        old = filter_logits(old, sampling, keep=targets)
+        inside = old > -jnp.inf
+        logits = apply(model, params, states, method='logits')
+        whole = filter_logits(logits, Sampling(temperature=sampling.temperature))
+        new = jnp.where(inside, whole, filter_logits(logits, sampling, keep=targets))
+        old_norm, norm = (jax.nn.logsumexp(x, axis=-1) for x in (old, new))
+        probability = jnp.exp(old - old_norm[..., None])
+        return (probability * jnp.where(inside, old - new, 0.0)).sum(-1) + norm - old_norm
+
+    return _by_chunks(piece, (old_hidden, hidden, tokens), chunk)
+
+
+def _by_chunks(piece: Callable[..., Any], arrays: tuple[jax.Array, ...], chunk: int) -> Any:
+    """`piece(*arrays)` for `chunk` positions at a time, computed again in the backward pass.
+
+    Args:
+      piece: from arrays [B, G, chunk, ...] to a tree of [B, G, chunk].
+      arrays: [B, G, T, ...] each.
+      chunk: positions per piece; the last one is filled up with zeros.
+
+    Returns:
+      A tree of [B, G, T].
+    """
+    length = arrays[0].shape[2]
     chunk = min(chunk, length)
     pieces = -(-length // chunk)
 
@@ -54,20 +135,10 @@ def completion_logprobs(
         return jnp.moveaxis(x.reshape(*x.shape[:2], pieces, chunk, *x.shape[3:]), 2, 0)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def piece(_, xs):
-        states, targets = xs
-        logits = apply(model, params, states, method='logits')
-        logits = filter_logits(logits, sampling, keep=targets)
-        norm = jax.nn.logsumexp(logits, axis=-1)
-        hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-        logprob = jnp.where(hit, logits, 0.0).sum(-1) - norm
-        if not entropy:
-            return None, (logprob, None)
-        inside = logits > -jnp.inf
-        logp = jnp.where(inside, logits, 0.0) - norm[..., None]
-        return None, (logprob, -jnp.where(inside, jnp.exp(logp) * logp, 0.0).sum(-1))
+    def body(_, xs):
+        return None, piece(*xs)
 
-    _, out = jax.lax.scan(piece, None, (cut(hidden), cut(tokens)))
+    _, out = jax.lax.scan(body, None, tuple(map(cut, arrays)))
     return jax.tree.map(
         lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1)[..., :length], out
     )

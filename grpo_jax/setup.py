@@ -17,7 +17,7 @@ from grpo_jax.config import check_values, defaults
 from grpo_jax.models import families, folders, hf
 from grpo_jax.sample import sample
 from grpo_jax.tokens import eos_ids, load_tokenizer, stop_table
-from grpo_jax.types import Params, Prompts, Rollout
+from grpo_jax.types import Params, Prompts, Rollout, stage_order
 
 log = logging.getLogger('grpo_jax')
 
@@ -47,6 +47,7 @@ class Setup:
     ends: np.ndarray  # i32[E], tokens that end a completion
     sampler: Sampler
     source: pathlib.Path | None  # folder of the pretrained checkpoint
+    reward_model: models.Transformer | None = None
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
@@ -62,7 +63,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     model = models.Transformer(_model_config(config, source, len(tokenizer)))
     ends = _ends(config, tokenizer, source)
     sampler = _make_sampler(config, mesh, model, tokenizer, ends)
-    return Setup(config, workdir, mesh, model, tokenizer, ends, sampler, source)
+    judge = _reward_model(config, model, tokenizer)
+    return Setup(config, workdir, mesh, model, tokenizer, ends, sampler, source, judge)
 
 
 def _source(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path | None:
@@ -111,6 +113,35 @@ def _model_config(
             f'{made.vocab_size}: use the tokenizer of the checkpoint'
         )
     return made
+
+
+def _reward_model(
+    config: ConfigDict, model: models.Transformer, tokenizer: Any
+) -> models.Transformer | None:
+    c = config.reward_model
+    if not c.weight:
+        return None
+    if not c.pretrained and not c.steps:
+        raise ValueError(
+            f'reward_model.weight={c.weight} of a reward model that is neither pretrained nor '
+            'trained: set reward_model.pretrained or reward_model.steps'
+        )
+    if not c.pretrained:
+        return models.Transformer(models.with_scalar_head(model.config))
+    folder = folders.find_folder(c.pretrained)
+    computed = {name: getattr(model.config, name) for name in _COMPUTED if name != 'lora'}
+    made = families.model_config(folders.read_json(folder / 'config.json'), **computed)
+    if not made.scalar_head:
+        raise ValueError(
+            f'reward_model.pretrained={c.pretrained!r} is a language model: name the folder of a '
+            'sequence classifier with one label'
+        )
+    if load_tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f'reward_model.pretrained={c.pretrained!r} has another tokenizer than the policy, whose '
+            'tokens it is to read: use one of the same family'
+        )
+    return models.Transformer(made)
 
 
 def _ends(config: ConfigDict, tokenizer: Any, source: pathlib.Path | None) -> np.ndarray:
@@ -204,6 +235,15 @@ def initial_params(setup: Setup) -> Params:
     return hf.load(folder, base.config, _shapes(base), setup.mesh)
 
 
+def initial_reward_params(setup: Setup) -> Params | None:
+    """Those of the pretrained reward model on the mesh; None where it grows out of the policy."""
+    model = setup.reward_model
+    if model is None or not setup.config.reward_model.pretrained:
+        return None
+    folder = folders.find_folder(setup.config.reward_model.pretrained)
+    return hf.load(folder, model.config, _shapes(model), setup.mesh)
+
+
 def initial_adapters(setup: Setup) -> Params:
     """Fresh adapters on the mesh."""
     make = jax.jit(lambda key: models.split(models.init(setup.model, key))[1])
@@ -238,19 +278,38 @@ def newest_policy(setup: Setup) -> Policy:
     Raises:
       ValueError: there is none.
     """
-    manager = checkpoint.newest_manager(setup.workdir)
+    manager = checkpoint.newest_manager(setup.workdir, ('sft', 'grpo'))
     stage = manager.directory.name
     name = f'{stage}/{manager.latest_step()}'
     base, adapters = models.split(_shapes(setup.model))
     if not adapters:
         return Policy(name, checkpoint.restore_params(manager, base, setup.mesh), {}, False)
     params = initial_params(setup)
-    before = stage == 'grpo' and setup.config.sft.steps > 0
-    if before:  # stage 2 began with stage 1's adapters folded in
-        first = checkpoint.open_manager(setup.workdir / 'checkpoints' / 'sft', keep=1)
-        params = merged(setup, params, checkpoint.restore_params(first, adapters, setup.mesh))
+    before = [
+        folder
+        for folder in (setup.workdir / 'checkpoints').glob('*')
+        if folder.name.partition('-')[0] != 'reward'
+        and stage_order(folder.name) < stage_order(stage)
+    ]
+    for folder in sorted(before, key=lambda path: stage_order(path.name)):
+        earlier = checkpoint.open_manager(folder, keep=1)  # each began with the last one's merged
+        params = merged(setup, params, checkpoint.restore_params(earlier, adapters, setup.mesh))
     newest = checkpoint.restore_params(manager, adapters, setup.mesh)
     return Policy(name, params, newest, pretrained=bool(setup.config.pretrained) and not before)
+
+
+def newest_reward_params(setup: Setup) -> Params | None:
+    """Those of a run's reward model: its newest checkpoint, or as pretrained; None without one.
+
+    Raises:
+      ValueError: there is no checkpoint of it yet.
+    """
+    if setup.reward_model is None:
+        return None
+    if not setup.config.reward_model.steps:
+        return initial_reward_params(setup)
+    manager = checkpoint.newest_manager(setup.workdir, ('reward',))
+    return checkpoint.restore_params(manager, _shapes(setup.reward_model), setup.mesh)
 
 
 def _shapes(model: models.Transformer) -> Params:

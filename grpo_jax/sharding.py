@@ -20,6 +20,7 @@ AXES = ('fsdp', 'tensor')
 TABLE: dict[str, tuple[str | None, ...]] = {
     'embedding': ('tensor', 'fsdp'),  # [V, D]
     'head': ('fsdp', 'tensor'),  # [D, V]
+    'score': ('fsdp', None),  # [D, 1]
     'query': ('fsdp', 'tensor', None),  # [D, H, h]
     'key': ('fsdp', 'tensor', None),  # [D, K, h]
     'value': ('fsdp', 'tensor', None),

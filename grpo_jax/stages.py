@@ -1,62 +1,71 @@
-"""The stages of a training run: where their data come from, and what is done with them."""
+"""The stages of a training run: what each begins with, learns from, and leaves to the next."""
 
 import dataclasses
 import functools
 import logging
-import operator
-import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
+from ml_collections import ConfigDict
 
-from grpo_jax import data, judging, rewards, setup, sharding, update
+from grpo_jax import collect as collecting
+from grpo_jax import data, judging, models, reward_model, rewards, setup, sharding, update
 from grpo_jax.advantages import check_group_options
-from grpo_jax.losses import Objective
+from grpo_jax.algorithm import Algorithm
+from grpo_jax.collect import Collected, Judge
+from grpo_jax.losses import PAIRWISE, Objective
 from grpo_jax.optimizer import adamw
-from grpo_jax.rewards import pool
+from grpo_jax.replay import Replay
 from grpo_jax.sample import check_sampling
 from grpo_jax.setup import Problems, Setup
-from grpo_jax.types import Params, Prompts, Rollout, Sampling
+from grpo_jax.types import Params, Prompts, Rollout, Sampling, TrainState
 
 log = logging.getLogger('grpo_jax')
 
-SFT = update.Algorithm(
-    loss='nll', baseline='none', scale='none', aggregation='token_mean', kl='none'
-)
+SFT = Algorithm(loss='nll', baseline='none', scale='none', aggregation='token_mean', kl='none')
+_REWARD_STEPS = 1 << 20  # where the random numbers of a reward model's samples begin
 
 
-class Collected(NamedTuple):
-    """What one step learns from."""
+class Models(NamedTuple):
+    """The parameters that stages hand on."""
 
-    rollout: Rollout
-    rewards: np.ndarray  # f32[B, G]
-    metrics: dict[str, float]
-    completions: list[dict[str, Any]]  # for completions.jsonl
+    policy: Params  # without adapters
+    adapters: Params = None  # of the policy, while they are not folded in
+    reward: Params = None  # of the reward model
+    values: Params = None  # of the critic
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One training stage: where its data come from and what it does with them."""
+    """One training stage. What can be wrong with it was checked when it was made."""
 
     name: str
     steps: int
-    algorithm: update.Algorithm
-    optimizer: optax.GradientTransformation
-    schedule: optax.Schedule
-    sampling: Sampling
+    updates: int  # of the optimizer per step
+    schedule: optax.Schedule | None  # of the learning rate; None: there is none
+    start: Callable[[Models], TrainState]  # may take the policy's memory over
+    step: Callable[[TrainState, Models, Collected], tuple[TrainState, dict[str, jax.Array]]]
+    collect: Callable[[int, Params, Models], Collected]  # (step, policy, what the stage began with)
+    policy: Callable[[TrainState, Models], Params]  # that samples and is evaluated
+    finish: Callable[[Models, TrainState], Models]
+    heldout: Callable[[Params], judging.Evaluation] | None = None  # asked every eval_every steps
+    eval_every: int = 1
+    parts: Any = None  # algorithm, sampling and objective of a policy's stage
+
+
+class Parts(NamedTuple):
+    """What a policy is trained with."""
+
+    algorithm: Algorithm
     objective: Objective
-    collect: Callable[[int, Params], Collected]  # (step, policy parameters)
-    heldout: Callable[[Params], judging.Evaluation] | None  # asked every eval_every steps
-    eval_every: int
+    sampling: Sampling
 
 
-def sft_stage(made: Setup, training: Problems) -> Stage:
-    """Imitation of the demonstrations."""
+def sft_stage(made: Setup, training: Problems, heldout: Problems | None = None) -> Stage:
+    """Imitation of the demonstrations; `heldout` where it is the last stage."""
     c, config = made.config.sft, made.config
     algorithm = dataclasses.replace(SFT, microbatch=c.microbatch)
     ones = np.ones((c.batch_size, 1), np.float32)
@@ -72,79 +81,271 @@ def sft_stage(made: Setup, training: Problems) -> Stage:
         log.warning('demonstrations: %s', table.prompts.summary())
     batches = data.batches(table, c.batch_size, seed=config.seed)
 
-    def collect(step: int, params: Params) -> Collected:
+    def collect(step: int, policy: Params, began: Models) -> Collected:
         return Collected(batches[step], ones, {}, [])
 
     optimizer, schedule = adamw(steps=c.steps, **c.optimizer)
-    return Stage(
-        'sft', c.steps, algorithm, optimizer, schedule, Sampling(), Objective(), collect, None, 1
-    )
+    parts = Parts(algorithm, Objective(), Sampling())
+    stage = _policy_stage(made, 'sft', c.steps, parts, optimizer, schedule, collect, heldout)
+    # Demonstrations have no sampler, rewards or lengths to speak of.
+    kept = ('loss', 'grad_norm', 'num_tokens', 'skipped_updates')
+
+    def step(state: TrainState, began: Models, collected: Collected) -> Any:
+        state, metrics = stage.step(state, began, collected)
+        return state, {name: metrics[name] for name in kept}
+
+    return dataclasses.replace(stage, step=step)
 
 
-def grpo_stage(made: Setup, training: Problems, heldout: Problems) -> Stage:
-    """GRPO on sampled completions."""
+def grpo_stage(made: Setup, training: Problems, heldout: Problems, iteration: int = 1) -> Stage:
+    """GRPO, or another method by its options, on sampled completions."""
     c, config = made.config.grpo, made.config
-    algorithm, objective = _objective(c.algorithm, c.objective)
-    sampling = Sampling(**c.sampling)
+    parts = _parts(config)
+    algorithm, objective, sampling = parts
     check_sampling(sampling)
     check_group_options(c.group_size, baseline=algorithm.baseline, scale=algorithm.scale)
     sharding.check_batch(c.batch_size, algorithm.microbatch, made.mesh)
     if c.sample_batch:
         sharding.check_batch(c.batch_size, c.sample_batch, made.mesh, name='sample_batch')
-    functions, weights = rewards.build(c.rewards)
-    judge = functools.partial(
-        judging.judge, problems=training, functions=functions, weights=weights
-    )
+    judge = _judge(made, training, algorithm)
     batches = data.batches(training.table, c.batch_size, seed=config.seed)
+    scale = config.reward_model.weight
 
-    def collect(step: int, params: Params) -> Collected:
-        start = time.perf_counter()
+    def collect(step: int, policy: Params, began: Models) -> Collected:
+        policy = began.policy if c.source == 'reference' else policy
+        first = ((iteration - 1) * c.steps + step) * (1 + c.refill)
 
-        def sample(prompts: Prompts) -> Rollout:
+        def sample(batch: int, prompts: Prompts) -> Rollout:
             return made.sampler(
-                params, prompts, step=step, sampling=sampling, group_size=c.group_size
+                policy, prompts, step=first + batch, sampling=sampling, group_size=c.group_size
             )
 
-        rollout, judged, seconds = _sample_and_judge(sample, judge, batches[step], c.sample_batch)
-        metrics = {**rewards.statistics(judged.scores), 'timing/sample': seconds}
-        metrics['timing/reward'] = time.perf_counter() - start - seconds
-        if config.eval.correct in judged.scores.parts:
-            metrics['accuracy'] = float(np.mean(judged.scores.parts[config.eval.correct] >= 1))
-        total = judged.scores.total.reshape(c.batch_size, c.group_size)
-        some = _completion_rows(judged, config.log.completions)
-        return Collected(rollout, total, metrics, some)
+        rollout, verdict, metrics = collecting.gather(
+            sample,
+            functools.partial(judge, reward_params=began.reward),
+            [batches[first + i] for i in range(1 + c.refill)],
+            part=c.sample_batch,
+        )
+        metrics |= rewards.statistics(verdict.judged.scores)
+        parts = verdict.judged.scores.parts
+        if config.eval.correct in parts:
+            metrics['accuracy'] = float(np.mean(parts[config.eval.correct] >= 1))
+        if verdict.scores is not None and scale:
+            metrics['rewards/reward_model/mean'] = float(verdict.scores.mean())
+            metrics['rewards/reward_model/std'] = float(verdict.scores.std())
+        some = collecting.completion_rows(verdict, config.log.completions)
+        given: Any = verdict.total if verdict.steps is None else verdict.steps
+        if algorithm.loss in PAIRWISE:
+            rollout, given = collecting.pick_pairs(jax.device_get(rollout), verdict.total)
+        if c.drop:
+            host = jax.device_get(rollout)
+            kept = collecting.kept_rows(host, verdict.judged.completions, verdict.total, c.drop)
+            rollout = rollout._replace(kept=kept)
+        return Collected(rollout, given, metrics, some)
 
-    ask = functools.partial(
-        judging.evaluate, made.sampler, problems=heldout, **judging.settings(config.eval)
-    )
-    optimizer, schedule = adamw(steps=c.steps * algorithm.inner_updates, **c.optimizer)
+    updates = c.steps * algorithm.inner_updates
+    optimizer, schedule = adamw(steps=updates, **c.optimizer)
+    if algorithm.step == 'trust_region':
+        optimizer, schedule = optax.identity(), None
+    name = _numbered('grpo', iteration)
+    return _policy_stage(made, name, c.steps, parts, optimizer, schedule, collect, heldout)
+
+
+def _policy_stage(
+    made: Setup, name: str, steps: int, parts: Parts, optimizer, schedule, collect, heldout
+) -> Stage:
+    """A stage that trains the policy by the update program."""
+    algorithm, objective, sampling = parts
+    config, lora = made.config, bool(made.model.config.lora.rank)
+    moving = objective.reference_decay < 1
+    keeps = lora or (algorithm.reads_reference and not moving)
+    keeps = keeps or (name != 'sft' and config.grpo.source == 'reference')
+    critic = None
+    if algorithm.has_critic:
+        total = max(steps * algorithm.inner_updates, 1)
+        values = models.Transformer(models.with_scalar_head(made.model.config))
+        critic = update.Critic(values, adamw(steps=total, **config.critic.optimizer)[0])
+
+    @functools.cache
+    def program():
+        return update.make_step(
+            made.model, optimizer, algorithm, made.mesh, critic=critic, moving_reference=moving
+        )
+
+    def start(began: Models) -> TrainState:
+        values = began.values
+        if critic is not None and values is None:
+            values = models.scalar_params(began.policy, critic.model.config)
+        return update.init_state(
+            made.model,
+            optimizer,
+            setup.initial_adapters(made) if lora else began.policy,
+            made.mesh,
+            donate=lora or not (keeps or critic),
+            critic=critic,
+            value_params=values,
+            moving_reference=moving,
+        )
+
+    def step(state: TrainState, began: Models, collected: Collected) -> Any:
+        given = sharding.put_groups((collected.rollout, collected.rewards), made.mesh)
+        frozen = began.policy if lora or (algorithm.reads_reference and not moving) else None
+        return program()(state, frozen, *given, sampling, objective)
+
+    def policy(state: TrainState, began: Models) -> Params:
+        return models.join(began.policy, state.params) if lora else state.params
+
+    def finish(began: Models, state: TrainState) -> Models:
+        if lora:
+            return began._replace(adapters=state.params, values=state.value_params)
+        return began._replace(policy=state.params, values=state.value_params)
+
+    ask = None
+    if heldout is not None:
+        ask = functools.partial(
+            judging.evaluate, made.sampler, problems=heldout, **judging.settings(config.eval)
+        )
     return Stage(
-        'grpo', c.steps, algorithm, optimizer, schedule, sampling, objective, collect, ask,
-        config.eval.every,
+        name, steps, algorithm.inner_updates, schedule, start, step, collect, policy, finish, ask,
+        config.eval.every, parts,
     )  # fmt: skip
 
 
-def _objective(options: Any, scalars: Any) -> tuple[update.Algorithm, Objective]:
-    """Both from their sections of the config: a term whose weight is 0 is left out of the program.
+def reward_stage(made: Setup, training: Problems, iteration: int = 1) -> Stage:
+    """Training of the reward model on samples of the policy as the iteration finds it.
+
+    A share of the prompts and completions comes from what earlier iterations sampled, see `replay`.
+    """
+    c, config = made.config.reward_model, made.config
+    if made.reward_model is None:
+        raise ValueError(
+            f'reward_model.steps={c.steps} with weight=0: give the reward model a weight in the '
+            'reward, or leave its steps away'
+        )
+    if (c.loss == 'step') != (c.kind == 'process'):
+        raise ValueError(
+            f'reward_model.loss={c.loss!r} with kind={c.kind!r}: an outcome model is trained by '
+            "'bradley_terry' or 'label', a process model by 'step'"
+        )
+    sharding.check_batch(c.batch_size, c.microbatch, made.mesh)
+    sampling = Sampling(**config.grpo.sampling)
+    correct, _ = rewards.build({config.eval.correct: 1.0})
+    labels = rewards.build_steps(config.grpo.step_rewards) if c.kind == 'process' else None
+    judge = Judge(training, correct, {config.eval.correct: 0.0}, labels)
+    batches = data.batches(training.table, c.batch_size, seed=config.seed + 1)
+    replay = Replay(made.workdir / 'replay', iteration, c.replay, config.seed)
+    model, mesh = made.reward_model, made.mesh
+    optimizer, schedule = adamw(steps=c.steps, **c.optimizer)
+
+    @functools.cache
+    def program():
+        return reward_model.make_step(model, optimizer, c.loss, mesh, microbatch=c.microbatch)
+
+    def collect(step: int, policy: Params, began: Models) -> Collected:
+        number = (iteration - 1) * c.steps + step
+        rollout = made.sampler(
+            began.policy,
+            batches[number],
+            step=_REWARD_STEPS + number,
+            sampling=sampling,
+            group_size=c.group_size,
+        )
+        host = jax.device_get(rollout)
+        verdict = judge(host, None)
+        right = verdict.judged.scores.parts[config.eval.correct]
+        given: Any = right.reshape(host.ended.shape) if labels is None else verdict.steps
+        host, given = replay.mix(step, (host, given))
+        return Collected(host, given, {'accuracy': float(np.mean(right >= 1))}, [])
+
+    def start(began: Models) -> TrainState:
+        params = began.reward
+        if params is None:
+            params = models.scalar_params(began.policy, model.config)
+        return update.init_state(model, optimizer, params, mesh)
+
+    def step(state: TrainState, began: Models, collected: Collected) -> Any:
+        rollout, given = sharding.put_groups((collected.rollout, collected.rewards), mesh)
+        trained_on = (given,) if labels is None else tuple(given)
+        state, metrics = program()(state, rollout, *trained_on)
+        tokens = rollout.prompts.length.sum() + rollout.mask.sum()
+        metrics = {f'reward_model/{name}': value for name, value in metrics.items()}
+        metrics['skipped_updates'] = metrics.pop('reward_model/skipped_updates')
+        return state._replace(step=state.step + 1), metrics | {'num_tokens': tokens}
+
+    def finish(began: Models, state: TrainState) -> Models:
+        return began._replace(reward=state.params)
+
+    return Stage(
+        _numbered('reward', iteration), c.steps, 1, schedule, start, step, collect,
+        lambda state, began: began.policy, finish,
+    )  # fmt: skip
+
+
+def _numbered(kind: str, iteration: int) -> str:
+    return kind if iteration == 1 else f'{kind}-{iteration}'
+
+
+def _judge(made: Setup, training: Problems, algorithm: Algorithm) -> Judge:
+    """The rules, step rewards and reward model that the config names."""
+    config, c = made.config, made.config.reward_model
+    process = algorithm.supervision == 'process'
+    if process and not config.grpo.step_rewards:
+        raise ValueError(
+            "grpo.algorithm.supervision='process' without step rewards: name a step function, "
+            "such as grpo.step_rewards={'right_steps': 1.0}"
+        )
+    if config.grpo.step_rewards and not (process or (c.steps and c.kind == 'process')):
+        raise ValueError(
+            "grpo.step_rewards does nothing with supervision='outcome': use supervision='process'"
+        )
+    if made.reward_model is not None and (c.kind == 'process') != process:
+        raise ValueError(
+            f'reward_model.kind={c.kind!r} with supervision={algorithm.supervision!r}: use an '
+            'outcome model for outcomes and a process model for processes'
+        )
+    if config.grpo.rewards or not (process or made.reward_model is not None):
+        functions, weights = rewards.build(config.grpo.rewards)
+    else:  # judged all the same, so that the run's accuracy is known
+        functions, _ = rewards.build({config.eval.correct: 1.0})
+        weights = {config.eval.correct: 0.0}
+    scorer = None
+    if made.reward_model is not None:
+        scorer = reward_model.make_scorer(made.reward_model, made.mesh, kind=c.kind)
+    steps = rewards.build_steps(config.grpo.step_rewards) if process else None
+    return Judge(training, functions, weights, steps, scorer, c.weight)
+
+
+def _parts(config: ConfigDict) -> Parts:
+    """Algorithm and scalars of the `grpo` section, a term of weight 0 left out of the program.
 
     Raises:
-      ValueError: an unknown option, or a scalar that is set but that none of the options reads.
+      ValueError: an unknown option, or one that is set but that none of the others reads.
     """
-    algorithm, objective = update.Algorithm(**options), Objective(**scalars)
+    c = config.grpo
+    algorithm, objective = Algorithm(**c.algorithm), Objective(**c.objective)
     if not objective.beta:
         algorithm = dataclasses.replace(algorithm, kl='none')
     if objective.entropy_bonus:
         algorithm = dataclasses.replace(algorithm, entropy=True)
     if objective.top_entropy < 1:
         algorithm = dataclasses.replace(algorithm, entropy_mask=True)
+    bounded = algorithm.loss in ('clipped', 'cispo')
+    trusted = algorithm.step == 'trust_region'
     read = {
+        'clip_low': bounded,
+        'clip_high': bounded,
         'dual_clip': algorithm.loss == 'clipped',
-        'clip_low': algorithm.loss in ('clipped', 'cispo'),
-        'clip_high': algorithm.loss in ('clipped', 'cispo'),
         'tau_positive': algorithm.loss == 'sapo',
         'tau_negative': algorithm.loss == 'sapo',
         'importance_cap': algorithm.importance != 'none',
         'kl_clamp': algorithm.kl != 'none',
+        'reference_decay': algorithm.reads_reference,
+        'label_smoothing': algorithm.loss == 'dpo',
+        'gamma': algorithm.has_critic,
+        'lam': algorithm.has_critic,
+        'value_clip': algorithm.has_critic,
+        'max_kl': trusted,
+        'damping': trusted,
     }
     usual = Objective()
     for name, active in read.items():
@@ -152,57 +353,30 @@ def _objective(options: Any, scalars: Any) -> tuple[update.Algorithm, Objective]
         if not active and value != getattr(usual, name):
             raise ValueError(
                 f'grpo.objective.{name}={value} does nothing with loss={algorithm.loss!r}, '
-                f'importance={algorithm.importance!r} and kl={algorithm.kl!r}: leave it away'
+                f'importance={algorithm.importance!r}, baseline={algorithm.baseline!r}, '
+                f'step={algorithm.step!r} and kl={algorithm.kl!r}: leave it away'
             )
-    return algorithm, objective
+    _check_source(c, algorithm, objective)
+    return Parts(algorithm, objective, Sampling(**c.sampling))
 
 
-def _sample_and_judge(
-    sample: Callable[[Prompts], Rollout],
-    judge: Callable[[Rollout], judging.Judged],
-    prompts: Prompts,
-    size: int,
-) -> tuple[Rollout, judging.Judged, float]:
-    """Samples `size` prompts at a time (0: all) and rewards each part while the next is sampled.
-
-    Completions do not depend on how they are cut, see `sample.row_keys`.
-
-    Returns:
-      the whole rollout on the devices, what the rewards say of it, and the seconds that sampling
-      took.
-    """
-    began, before, count = time.perf_counter(), pool.timeouts(), len(prompts.index)
-    size = size or count
-    cuts = [slice(start, start + size) for start in range(0, count, size)]
-    parts = [sample(jax.tree.map(operator.itemgetter(cut), prompts)) for cut in cuts]
-    finished = []
-
-    def wait_and_judge(part: Rollout) -> judging.Judged:
-        host = jax.device_get(part)
-        finished.append(time.perf_counter())
-        return judge(host)
-
-    if len(parts) == 1:  # in the main thread, where an interrupt or a signal can end a reward
-        return parts[0], wait_and_judge(parts[0]), finished[0] - began
-    with ThreadPoolExecutor(max_workers=len(parts)) as threads:
-        judged = judging.together(list(threads.map(wait_and_judge, parts)))
-    # The parts were judged at once, so each has counted the others' timeouts too.
-    scores = judged.scores._replace(timeouts=pool.timeouts() - before)
-    rollout = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
-    return rollout, judged._replace(scores=scores), max(finished) - began
-
-
-def _completion_rows(judged: judging.Judged, count: int) -> list[dict[str, Any]]:
-    return [
-        {
-            'prompt': judged.prompts[i],
-            'completion': judged.completions[i],
-            'reward': float(judged.scores.total[i]),
-            'rewards': {k: _number(v[i]) for k, v in judged.scores.parts.items()},
-        }
-        for i in range(min(count, len(judged.prompts)))
-    ]
-
-
-def _number(value: float) -> float | None:
-    return None if np.isnan(value) else float(value)
+def _check_source(c: ConfigDict, algorithm: Algorithm, objective: Objective) -> None:
+    if c.source not in ('policy', 'reference'):
+        raise ValueError(f'grpo.source={c.source!r} is unknown: use policy or reference')
+    if c.source == 'reference' and algorithm.loss not in ('nll', *PAIRWISE):
+        raise ValueError(
+            f"grpo.source='reference' with loss={algorithm.loss!r}, whose ratio is that to the "
+            f"policy itself: use loss='nll' or one of {', '.join(PAIRWISE)}"
+        )
+    if algorithm.loss in PAIRWISE:
+        if not objective.beta:
+            raise ValueError(f'grpo.objective.beta=0 with loss={algorithm.loss!r}: set it above 0')
+        if c.group_size < 2 or c.drop:
+            raise ValueError(
+                f'loss={algorithm.loss!r} needs pairs: grpo.group_size={c.group_size} has to be '
+                f'at least 2, and grpo.drop={tuple(c.drop)} empty'
+            )
+    for name in c.drop:
+        if name not in collecting.DROPS:
+            known = ', '.join(collecting.DROPS)
+            raise ValueError(f'grpo.drop names {name!r}, which is unknown: use some of {known}')

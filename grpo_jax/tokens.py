@@ -101,6 +101,45 @@ def texts(
     return [_up_to(text, stops) for text in decoded]
 
 
+def tokens_at(
+    tokenizer: 'PreTrainedTokenizerBase',
+    tokens: np.ndarray,
+    mask: np.ndarray,
+    lengths: Sequence[int],
+    ends: Sequence[Sequence[int]],
+) -> list[list[int]]:
+    """Where in the tokens i32[N, T] the first n characters of each row's text are complete.
+
+    Args:
+        tokenizer: decodes prefixes of the rows.
+        tokens: completions.
+        mask: bool[N, T], a prefix of each row.
+        lengths: of the N texts.
+        ends: numbers of characters n for each row.
+
+    Returns:
+        For each n the index of the first token with which the decoded text has n characters; for
+        all of a text its row's last token, the one that ended it.
+    """
+    used = mask.sum(-1)
+    asked = [(row, end) for row, some in enumerate(ends) for end in some]
+    low = np.zeros(len(asked), int)
+    high = np.array([max(int(used[row]) - 1, 0) for row, _ in asked], int)
+    inside = np.array([end < lengths[row] for row, end in asked], bool)
+    low[~inside] = high[~inside]
+    while (low < high).any():  # all of them by bisection together
+        middle = (low + high) // 2
+        prefixes = [
+            tokens[row, : m + 1].tolist() for (row, _), m in zip(asked, middle, strict=True)
+        ]
+        read = tokenizer.batch_decode(prefixes, skip_special_tokens=True)
+        enough = np.array([len(t) >= end for t, (_, end) in zip(read, asked, strict=True)])
+        high = np.where(enough, middle, high)
+        low = np.where(enough, low, np.minimum(middle + 1, high))
+    found = iter(low.tolist())
+    return [[next(found) for _ in some] for some in ends]
+
+
 def _up_to(text: str, stops: Sequence[str]) -> str:
     ends = [text.find(stop) + len(stop) for stop in stops if stop in text]
     return text[: min(ends, default=len(text))]

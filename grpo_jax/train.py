@@ -18,17 +18,18 @@ import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from grpo_jax import checkpoint, models, report, setup, sharding, update
+from grpo_jax import checkpoint, report, setup
+from grpo_jax.collect import Collected
 from grpo_jax.config import run_command
-from grpo_jax.setup import Setup
-from grpo_jax.stages import Collected, Stage, grpo_stage, sft_stage
-from grpo_jax.types import Params, TrainState
+from grpo_jax.setup import Problems, Setup
+from grpo_jax.stages import Models, Stage, grpo_stage, reward_stage, sft_stage
+from grpo_jax.types import TrainState
 
 log = logging.getLogger('grpo_jax')
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, float]:
-    """Runs or resumes both stages.
+    """Runs or resumes all stages.
 
     Args:
       config: from a config file; every key of `config.defaults()`.
@@ -44,100 +45,99 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     made = setup.prepare(config, checkpoint.check_workdir(workdir, config))
     heldout = setup.heldout_problems(made)
     training = setup.training_problems(made, heldout)
-    sft = sft_stage(made, training) if config.sft.steps else None
-    grpo = grpo_stage(made, training, heldout)
-    params = setup.initial_params(made)
+    stages = _stages(made, training, heldout)
+    carried = Models(setup.initial_params(made), reward=setup.initial_reward_params(made))
     checkpoint.claim_workdir(made.workdir, config)
     setup.keep_description(made)
-    if sft:
-        trained = _run_stage(made, sft, params)
-        lora = made.model.config.lora.rank
-        params = setup.merged(made, params, trained) if lora else trained
-    _run_stage(made, grpo, params)
-    picture = report.plot(made.workdir)
-    tests = report.read(made.workdir / 'heldout.jsonl', 'grpo')
+    for stage in stages:
+        if carried.adapters is not None:
+            policy = setup.merged(made, carried.policy, carried.adapters)
+            carried = carried._replace(policy=policy, adapters=None)
+        carried = _run_stage(made, stage, carried)
+    picture = report.plot(made.workdir, config.grpo.steps)
+    tests = report.read_policy(made.workdir / 'heldout.jsonl', config.grpo.steps)
     before, after = (row['metrics']['eval/accuracy'] for row in (tests[0], tests[-1]))
-    print(report.before_and_after(made.workdir))
+    print(report.before_and_after(made.workdir, config.grpo.steps))
     print(f'curves: {picture}')
     print(f'held-out accuracy: {before:.1%} → {after:.1%}')
     return tests[-1]['metrics']
 
 
-def _run_stage(made: Setup, stage: Stage, params: Params) -> Params:
-    """Trains from `params`, or from this stage's newest checkpoint, to the stage's last step.
+def _stages(made: Setup, training: Problems, heldout: Problems) -> list[Stage]:
+    """SFT, then for each iteration the reward model and the policy; those that have steps."""
+    config, stages = made.config, []
+    if config.sft.steps:
+        stages.append(sft_stage(made, training, None if config.grpo.steps else heldout))
+    for iteration in range(1, config.grpo.iterations + 1) if config.grpo.steps else ():
+        if config.reward_model.steps:
+            stages.append(reward_stage(made, training, iteration))
+        stages.append(grpo_stage(made, training, heldout, iteration))
+    return stages
+
+
+def _run_stage(made: Setup, stage: Stage, carried: Models) -> Models:
+    """Trains from what the stages before left, or from this stage's newest checkpoint, to its end.
 
     Args:
       made: the run.
       stage: what to do.
-      params: without adapters; where there are none, their memory may be taken over.
+      carried: parameters, of which the policy's memory may be taken over.
 
     Returns:
-      What was trained: all parameters, or the adapters.
+      The parameters for the next stage.
     """
-    save, lora = made.config.checkpoint, made.model.config.lora.rank
-    reference = stage.algorithm.kl != 'none'
-    manager = checkpoint.open_manager(made.workdir / 'checkpoints' / stage.name, keep=save.keep)
-    trained = setup.initial_adapters(made) if lora else params
-    frozen = params if lora or reference else None
-    state = update.init_state(
-        made.model, stage.optimizer, trained, made.mesh, donate=bool(lora) or frozen is None
-    )
+    folder = made.workdir / 'checkpoints' / stage.name
+    manager = checkpoint.open_manager(folder, keep=made.config.checkpoint.keep)
+    state = stage.start(carried)
     start = manager.latest_step() or 0
     if start:
         state = checkpoint.restore(manager, state, made.mesh)
         print(f'{stage.name}: resumed at step {start} of {stage.steps}')
-    if start < stage.steps or stage.heldout:
-        state = _steps(made, stage, manager, start, state, frozen)
+    asked = stage.heldout is None or report.has_heldout(made.workdir, stage.name, stage.steps)
+    if start < stage.steps or not asked:
+        state = _steps(made, stage, manager, start, state, carried)
     manager.close()
-    return state.params
+    return stage.finish(carried, state)
 
 
 def _steps(
-    made: Setup, stage: Stage, manager: Any, start: int, state: TrainState, frozen: Params | None
+    made: Setup, stage: Stage, manager: Any, start: int, state: TrainState, began: Models
 ) -> TrainState:
     """The stage's steps from `start` on, with their records, evaluations and checkpoints."""
     every = made.config.checkpoint.every
-    step = update.make_step(made.model, stage.optimizer, stage.algorithm, made.mesh)
     records = report.Records(made.workdir, stage.name, start)
-
-    def policy(state: TrainState) -> Params:
-        return models.join(frozen, state.params) if made.model.config.lora.rank else state.params
-
     with _closing(manager, records), _bar(stage, start) as bar:
         for k in range(start, stage.steps):
             with _saving_on_failure(manager, k, state):
                 if stage.heldout and k % stage.eval_every == 0:
-                    records.heldout(k, stage.heldout(policy(state)))
-                began = time.perf_counter()
-                collected = stage.collect(k, policy(state))
-            state, metrics = _update(made, stage, step, state, frozen, collected, began)
+                    records.heldout(k, stage.heldout(stage.policy(state, began)))
+                started = time.perf_counter()
+                collected = stage.collect(k, stage.policy(state, began), began)
+            state, metrics = _update(stage, state, began, collected, started)
             records.metrics(k, metrics)
             records.completions(k, collected.completions)
             _show(bar, metrics)
             if (k + 1) % every == 0 or k + 1 == stage.steps:
                 checkpoint.save(manager, k + 1, state)
         if stage.heldout:
-            records.heldout(stage.steps, stage.heldout(policy(state)))
+            records.heldout(stage.steps, stage.heldout(stage.policy(state, began)))
     return state
 
 
-def _update(made, stage, step, state, frozen, collected: Collected, began: float):
+def _update(stage: Stage, state, began: Models, collected: Collected, started: float):
     """One call of the update program, and its metrics on the host."""
     called = time.perf_counter()
     skipped = int(state.skipped)
-    rollout, values = sharding.put_groups((collected.rollout, collected.rewards), made.mesh)
-    state, device = step(state, frozen, rollout, values, stage.sampling, stage.objective)
+    state, device = stage.step(state, began, collected)
     metrics = {name: float(value) for name, value in jax.device_get(device).items()}
     now = time.perf_counter()
-    if stage.algorithm.loss == 'nll':  # demonstrations have no sampler, rewards or clip to speak of
-        kept = ('loss', 'grad_norm', 'num_tokens', 'skipped_updates')
-        metrics = {name: metrics[name] for name in kept}
-    updates = int(state.step) * stage.algorithm.inner_updates - int(state.skipped)
+    if stage.schedule:
+        updates = int(state.step) * stage.updates - int(state.skipped)
+        metrics['learning_rate'] = float(stage.schedule(max(updates - 1, 0)))
     metrics |= collected.metrics | {
-        'learning_rate': float(stage.schedule(max(updates - 1, 0))),
         'timing/update': now - called,
-        'step_time': now - began,
-        'perf/tokens_per_second': metrics['num_tokens'] / (now - began),
+        'step_time': now - started,
+        'perf/tokens_per_second': metrics['num_tokens'] / (now - started),
     }
     if metrics['skipped_updates'] > skipped:
         log.warning(

@@ -11,8 +11,6 @@ right.
 
 from typing import Any, NamedTuple
 
-STAGES = ('sft', 'grpo')  # of a training run, in their order
-
 Array = Any  # jax.Array or np.ndarray, of the dtype and shape in the comment
 Params = Any  # a nested dict of arrays
 
@@ -33,6 +31,14 @@ class Rollout(NamedTuple):
     mask: Array  # bool[B, G, T], true up to and including the end-of-sequence token
     logprobs: Array  # f32[B, G, T] of the policy as sampled; zeros for demonstrations
     ended: Array  # bool[B, G], the row holds its end-of-sequence token; false where T cut it off
+    kept: Array = None  # bool[B, G], the rows that are learnt from; None: all
+
+
+class StepRewards(NamedTuple):
+    """Rewards of the steps that a completion consists of, in the place of one for all of it."""
+
+    values: Array  # f32[B, G, T], read where a step ends
+    ends: Array  # bool[B, G, T], the last token of each step
 
 
 class Batch(NamedTuple):
@@ -43,6 +49,8 @@ class Batch(NamedTuple):
     weights: Array  # f32[B, G, T], the loss is sum(weights * per_token_loss)
     ref_logprobs: Array = None  # f32[B, G, T] of the reference model
     old_logprobs: Array = None  # f32[B, G, T] of the policy before the first inner update
+    old_values: Array = None  # f32[B, G, T] of the critic before the first inner update
+    returns: Array = None  # f32[B, G, T], what its values are trained towards
 
 
 class TrainState(NamedTuple):
@@ -52,6 +60,9 @@ class TrainState(NamedTuple):
     params: Params
     opt_state: Any
     skipped: Array  # i32[], optimizer updates left out because the gradient was not finite
+    value_params: Params = None  # of the critic, where there is one
+    value_opt_state: Any = None
+    reference: Params = None  # a reference that follows the policy; None: one that does not move
 
 
 class Sampling(NamedTuple):
@@ -65,3 +76,9 @@ class Sampling(NamedTuple):
     top_k: Array | int = 0  # keep the k largest logits; 0 keeps all
     top_p: Array | float = 1.0  # keep the smallest set of tokens that holds this probability
     min_p: Array | float = 0.0  # keep tokens with at least this share of the largest probability
+
+
+def stage_order(name: str) -> tuple[int, int]:
+    """Sorts the stages of a run: sft, reward, grpo, reward-2, grpo-2, ..."""
+    kind, _, iteration = name.partition('-')
+    return (0 if kind == 'sft' else int(iteration or 1), ('sft', 'reward', 'grpo').index(kind))

@@ -1,81 +1,39 @@
 """The update: one jitted program from rewards to new parameters.
 
-`step(state, ref_params, rollout, rewards, sampling, objective) -> (state, metrics)` computes group
-advantages, weights, reference and old log-probs, then scans inner updates and microbatches of
-groups. SFT is the same program with one demonstration per group, reward 1 and the loss `nll`.
+`step(state, ref_params, rollout, rewards, sampling, objective) -> (state, metrics)` computes
+advantages, weights, reference and old log-probs (`batch`), then scans inner updates and
+microbatches of groups. SFT is the same program with one demonstration per group, reward 1 and the
+loss `nll`; DPO with two completions and a preference loss; PPO with a critic in the state.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from grpo_jax import losses, models, sharding
-from grpo_jax.advantages import check_group_options, group_advantages, normalize_batch
+from grpo_jax import losses, models, program, sharding, trust_region
+from grpo_jax.advantages import check_group_options
+from grpo_jax.algorithm import Algorithm
+from grpo_jax.batch import make_batch
 from grpo_jax.losses import Objective
-from grpo_jax.metrics import group_terms, reduce_terms, rollout_metrics
-from grpo_jax.score import AGGREGATIONS, completion_logprobs, least_certain, token_weights
-from grpo_jax.types import Batch, Params, Rollout, Sampling, TrainState
+from grpo_jax.metrics import critic_terms, group_terms, pair_terms, reduce_terms, rollout_metrics
+from grpo_jax.program import Actor, Microbatches
+from grpo_jax.score import completion_kl
+from grpo_jax.types import Batch, Params, Rollout, Sampling, StepRewards, TrainState
 
-LOSSES = ('clipped', 'nll', 'cispo', 'sapo')
-RATIOS = ('token', 'sequence', 'sequence_token')
-IMPORTANCES = ('none', 'token', 'sequence', 'token_mask', 'sequence_mask')
-KL_ESTIMATORS = ('k1', 'k2', 'k3', 'none')
-KL_PLACES = ('loss', 'reward')
+__all__ = ['Algorithm', 'Critic', 'init_state', 'make_step', 'update']
 
 
-@dataclasses.dataclass(frozen=True)
-class Algorithm:
-    """What the update computes. All static: changing one compiles a new program.
+class Critic(NamedTuple):
+    """A value function beside the policy: PPO's."""
 
-    Raises:
-      ValueError: an unknown option, or the k1 estimator in the loss, where it has no effect on
-        average.
-    """
-
-    loss: str = 'clipped'  # a function of `losses`
-    ratio: str = 'token'  # see `losses.at_level`
-    importance: str = 'none'  # correction for the sampler, see `losses.importance_weights`
-    baseline: str = 'mean'  # see `advantages.group_advantages`
-    scale: str = 'std'
-    advantage_eps: float = 1e-4
-    aggregation: str = 'sequence_mean'  # see `score.token_weights`
-    kl: str = 'k3'  # estimator; 'none' leaves the reference out of the program
-    kl_place: str = (
-        'loss'  # 'loss', or 'reward': r - beta * (sum of the row's KL), before advantages
-    )
-    inner_updates: int = 1  # optimizer updates per rollout (the paper's mu)
-    microbatch: int = 1  # groups whose gradient is computed at a time
-    logprob_chunk: int = 128  # completion positions whose logits exist at a time
-    entropy: bool = False  # compute the policy's entropy: a metric, and what its bonus needs
-    entropy_mask: bool = False  # train only the share `top_entropy` of the tokens
-
-    def __post_init__(self) -> None:
-        check_group_options(2, baseline=self.baseline, scale=self.scale)
-        for name, known in (
-            ('loss', LOSSES),
-            ('ratio', RATIOS),
-            ('importance', IMPORTANCES),
-            ('aggregation', AGGREGATIONS),
-            ('kl', KL_ESTIMATORS),
-            ('kl_place', KL_PLACES),
-        ):
-            if getattr(self, name) not in known:
-                value = getattr(self, name)
-                raise ValueError(f'{name}={value!r} is unknown: use one of {", ".join(known)}')
-        for name in ('inner_updates', 'microbatch', 'logprob_chunk'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
-        if self.kl == 'k1' and self.kl_place == 'loss':
-            raise ValueError(
-                "kl='k1' with kl_place='loss' has an expected on-policy gradient of zero: "
-                "use kl='k2' or 'k3', or kl_place='reward'"
-            )
+    model: models.Transformer  # with a scalar head
+    optimizer: optax.GradientTransformation
 
 
 def init_state(
@@ -85,6 +43,9 @@ def init_state(
     mesh: Mesh | None = None,
     *,
     donate: bool = False,
+    critic: Critic | None = None,
+    value_params: Params | jax.Array | None = None,
+    moving_reference: bool = False,
 ) -> TrainState:
     """A fresh training state on the mesh.
 
@@ -95,18 +56,43 @@ def init_state(
         They are copied, since the update program takes its state's memory over.
       mesh: where it lies; the default device without one.
       donate: take the parameters themselves in place of a copy; the caller's are gone.
-    """
+      critic: its model and optimizer, if there is one.
+      value_params: its parameters (copied), or a random key; by default the key of `params`.
+      moving_reference: keep a reference in the state, at first a copy of `params`, that follows
+        the policy by `Objective.reference_decay`.
 
-    def make(params):
+    Raises:
+      ValueError: a moving reference with adapters, whose reference is their base.
+    """
+    if moving_reference and model.config.lora.rank:
+        raise ValueError(
+            'a moving reference with adapters: theirs is the base, which stays; use '
+            'reference_decay=1 or train all parameters'
+        )
+
+    def make(params, value_params):
         if isinstance(params, jax.Array):
+            value_params = params if value_params is None else value_params
             params = models.init(model, params)
             if model.config.lora.rank:
                 _, params = models.split(params)
         params = jax.tree.map(jnp.copy, params)
-        return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
+        state = TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
+        if critic is not None:
+            if isinstance(value_params, jax.Array):
+                value_params = models.init(critic.model, value_params)
+            value_params = jax.tree.map(jnp.copy, value_params)
+            moments = critic.optimizer.init(value_params)
+            state = state._replace(value_params=value_params, value_opt_state=moments)
+        if moving_reference:
+            state = state._replace(reference=jax.tree.map(jnp.copy, params))
+        return state
 
-    out = None if mesh is None else sharding.shardings(jax.eval_shape(make, params), mesh)
-    return jax.jit(make, out_shardings=out, donate_argnums=0 if donate else ())(params)
+    out = None
+    if mesh is not None:
+        out = sharding.shardings(jax.eval_shape(make, params, value_params), mesh)
+    made = jax.jit(make, out_shardings=out, donate_argnums=0 if donate else ())
+    return made(params, value_params)
 
 
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
@@ -117,31 +103,51 @@ def make_step(
     optimizer: optax.GradientTransformation,
     algorithm: Algorithm,
     mesh: Mesh | None = None,
+    *,
+    critic: Critic | None = None,
+    moving_reference: bool = False,
 ) -> Step:
     """Compiles-on-first-call the update program for one model, optimizer and algorithm.
 
     Args:
       model: the decoder.
-      optimizer: from `optimizer.adamw`, or any optax transformation.
+      optimizer: from `optimizer.adamw`, or any optax transformation; a trust region has none.
       algorithm: what to compute.
       mesh: the devices; with one, rollout and rewards lie as `sharding.groups` says and the new
         state as `sharding.shardings`.
+      critic: for baseline 'critic'.
+      moving_reference: the state holds the reference, see `init_state`.
 
     Returns:
       `step(state, ref_params, rollout, rewards, sampling, objective) -> (state, metrics)`. It takes
       the old state's memory over. `ref_params` are the reference's; None, or kl='none', leaves the
       KL term and the reference pass out of the program. With adapters they are the base that policy
-      and reference share, and always needed. rewards: f32[B, G]. metrics: scalars under the names
-      of the README.
+      and reference share, and always needed. rewards: f32[B, G], or `StepRewards` for process
+      supervision. metrics: scalars under the names of the README.
+
+    Raises:
+      ValueError: a critic is missing, or nothing reads it.
     """
+    if algorithm.has_critic and critic is None:
+        raise ValueError(
+            "baseline='critic' without a critic: give make_step and init_state critic=Critic(model "
+            "with a scalar head, optimizer), or use a group baseline such as 'mean'"
+        )
+    if critic is not None and not algorithm.has_critic:
+        raise ValueError(
+            f'a critic with baseline={algorithm.baseline!r}, which does not read it: use '
+            "baseline='critic', or leave the critic away"
+        )
     step = functools.partial(
-        update, model=model, optimizer=optimizer, algorithm=algorithm, mesh=mesh
+        update, model=model, optimizer=optimizer, algorithm=algorithm, mesh=mesh, critic=critic
     )
     if mesh is None:
         return jax.jit(step, donate_argnums=0)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    state = jax.eval_shape(functools.partial(init_state, model, optimizer), key)
-    out = (sharding.shardings(state, mesh), sharding.replicated(mesh))
+    fresh = functools.partial(
+        init_state, model, optimizer, critic=critic, moving_reference=moving_reference
+    )
+    out = (sharding.shardings(jax.eval_shape(fresh, key), mesh), sharding.replicated(mesh))
     return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
@@ -149,7 +155,7 @@ def update(
     state: TrainState,
     ref_params: Params | None,
     rollout: Rollout,
-    rewards: jax.Array,
+    rewards: jax.Array | StepRewards,
     sampling: Sampling,
     objective: Objective,
     *,
@@ -157,126 +163,177 @@ def update(
     optimizer: optax.GradientTransformation,
     algorithm: Algorithm,
     mesh: Mesh | None = None,
+    critic: Critic | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
     """The program behind `make_step`, not jitted. See there for arguments and result.
 
     Raises:
-      ValueError: the batch does not divide by the microbatch or the mesh, or the group is too
-        small.
+      ValueError: the batch does not divide by the microbatch or the mesh, the group is too small,
+        or rewards, critic or reference are not what the algorithm needs.
     """
+    a = algorithm
+    _check_rewards(a, rollout, rewards)
     size, group_size, _ = rollout.tokens.shape
-    if rewards.shape != (size, group_size):
-        raise ValueError(
-            f'rewards have shape {rewards.shape}: the rollout needs one for each completion, '
-            f'[B, G] = ({size}, {group_size})'
-        )
     if model.config.lora.rank and ref_params is None:
         raise ValueError('ref_params=None with adapters: give the parameters of their base')
-    sharding.check_batch(size, algorithm.microbatch, mesh)
-    check_group_options(group_size, baseline=algorithm.baseline, scale=algorithm.scale)
-    program = _Program(model, optimizer, algorithm, mesh, ref_params, sampling, objective)
+    reference = ref_params if state.reference is None else state.reference
+    if a.loss in losses.PAIRWISE and reference is None:
+        raise ValueError(f'ref_params=None with loss={a.loss!r}: give the parameters of its policy')
+    sharding.check_batch(size, a.microbatch, mesh)
+    check_group_options(group_size, baseline=a.baseline, scale=a.scale)
+    actor = Actor(model, ref_params, sampling, objective, a.logprob_chunk)
+    microbatches = Microbatches(a.microbatch, mesh)
+    bound = _Program(actor, a, optimizer, critic, microbatches)
 
     def inner(state, _):
-        gradient, terms = program.gradient(state.params, batch)
-        state, applied = program.apply(state, gradient)
+        gradient, terms = bound.gradient((state.params, state.value_params), batch)
+        state, applied = bound.apply(state, gradient, batch)
         return state, terms | applied
 
     with sharding.use(mesh):
         metrics = rollout_metrics(rollout, rewards)
-        batch = program.score(state.params, rollout, rewards)
-        state, terms = jax.lax.scan(inner, state, length=algorithm.inner_updates)
+        batch = make_batch(
+            a, actor, critic and critic.model, state, reference, rollout, rewards, microbatches
+        )
+        state, terms = jax.lax.scan(inner, state, length=a.inner_updates)
+    if state.reference is not None:
+        decay = jnp.asarray(objective.reference_decay)
+        state = state._replace(
+            reference=jax.tree.map(
+                lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype),
+                state.reference,
+                state.params,
+            )
+        )
     return state._replace(step=state.step + 1), metrics | reduce_terms(terms)
+
+
+def _check_rewards(a: Algorithm, rollout: Rollout, rewards: jax.Array | StepRewards) -> None:
+    stepwise = isinstance(rewards, StepRewards)
+    if a.supervision == 'process' and not stepwise:
+        raise ValueError(
+            "supervision='process' without step rewards: give types.StepRewards, or use "
+            "supervision='outcome'"
+        )
+    if a.supervision == 'outcome' and stepwise:
+        raise ValueError(
+            "supervision='outcome' with step rewards, which it does not read: give one reward for "
+            "each completion, or use supervision='process'"
+        )
+    shape = rollout.tokens.shape
+    given, wanted = (rewards.values, shape) if stepwise else (rewards, shape[:2])
+    if given.shape != wanted or (stepwise and rewards.ends.shape != wanted):
+        names = '[B, G, T]' if stepwise else '[B, G]'
+        raise ValueError(
+            f'rewards have shape {given.shape}: the rollout needs one for each '
+            f'{"token" if stepwise else "completion"}, {names} = {wanted}'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class _Program:
-    """The pieces of one update with their settings bound; it holds no state."""
+    """Gradient and step of one update, their settings bound; it holds no state."""
 
-    model: models.Transformer
-    optimizer: optax.GradientTransformation
+    actor: Actor
     algorithm: Algorithm
-    mesh: Mesh | None
-    frozen: Params | None  # of the reference, and with adapters the policy's base
-    sampling: Sampling
-    objective: Objective
+    optimizer: optax.GradientTransformation
+    critic: Critic | None
+    microbatches: Microbatches
 
-    def score(self, params, rollout, rewards) -> Batch:
-        """Everything that stays fixed during the inner updates, from the whole batch at once."""
-        a = self.algorithm
-        reference = self.frozen is not None and a.kl != 'none'
-        in_reward = reference and a.kl_place == 'reward'
-        old: Any = None
-        ref: Any = None
-        entropy: Any = None
-        if a.inner_updates > 1 or in_reward or a.entropy_mask:  # else the current ones are the old
-            old, entropy = self._fixed_logprobs(
-                self.model, self._policy(params), rollout, entropy=a.entropy_mask
-            )
-        if reference:
-            ref, _ = self._fixed_logprobs(self._reference_model(), self.frozen, rollout)
-        if in_reward:
-            kl = losses.kl_term(old, ref, a.kl, self.objective)
-            rewards = rewards - self.objective.beta * jnp.where(rollout.mask, kl, 0.0).sum(-1)
-        advantages = jax.vmap(
-            functools.partial(
-                group_advantages, baseline=a.baseline, scale=a.scale, eps=a.advantage_eps
-            )
-        )(rewards)
-        advantages = jnp.broadcast_to(advantages[..., None], rollout.mask.shape)
-        if a.scale == 'batch':
-            advantages = normalize_batch(advantages, rollout.mask, eps=a.advantage_eps)
-        weights = token_weights(rollout.mask, aggregation=a.aggregation, microbatch=a.microbatch)
-        if a.entropy_mask:
-            weights = weights * least_certain(
-                entropy, rollout.mask, jnp.asarray(self.objective.top_entropy)
-            )
-        return Batch(rollout, advantages, weights, ref, old)
-
-    def gradient(self, params, batch: Batch):
+    def gradient(self, trained, batch: Batch):
         """Sum of the microbatches' gradients, and their terms [microbatches, m, ...]."""
         value_and_grad = jax.value_and_grad(self._loss, has_aux=True)
 
-        def add(total, microbatch):
-            (_, terms), gradient = value_and_grad(params, microbatch)
-            return jax.tree.map(jnp.add, total, gradient), terms
+        def one(microbatch):
+            (_, terms), gradient = value_and_grad(trained, microbatch)
+            return gradient, terms
 
-        zero = jax.tree.map(jnp.zeros_like, params)
-        return jax.lax.scan(add, zero, self._cut(batch))
+        return self.microbatches.sum(one, batch, like=trained)
 
-    def apply(self, state: TrainState, gradient):
-        """One optimizer update, or none where the gradient is not finite."""
-        norm = optax.tree.norm(gradient)
-        finite = jnp.isfinite(norm)
-        updates, opt_state = self.optimizer.update(gradient, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old),
-            (params, opt_state),
-            (state.params, state.opt_state),
+    def apply(self, state: TrainState, gradient, batch: Batch):
+        """One update of policy and critic, or none where a gradient is not finite."""
+        norm = optax.tree.norm(gradient[0])
+        finite = jnp.isfinite(optax.tree.norm(gradient))
+        terms = {'grad_norm': norm}
+        if self.algorithm.step == 'trust_region':
+            params, taken = self._natural_step(state.params, gradient[0], batch)
+            new = state._replace(params=params)
+            terms |= {f'trust_region/{name}': value for name, value in taken.items()}
+        else:
+            updates, moments = self.optimizer.update(gradient[0], state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+            new = state._replace(params=params, opt_state=moments)
+        if self.critic is not None:
+            updates, moments = self.critic.optimizer.update(
+                gradient[1], state.value_opt_state, state.value_params
+            )
+            values = optax.apply_updates(state.value_params, updates)
+            new = new._replace(value_params=values, value_opt_state=moments)
+            terms['critic/grad_norm'] = optax.tree.norm(gradient[1])
+        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+        new = new._replace(skipped=state.skipped + (1 - finite.astype(jnp.int32)))
+        return new, terms | {'skipped_updates': new.skipped}
+
+    def _natural_step(self, params, gradient, batch: Batch):
+        """TRPO's step inside the KL ball around `params`, see `trust_region.natural_step`."""
+        o, rollout = self.actor.objective, batch.rollout
+        tokens = jnp.maximum(rollout.mask.sum(), 1)
+
+        def divergence(new, part):
+            old = jax.lax.stop_gradient(params)
+            kl = completion_kl(
+                self.actor.model, self.actor.params(old), self.actor.params(new), part,
+                self.actor.sampling, chunk=self.actor.chunk,
+            )  # fmt: skip
+            return jnp.where(part.mask, kl, 0.0).sum() / tokens
+
+        def total(function, tree):
+            """The sum of a scalar function of microbatches."""
+            zero = jnp.float32(0)
+            return self.microbatches.sum(lambda part: (function(part), None), tree, like=zero)[0]
+
+        def fisher(vector):
+            def one(part):
+                product = trust_region.fisher_vector_product(
+                    lambda new: divergence(new, part), params, vector, 0.0
+                )
+                return product, None
+
+            product, _ = self.microbatches.sum(one, rollout, like=params)
+            return jax.tree.map(lambda p, v: p + o.damping * v, product, vector)
+
+        return trust_region.natural_step(
+            params,
+            gradient,
+            surrogate_of=lambda new: total(lambda part: self._loss((new, None), part)[0], batch),
+            kl_of=lambda new: total(functools.partial(divergence, new), rollout),
+            fisher=fisher,
+            max_kl=o.max_kl,
+            cg_steps=self.algorithm.cg_steps,
+            backtracks=self.algorithm.backtracks,
         )
-        skipped = state.skipped + (1 - finite.astype(jnp.int32))
-        return TrainState(state.step, params, opt_state, skipped), {
-            'grad_norm': norm,
-            'skipped_updates': skipped,
-        }
 
-    def _loss(self, params, microbatch: Batch):
-        a = self.algorithm
-        logprobs, entropy = self._logprobs(
-            self.model, self._policy(params), microbatch.rollout, entropy=a.entropy
+    def _loss(self, trained, microbatch: Batch):
+        params, value_params = trained
+        logprobs, entropy = self.actor.logprobs(
+            params, microbatch.rollout, entropy=self.algorithm.entropy
         )
         loss, terms = jax.vmap(self._group_loss)(logprobs, entropy, microbatch)
+        if self.critic is not None and value_params is not None:
+            values = program.values(self.critic.model, value_params, microbatch.rollout)
+            value_loss, value_terms = jax.vmap(self._group_value_loss)(values, microbatch)
+            loss, terms = loss + value_loss, terms | value_terms
         return loss.sum(), terms
 
     def _group_loss(self, logprobs, entropy, group: Batch):
         """One group's share of the loss, and its terms for the metrics."""
-        a, rollout = self.algorithm, group.rollout
+        a, objective = self.algorithm, self.actor.objective
         if group.old_logprobs is None:
             group = group._replace(old_logprobs=jax.lax.stop_gradient(logprobs))
         per_token, kl = losses.per_token(
             logprobs,
             group,
-            self.objective,
+            objective,
             entropy,
             loss=a.loss,
             ratio=a.ratio,
@@ -284,49 +341,18 @@ class _Program:
             kl=a.kl,
             kl_place=a.kl_place,
         )
-        loss = jnp.where(rollout.mask, group.weights * per_token, 0.0).sum()
-        terms = group_terms(
-            losses.at_level(logprobs, group, a.ratio), group, self.objective, kl, entropy
-        )
+        loss = _weighted(group, per_token)
+        bounded = a.loss != 'nll' and a.loss not in losses.PAIRWISE
+        level = losses.at_level(logprobs, group, a.ratio) if bounded else None
+        terms = group_terms(level, group, objective, kl, entropy)
+        if a.loss in losses.PAIRWISE:
+            terms |= pair_terms(logprobs, group, objective)
         return loss, jax.lax.stop_gradient(terms | {'loss': loss})
 
-    def _policy(self, params):
-        """The policy's parameters from the trained ones."""
-        return models.join(self.frozen, params) if self.model.config.lora.rank else params
+    def _group_value_loss(self, values, group: Batch):
+        loss = _weighted(group, losses.value_loss(values, group, self.actor.objective))
+        return loss, jax.lax.stop_gradient(critic_terms(values, group) | {'critic_loss': loss})
 
-    def _reference_model(self):
-        """The model itself, without the adapters if it has any."""
-        config = self.model.config
-        return self.model.clone(config=config.base) if config.lora.rank else self.model
 
-    def _logprobs(self, model, params, rollout: Rollout, *, entropy: bool = False):
-        return completion_logprobs(
-            model,
-            params,
-            rollout,
-            self.sampling,
-            chunk=self.algorithm.logprob_chunk,
-            entropy=entropy,
-        )
-
-    def _fixed_logprobs(self, model, params, rollout: Rollout, *, entropy: bool = False):
-        """Log-probs and entropies f32[B, G, T] without gradient, a microbatch at a time."""
-        out = jax.lax.map(
-            lambda some: self._logprobs(model, params, some, entropy=entropy), self._cut(rollout)
-        )
-        return jax.tree.map(
-            lambda x: jax.lax.stop_gradient(x.swapaxes(0, 1).reshape(-1, *x.shape[2:])), out
-        )
-
-    def _cut(self, tree):
-        """[B, ...] -> [microbatches, m, ...], strided so that devices keep the groups they hold."""
-
-        def cut(x):
-            x = x.reshape(self.algorithm.microbatch, -1, *x.shape[1:]).swapaxes(0, 1)
-            if self.mesh is None:
-                return x
-            return jax.lax.with_sharding_constraint(
-                x, NamedSharding(self.mesh, PartitionSpec(None, 'fsdp'))
-            )
-
-        return jax.tree.map(cut, tree)
+def _weighted(group: Batch, per_token: jax.Array) -> jax.Array:
+    return jnp.where(group.rollout.mask, group.weights * per_token, 0.0).sum()

@@ -185,6 +185,33 @@ def advantages(rewards, baseline='mean', scale='std', eps=1e-4):
     return out
 
 
+def process_advantages(rewards, ends, baseline='mean', scale='std', eps=1e-4):
+    """One group's [G, T], from the rewards of its steps."""
+    steps = [float(r) for r in rewards[ends]]
+    out = np.zeros(ends.shape)
+    if (baseline, scale) not in (('none', 'none'), ('none', 'batch')) and len(set(steps)) < 2:
+        return out
+    zero = statistics.fmean(steps) if baseline == 'mean' else 0.0
+    spread = {'std': statistics.stdev, 'population_std': statistics.pstdev}.get(scale)
+    unit = spread(steps) + eps if spread else 1.0
+    for g, t in np.ndindex(ends.shape):
+        later = [u for u in range(t, ends.shape[1]) if ends[g, u]]
+        out[g, t] = sum((float(rewards[g, u]) - zero) / unit for u in later)
+    return out
+
+
+def gae(rewards, values, mask, gamma, lam):
+    """[G, T]: the sum of the temporal differences to come, written out."""
+    out = np.zeros(mask.shape)
+    for g, row in enumerate(mask):
+        used = int(row.sum())
+        v = [*(float(x) for x in values[g, :used]), 0.0]
+        error = [float(rewards[g, t]) + gamma * v[t + 1] - v[t] for t in range(used)]
+        for t in range(used):
+            out[g, t] = sum((gamma * lam) ** (u - t) * error[u] for u in range(t, used))
+    return out
+
+
 def clipped(logprob, old, advantage, low, high):
     """One token's loss, case by case of the advantage's sign."""
     ratio = math.exp(logprob - old)
@@ -242,3 +269,26 @@ def slope(function, x, step=1e-5):
             ends.append(function(moved))
         out[i] = (ends[0] - ends[1]) / (2 * step)
     return out
+
+
+def complex_step(function, x, mask):
+    """Value and derivatives of a scalar function of complex numbers by the elements of x in mask.
+
+    A derivative is the imaginary part at x + ih, exact to rounding. What the function shall not
+    differentiate it takes from the real parts.
+    """
+    h = 1e-30
+    out = np.zeros(x.shape)
+    for i in map(tuple, np.argwhere(mask)):
+        moved = x.astype(complex)
+        moved[i] += 1j * h
+        out[i] = function(moved).imag / h
+    return function(x.astype(complex)).real, out
+
+
+def assert_same(ours, expected):
+    """(value, gradient) each, to 1e-6 of the value and of the gradient's largest element."""
+    (value, gradient), (want, want_gradient) = ours, expected
+    np.testing.assert_allclose(value, want, rtol=1e-6, atol=1e-9)
+    unit = max(np.abs(want_gradient).max(), 1e-12)
+    np.testing.assert_allclose(gradient / unit, want_gradient / unit, rtol=0, atol=1e-6)

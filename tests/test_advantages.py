@@ -14,11 +14,16 @@ from grpo_jax.advantages import (
     BASELINES,
     SCALES,
     check_group_options,
+    gae,
     group_advantages,
     normalize_batch,
+    process_advantages,
 )
 
 advantages = jax.jit(group_advantages, static_argnames=('baseline', 'scale'))
+of_steps = jax.jit(process_advantages, static_argnames=('baseline', 'scale'))
+of_a_critic = jax.jit(gae)
+OF_A_GROUP = ('mean', 'leave_one_out', 'none')  # baselines
 REWARDS = np.float32([1, 0, 0, 1, 3])
 
 
@@ -43,7 +48,7 @@ def test_defaults_are_the_papers():
     )
 
 
-@pytest.mark.parametrize(('baseline', 'scale'), [*itertools.product(BASELINES, SCALES)])
+@pytest.mark.parametrize(('baseline', 'scale'), [*itertools.product(OF_A_GROUP, SCALES)])
 @given(
     rewards=st.lists(st.floats(-4, 4, width=32), min_size=5, max_size=5).filter(
         lambda r: max(r) - min(r) > 0.1
@@ -57,7 +62,7 @@ def test_against_the_oracle(baseline, scale, rewards, eps):
 
 
 @pytest.mark.parametrize('value', [0.0, 1.0, 0.1, -1e6 / 3])
-@pytest.mark.parametrize(('baseline', 'scale'), [*itertools.product(BASELINES[:2], SCALES)])
+@pytest.mark.parametrize(('baseline', 'scale'), [*itertools.product(OF_A_GROUP[:2], SCALES)])
 def test_equal_rewards_give_exact_zeros(baseline, scale, value):
     """0.1 has a mean that rounds to another number: without care the group would push somewhere."""
     ours = advantages(np.full(7, value, np.float32), baseline=baseline, scale=scale, eps=0.0)
@@ -71,6 +76,7 @@ def test_equal_rewards_are_kept_where_the_group_is_no_baseline():
 
 @pytest.mark.parametrize('scale', ['none', 'batch'])
 def test_a_group_of_one_without_baseline(scale):
+    check_group_options(1, baseline='critic', scale=scale)
     ours = advantages(np.float32([0.5]), baseline='none', scale=scale)
     np.testing.assert_array_equal(ours, [0.5])
 
@@ -111,6 +117,8 @@ def test_groups_are_vmapped():
         (1, {'baseline': 'mean', 'scale': 'none'}, r'group_size=1 with .*use group_size >= 2'),
         (1, {'baseline': 'leave_one_out', 'scale': 'none'}, r'group_size=1 with .*leave_one_out'),
         (1, {'baseline': 'none', 'scale': 'std'}, r"group_size=1 with .*scale='std'"),
+        (4, {'baseline': 'critic', 'scale': 'std'}, r"scale='std' with .*use scale='none' or"),
+        (1, {'baseline': 'critic', 'scale': 'population_std'}, r"='population_std' with .*critic"),
     ],
 )
 def test_errors_name_the_thing_the_value_and_the_remedy(size, options, message):
@@ -118,3 +126,138 @@ def test_errors_name_the_thing_the_value_and_the_remedy(size, options, message):
         check_group_options(size, **options)
     with pytest.raises(ValueError, match=message):
         group_advantages(jnp.ones(size), **options)
+
+
+def test_a_critic_has_no_group_advantages():
+    assert set(BASELINES) == {*OF_A_GROUP, 'critic'}
+    with pytest.raises(ValueError, match=r"baseline='critic': .*call gae"):
+        group_advantages(jnp.ones(3), baseline='critic', scale='none')
+
+
+# Two completions with the steps 1, 0 and 2: mean 1, squared deviations 0 + 1 + 1. Garbage between.
+STEPS = np.float32([[np.nan, 1, np.inf, 0, 7], [9, 9, 2, -9, np.nan]])
+ENDS = np.array([[0, 1, 0, 1, 0], [0, 0, 1, 0, 0]], bool)
+CENTRED = np.array([[-1, -1, -1, -1, 0], [1, 1, 1, 0, 0]])  # 0 + -1 up to the first end, then -1
+
+
+@pytest.mark.parametrize(
+    ('options', 'expected'),
+    [
+        ({}, CENTRED / (1 + 1e-4)),  # the sample's deviation is sqrt(2 / 2)
+        ({'eps': 0.5}, CENTRED / 1.5),
+        ({'scale': 'population_std', 'eps': 0.0}, CENTRED / np.sqrt(2 / 3)),
+        ({'scale': 'none'}, CENTRED),
+        ({'scale': 'batch'}, CENTRED),
+        ({'baseline': 'none', 'scale': 'none'}, [[1, 1, 0, 0, 0], [2, 2, 2, 0, 0]]),
+        ({'baseline': 'none', 'eps': 1.0}, np.array([[1, 1, 0, 0, 0], [2, 2, 2, 0, 0]]) / 2),
+    ],
+)
+def test_process_by_hand(options, expected):
+    np.testing.assert_allclose(of_steps(STEPS, ENDS, **options), expected, rtol=1e-6)
+
+
+def test_a_token_collects_the_steps_to_come():
+    """Rewards 3, 1, 2 of one completion: centred 1, -1, 0, from the right 0, -1, 0."""
+    ours = of_steps(np.float32([[0, 3, 1, 2]]), np.array([[0, 1, 1, 1]], bool), scale='none')
+    np.testing.assert_allclose(ours, [[0, 0, -1, 0]], atol=1e-6)
+
+
+@pytest.mark.parametrize(('baseline', 'scale'), [*itertools.product(('mean', 'none'), SCALES)])
+@given(seed=st.integers(0, 10**6))
+def test_process_against_the_oracle(baseline, scale, seed):
+    rng = np.random.default_rng(seed)
+    rewards = rng.normal(size=(3, 6)).astype(np.float32)
+    ends = rng.random((3, 6)) < rng.choice([0.05, 0.3, 0.9])
+    ours = of_steps(rewards, ends, baseline=baseline, scale=scale, eps=0.1)
+    expected = oracle.process_advantages(rewards, ends, baseline, scale, 0.1)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize(('baseline', 'scale'), [*itertools.product(('mean', 'none'), SCALES)])
+@given(
+    rewards=st.lists(st.floats(-4, 4, width=32, allow_subnormal=False), min_size=3, max_size=3),
+    places=st.lists(st.integers(0, 4), min_size=3, max_size=3),
+)
+def test_a_single_step_at_the_end_is_outcome_supervision(baseline, scale, rewards, places):
+    """To the bit operation by operation; a compiler may round a division differently in each."""
+    options = {'baseline': baseline, 'scale': scale}
+    ends = np.arange(5) == np.array(places)[:, None]
+    steps = np.where(ends, np.float32(rewards)[:, None], np.nan)
+    inside = np.arange(5) <= np.array(places)[:, None]
+    outcome = group_advantages(jnp.float32(rewards), **options)
+    ours = process_advantages(jnp.asarray(steps), jnp.asarray(ends), **options)
+    np.testing.assert_array_equal(ours, np.where(inside, outcome[:, None], 0))
+    compiled = of_steps(steps, ends, **options)
+    np.testing.assert_allclose(compiled, ours, rtol=1e-5, atol=1e-6)
+
+
+def test_large_groups_with_a_single_step_are_outcome_supervision():
+    """A sum over 64 rows of 100 tokens is rounded as the sum of their 64 rewards is."""
+    rng = np.random.default_rng(0)
+    for _ in range(10):
+        rewards = rng.normal(size=(64, 1)).astype(np.float32)
+        ends = np.arange(100) == rng.integers(0, 100, (64, 1))
+        ours = process_advantages(jnp.where(ends, rewards, jnp.nan), jnp.asarray(ends))
+        np.testing.assert_array_equal(ours[:, 0], group_advantages(jnp.asarray(rewards[:, 0])))
+
+
+@pytest.mark.parametrize('scale', SCALES)
+def test_equal_steps_and_fewer_than_two_give_exact_zeros(scale):
+    for places in ([1, 3, 6, 9, 13], [4], []):
+        ends = np.isin(np.arange(14), places).reshape(2, 7)
+        steps = np.where(ends, np.float32(0.1), np.nan)
+        assert (of_steps(steps, ends, scale=scale, eps=0.0) == 0).all()
+        with jax.debug_nans(True):  # not even on the way
+            process_advantages(jnp.ones((2, 7)), jnp.asarray(ends), scale=scale)
+
+
+def test_a_step_without_a_reward_is_not_hidden():
+    ends = np.ones((1, 3), bool)
+    assert np.isnan(of_steps(np.float32([[1, np.nan, 0]]), ends)).all()
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'baseline': 'leave_one_out'}, "process supervision has no leave-one-out; use 'mean' or"),
+        ({'baseline': 'critic'}, "baseline='critic' .* come from gae; use 'mean' or 'none'"),
+        ({'baseline': 'median'}, "baseline='median' is unknown"),
+        ({'scale': 'range'}, "scale='range' is unknown"),
+    ],
+)
+def test_errors_of_process_supervision(options, message):
+    with pytest.raises(ValueError, match=message):
+        process_advantages(jnp.ones((2, 3)), jnp.ones((2, 3), bool), **options)
+
+
+# Three tokens and garbage behind them; the second completion has one token.
+VALUES = np.float32([[0.5, 1, 0.25, np.nan], [2, np.nan, np.inf, 5]])
+TOKEN_REWARDS = np.float32([[1, 0, 2, np.nan], [3, 4, np.nan, np.inf]])
+TOKENS = np.array([[1, 1, 1, 0], [1, 0, 0, 0]], bool)
+
+
+@pytest.mark.parametrize(
+    ('gamma', 'lam', 'expected'),
+    [
+        # errors 1 + 0.5 * 1 - 0.5 = 1, 0 + 0.5 * 0.25 - 1 = -0.875, 2 - 0.25 = 1.75;
+        # then -0.875 + 0.25 * 1.75 = -0.4375 and 1 + 0.25 * -0.4375 = 0.890625
+        (0.5, 0.5, [[0.890625, -0.4375, 1.75, 0], [1, 0, 0, 0]]),
+        (0.5, 0.0, [[1, -0.875, 1.75, 0], [1, 0, 0, 0]]),  # the temporal difference
+        # the return minus the value: 1 + 0.25 * 2 - 0.5, 0.5 * 2 - 1, 2 - 0.25
+        (0.5, 1.0, [[1, 0, 1.75, 0], [1, 0, 0, 0]]),
+        (1.0, 1.0, [[2.5, 1, 1.75, 0], [1, 0, 0, 0]]),
+        (0.0, 1.0, [[0.5, -1, 1.75, 0], [1, 0, 0, 0]]),
+    ],
+)
+def test_gae_by_hand(gamma, lam, expected):
+    ours = of_a_critic(TOKEN_REWARDS, VALUES, TOKENS, gamma=gamma, lam=lam)
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
+@given(seed=st.integers(0, 10**6), gamma=st.floats(0, 1), lam=st.floats(0, 1))
+def test_gae_against_the_oracle(seed, gamma, lam):
+    rng = np.random.default_rng(seed)
+    rewards, values = rng.normal(size=(2, 3, 6)).astype(np.float32)
+    mask = np.arange(6) < rng.integers(0, 7, 3)[:, None]
+    ours = of_a_critic(rewards, values, mask, gamma=gamma, lam=lam)
+    np.testing.assert_allclose(ours, oracle.gae(rewards, values, mask, gamma, lam), atol=1e-5)

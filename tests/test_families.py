@@ -1,15 +1,18 @@
 """Every family computes what transformers does: logits by all entries, and greedy completions."""
 
+import dataclasses
 import functools
+import json
 
 import checkpoints
 import numpy as np
 import pytest
 import tiny
-from checkpoints import rope, torch
+from checkpoints import rope, torch, transformers
 from test_models import decode_logits, group_logits
 
 from grpo_jax.models.families import FAMILIES, hugging_face_fields, model_config
+from grpo_jax.reward_model import outcome_scores
 from grpo_jax.sample import sample
 from grpo_jax.types import Sampling
 
@@ -323,6 +326,68 @@ def test_greedy_completions_end_where_those_of_transformers_do(greedy):
         assert bool(rollout.ended[b, 0]) == (row[-1] in ends)
 
 
+# Reward models
+
+
+def torch_scorer(config):
+    """A random reward model of transformers, whose layers are those of `checkpoints.make_torch`."""
+    trunk = checkpoints.make_torch(config)
+    scorer = transformers.AutoModelForSequenceClassification.from_config(
+        config, attn_implementation='eager', dtype=torch.float32
+    ).eval()
+    scorer.model.load_state_dict(trunk.model.state_dict())
+    with torch.no_grad():
+        scorer.score.weight.copy_(torch.randn(scorer.score.weight.shape))
+    return scorer
+
+
+@pytest.mark.parametrize(
+    'kind',
+    [
+        pytest.param(kind, marks=[pytest.mark.slow] * (kind not in ('llama', 'qwen2', 'gemma2')))
+        for kind in FAMILIES
+    ],
+)
+def test_scores_equal_transformers(kind, tmp_path):
+    """At the last tokens of ragged completions of ragged prompts, each sequence read alone."""
+    reference = torch_scorer(checkpoints.make_config(kind, num_labels=1))
+    model, params, _ = checkpoints.read(checkpoints.save(reference, tmp_path))
+    assert model.config.scalar_head
+    expected = np.zeros(ROLLOUT.mask.shape[:2])
+    for b, g in np.ndindex(*expected.shape):
+        prompt = ROLLOUT.prompts.tokens[b, : ROLLOUT.prompts.length[b]]
+        completion = ROLLOUT.tokens[b, g][ROLLOUT.mask[b, g]]
+        sequence = torch.tensor(np.concatenate([prompt, completion]))[None]
+        with torch.no_grad():
+            expected[b, g] = reference(sequence).logits[0, 0]
+    assert np.abs(expected).max() > 0.3
+    ours = tiny.jit(functools.partial(outcome_scores, model))(params, ROLLOUT)
+    assert checkpoints.error(ours, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize('kind', FAMILIES)
+def test_reward_models_of_every_family(kind):
+    """Their architecture is that of transformers, and means a scalar head; one label is needed."""
+    config = checkpoints.make_config(kind, num_labels=1)
+    raw = json.loads(config.to_json_string()) | {'architectures': [FAMILIES[kind].scorer]}
+    known = transformers.models.auto.modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    assert FAMILIES[kind].scorer == known[kind]
+    plain = raw | {'architectures': [FAMILIES[kind].architecture]}
+    assert model_config(raw) == dataclasses.replace(model_config(plain), scalar_head=True)
+    assert not model_config(raw | {'architectures': None}).scalar_head
+
+
+@pytest.mark.parametrize(
+    ('labels', 'found'),
+    [({}, 2), ({'num_labels': 5}, 5), ({'id2label': {'0': 'a', '1': 'b', '2': 'c'}}, 3)],
+)
+def test_reward_models_have_one_label(labels, found):
+    raw = {'model_type': 'qwen2', 'architectures': ['Qwen2ForSequenceClassification']}
+    message = rf'Qwen2ForSequenceClassification with num_labels={found} is not supported: .*=1'
+    with pytest.raises(ValueError, match=message):
+        model_config(checkpoints.SIZES | raw | labels)
+
+
 # config.json
 
 # The telling fields of published checkpoints, as transformers 4 wrote them, and what they mean.
@@ -493,8 +558,8 @@ def raw_config(kind, **fields):
         ),
         (
             'llama',
-            {'architectures': ['LlamaForSequenceClassification']},
-            r'architecture LlamaForSequenceClassification is not supported',
+            {'architectures': ['LlamaForTokenClassification']},
+            r'architecture LlamaForTokenClassification is not supported',
         ),
         (
             'llama',

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import tiny
-from checkpoints import torch
+from checkpoints import torch, transformers
+from test_families import torch_scorer
 
 from grpo_jax import models, sharding
 from grpo_jax.models import folders, hf
@@ -222,12 +223,16 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(broken,
     torch.save(tensors, broken / 'pytorch_model.bin')
     message = refusal(broken)
     assert f'{broken} holds pickled weights (pytorch_model.bin), which can run code' in message
+    assert 'import AutoModelForCausalLM as M' in message
     command = message.split('python -c "')[1].removesuffix('"')
     exec(command, {})  # in place of a Python of its own, which would take ten times as long
     converted = folders.find_folder(f'{broken}-safe')
     read = tensors_of(converted)
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+    scorer = {'architectures': ['LlamaForSequenceClassification']}
+    edit_json(broken / 'config.json', lambda fields: fields.update(scorer))
+    assert 'import AutoModelForSequenceClassification as M' in refusal(broken)
 
 
 @pytest.mark.parametrize('size', [0, 5, 200, -64])
@@ -379,6 +384,59 @@ def test_export_from_a_mesh(checkpoint, tmp_path):
     model, params, raw = checkpoints.read(source, sharding.make_mesh(fsdp=2, tensor=4))
     hf.save(params, model.config, raw, tmp_path, dtype='float32')
     assert same_tensors(tmp_path, source)
+
+
+@pytest.mark.parametrize(
+    'kind',
+    ['llama', 'gemma3_text', *(pytest.param(k, marks=pytest.mark.slow) for k in ('qwen2', 'phi3'))],
+)
+def test_reward_models_in_and_out(tmp_path, kind):
+    """Bit for bit, and transformers has nothing to say about it."""
+    source = checkpoints.save(
+        torch_scorer(checkpoints.make_config(kind, num_labels=1)), tmp_path / 'in'
+    )
+    _, params, _ = checkpoints.read(source)
+    score = tensors_of(source)['score.weight']
+    assert score.shape == (1, 32)
+    np.testing.assert_array_equal(params['score'], score.numpy().T)
+    exported = export(tmp_path / 'out', source, dtype='float32')
+    assert same_tensors(exported, source)
+    complaints = open_scorer(exported)[1]
+    assert not complaints
+
+
+def open_scorer(folder):
+    """A reward model as transformers loads it, and complaints about its tensors."""
+    model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, output_loading_info=True
+    )
+    return model.eval(), {name: found for name, found in info.items() if found}
+
+
+def test_a_head_beside_the_score_is_refused(tmp_path):
+    """It would have no use, and what wrote it may have meant something else."""
+    scorer = torch_scorer(checkpoints.make_config('llama', num_labels=1))
+    folder = checkpoints.save(scorer, tmp_path / 'in')
+    rewrite(folder, lambda t: t.update({'lm_head.weight': torch.ones(67, 32)}))
+    assert '1 tensors do not fit its config.json: lm_head.weight is unknown' in refusal(folder)
+    rewrite(folder, lambda t: (t.pop('lm_head.weight'), t.pop('score.weight')))
+    assert 'score.weight is missing' in refusal(folder)
+
+
+@pytest.mark.parametrize('tied', [True, False])
+def test_export_of_a_reward_model_that_was_made_here(tmp_path, tied):
+    model = tiny.make_model(scalar_head=True, attention_bias=True, head_dim=8, tied_head=tied)
+    params = tiny.make_params(model)
+    fields = hugging_face_fields(model.config)
+    assert fields['architectures'] == ['Qwen2ForSequenceClassification']
+    (tmp_path / 'config.json').write_text(json.dumps(fields))
+    hf.save(params, model.config, fields, tmp_path, dtype='float32')
+    again, read, _ = checkpoints.read(tmp_path, remat=True)
+    assert again.config == model.config
+    assert tiny.same(read, params)
+    reference, complaints = open_scorer(tmp_path)
+    assert not complaints
+    assert reference.config.num_labels == 1
 
 
 MADE_HERE = {

@@ -8,6 +8,8 @@ import functools
 import itertools
 import math
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,6 +90,14 @@ def test_nll():
     np.testing.assert_allclose(slopes, -ADVANTAGE, rtol=1e-6)
 
 
+def test_surrogate():
+    """The ratio times A whatever the ratio, and so is its slope."""
+    values, slopes = value_and_slope(losses.surrogate, LOGPROB, group(), Objective())
+    want = -GRID[None, :, 0] * ADVANTAGE
+    np.testing.assert_allclose(values, want, rtol=1e-5)
+    np.testing.assert_allclose(slopes, want, rtol=1e-5)
+
+
 @pytest.mark.parametrize(('low', 'high'), BOUNDS)
 def test_clip_masks_say_where_the_gradient_is_cut(low, high):
     below, above = losses.clip_masks(jnp.asarray(LOGPROB), group(), Objective(low, high))
@@ -160,3 +170,71 @@ def test_gradient_coefficients_of_the_papers_table():
     coefficient = losses.gradient_coefficient(logprob, batch, Objective(beta=0.04), kl='k3')
     expected = np.where(mask, advantage + 0.04 * (np.exp(ref - logprob) - 1), 0)
     np.testing.assert_allclose(coefficient, expected, rtol=2e-5, atol=1e-6)
+
+
+def critic(value, old, target):
+    """What `value_loss` reads of a group of one token."""
+    old, target = (jnp.float32([[x]]) for x in (old, target))
+    return jnp.float32([[value]]), Batch(None, None, None, old_values=old, returns=target)
+
+
+@pytest.mark.parametrize(
+    ('value', 'clip', 'loss', 'slope'),
+    [
+        # the value was 1 and its return is 2
+        (1.25, 0.5, 0.28125, -0.75),  # within the clip: (1.25 - 2)^2 / 2
+        (1.75, 0.5, 0.125, 0.0),  # it moved too far towards the return: (1.5 - 2)^2 / 2
+        (0.25, 0.5, 1.53125, -1.75),  # too far away from it: not clipped, pulled back
+        (3.0, 0.5, 0.5, 1.0),  # beyond it: (3 - 2)^2 = 1 exceeds the clipped 0.25
+        (1.75, 0.0, 0.03125, -0.25),  # 0 does not clip
+        (1.0, 0.5, 0.5, -1.0),  # not moved: the plain slope v - R, once
+    ],
+)
+def test_value_loss_by_hand(value, clip, loss, slope):
+    values, group = critic(value, 1.0, 2.0)
+    objective = Objective(value_clip=clip)
+    ours, slopes = value_and_slope(losses.value_loss, values, group, objective)
+    np.testing.assert_allclose([ours[0, 0], slopes[0, 0]], [loss, slope], rtol=1e-6)
+
+
+@functools.cache
+def value_program():
+    def total(values, group, weights, objective):
+        return (weights * losses.value_loss(values, group, objective)).sum()
+
+    return jax.jit(jax.value_and_grad(total))
+
+
+def check_value_loss(seed, clip):
+    rng = np.random.default_rng(seed)
+    old, target, weights = rng.standard_normal((3, 3, 5))
+    values = old + rng.choice([0.05, 0.3, 1.0]) * rng.standard_normal((3, 5))
+
+    def total(x):
+        out = 0
+        for i in np.ndindex(x.shape):
+            near = complex(np.clip(x[i].real, old[i] - clip, old[i] + clip))
+            inside = not clip or abs(x[i].real - old[i]) < clip
+            errors = x[i] - target[i], (x[i] if inside else near) - target[i]
+            out += weights[i] * max((e * e / 2 for e in errors), key=lambda z: z.real)
+        return out
+
+    with jax.enable_x64(True):
+        group = Batch(None, None, None, old_values=jnp.asarray(old), returns=jnp.asarray(target))
+        value, gradient = value_program()(values, group, weights, Objective(value_clip=clip))
+        ours = float(value), np.asarray(gradient)
+    oracle.assert_same(ours, oracle.complex_step(total, values, np.ones((3, 5), bool)))
+
+
+@pytest.mark.parametrize('clip', [0.0, 0.2])
+def test_value_loss_and_gradient(clip):
+    for seed in range(30):
+        check_value_loss(seed, clip)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('clip', [0.0, 0.2])
+@hypothesis.settings(max_examples=300, deadline=None)
+@hypothesis.given(seed=st.integers(0, 10**6))
+def test_value_loss_and_gradient_of_many_batches(clip, seed):
+    check_value_loss(seed, clip)

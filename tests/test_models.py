@@ -1,5 +1,6 @@
 """The decoder's three entries against each other and against a plain forward pass."""
 
+import dataclasses
 import functools
 
 import jax
@@ -155,6 +156,83 @@ def test_init():
 def test_bad_sizes(options, message):
     with pytest.raises(ValueError, match=message):
         tiny.make_model(**options)
+
+
+# A scalar head
+
+
+def test_scalar_head():
+    """It starts at 0, in the place of the logits, whether or not these were the embedding's."""
+    for tied in (True, False):
+        config = models.with_scalar_head(tiny.make_model(tied_head=tied).config)
+        model = models.Transformer(config)
+        params = tiny.jit(functools.partial(models.init, model))(jax.random.key(0))
+        assert params.keys() == {'embedding', 'blocks', 'final_norm', 'score'}
+        assert params['score'].shape == (config.width, 1)
+        assert (params['score'] == 0).all()
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_scores_by_hand(dtype):
+    model = tiny.make_model(scalar_head=True, width=4, dtype=dtype, logit_softcap=1.0)
+    params = tiny.make_params(model) | {'score': jnp.array([[1.0], [2.0], [-1.0], [0.5]])}
+    hidden = jnp.arange(24.0).astype(dtype).reshape(2, 3, 4)
+    scores = models.apply(model, params, hidden, method='scores')
+    assert scores.dtype == jnp.float32
+    assert scores.tolist() == [[1.5, 11.5, 21.5], [31.5, 41.5, 51.5]]
+
+
+@pytest.mark.parametrize(
+    ('scalar', 'method', 'message'),
+    [
+        (True, 'logits', r'scalar_head=True has no logits: ask for its scores'),
+        (False, 'scores', r'scalar_head=False has no scores: ask for its logits'),
+    ],
+)
+def test_a_model_has_logits_or_scores(scalar, method, message):
+    model = tiny.make_model(scalar_head=scalar)
+    with pytest.raises(ValueError, match=message):
+        models.apply(model, tiny.make_params(model), jnp.zeros((1, 16)), method=method)
+
+
+def test_the_trunk_of_a_policy():
+    """Its arrays with a score of 0, and nothing of its head and adapters."""
+    lora = models.Lora(rank=2)
+    model, params = policy(tied_head=False, param_dtype='bfloat16')
+    config = models.with_scalar_head(dataclasses.replace(model.config, lora=lora))
+    assert config == dataclasses.replace(model.config, scalar_head=True)
+    made = models.scalar_params(params, config)
+    expected = tiny.shapes(models.Transformer(config))
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, expected)
+    assert made['score'].dtype == jnp.bfloat16
+    assert not made['score'].any()
+    assert made['embedding'] is params['embedding']
+    assert 'head' in params
+    adapted = tiny.make_params(tiny.make_model(lora=lora))
+    with pytest.raises(ValueError, match=r'parameters with adapters: `merge` them first'):
+        models.scalar_params(adapted, config)
+
+
+def test_adapters_have_no_scalar_head():
+    with pytest.raises(ValueError, match=r'scalar_head=True with lora rank=2: .* use rank 0'):
+        tiny.make_model(scalar_head=True, lora=models.Lora(rank=2))
+
+
+def test_states_that_have_read_a_token_predict_the_next(model, params, rollout):
+    @tiny.jit
+    def both(params):
+        prompts = rollout.prompts
+        arguments = model, params, prompts.tokens, prompts.length, rollout.tokens
+        return models.completion_hidden(*arguments), models.read_hidden(*arguments)
+
+    predict, read = both(params)
+    assert read.shape == predict.shape
+    np.testing.assert_allclose(read[:, :, :-1], predict[:, :, 1:], atol=1e-5)
+    naive = oracle.hidden_states(oracle.float64(params), oracle.sequences(rollout)[0], model.config)
+    last = naive.reshape(*rollout.tokens.shape[:2], *naive.shape[1:])
+    places = np.asarray(rollout.prompts.length) + rollout.tokens.shape[2] - 1
+    for b, place in enumerate(places):
+        np.testing.assert_allclose(read[b, :, -1], last[b, :, place], atol=1e-5)
 
 
 # Attention

@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 from grpo_jax.sample import sample
-from grpo_jax.score import completion_logprobs, token_weights
+from grpo_jax.score import completion_kl, completion_logprobs, token_weights
 from grpo_jax.types import Sampling
 
 VARIANTS = {
@@ -114,6 +114,82 @@ def test_a_moved_policy_has_finite_logprobs_and_gradients(model, params, rollout
     assert np.isfinite(value)
     assert np.isfinite(tiny.largest(gradient))
     assert tiny.largest(gradient) > 0.1
+
+
+# The KL between two policies
+
+
+@functools.cache
+def divergence(model, chunk=2):
+    """Compiled once: both policies, rollout and sampling are arguments."""
+    return tiny.jit(functools.partial(completion_kl, model, chunk=chunk))
+
+
+@pytest.fixture(scope='module')
+def moved(params):
+    """Far enough that filters keep other tokens than before."""
+    other = tiny.make_params(tiny.make_model(), seed=5)
+    return jax.tree.map(lambda a, b: a + 0.2 * b, params, other)
+
+
+@pytest.mark.parametrize('name', SAMPLINGS)
+def test_kl_equals_the_oracle(name, model, params, moved, rollout):
+    """The new policy keeps what its filters keep, and what the old one's do."""
+    sampling = SAMPLINGS[name]
+    ours = divergence(model)(params, moved, rollout, sampling)
+    old, new = (
+        oracle.completion_logits(oracle.float64(p), rollout, model.config) for p in (params, moved)
+    )
+    dropped = added = 0
+    for i in np.ndindex(rollout.tokens.shape):
+        token = rollout.tokens[i]
+        p = oracle.distribution(old[i], *sampling, keep=token)
+        own = oracle.distribution(new[i], *sampling, keep=token) > 0
+        scaled = new[i] / sampling.temperature
+        q = np.where(own | (p > 0), np.exp(scaled - scaled.max()), 0)
+        q /= q.sum()
+        inside = p > 0
+        expected = (p[inside] * np.log(p[inside] / q[inside])).sum()
+        assert ours[i] == pytest.approx(expected, abs=1e-5, rel=1e-4)
+        dropped += (inside & ~own).sum()
+        added += (own & ~inside).sum()
+    assert np.median(ours) > 1e-3
+    filtered = name not in ('plain', 'cool')
+    assert (dropped > 5) == (added > 5) == filtered  # the supports do differ
+
+
+@pytest.mark.parametrize('chunk', [1, 5, 64])
+def test_chunks_change_no_kl(chunk, model, params, moved, rollout):
+    expected = divergence(model)(params, moved, rollout, SAMPLINGS['all'])
+    ours = divergence(model, chunk)(params, moved, rollout, SAMPLINGS['all'])
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
+def test_kl_and_its_derivatives_with_filters(model, params, moved, rollout):
+    """Zero with gradient zero between a policy and itself; finite to second order elsewhere."""
+
+    @tiny.jit
+    def derivatives(old, new, sampling):
+        def total(old, new):
+            kl = completion_kl(model, old, new, rollout, sampling, chunk=2)
+            return kl.sum(), kl
+
+        by_both = jax.grad(total, argnums=(0, 1), has_aux=True)
+        (by_old, by_new), kl = by_both(old, new)
+        along = jax.jvp(lambda p: jax.grad(total, 1, has_aux=True)(old, p)[0], (new,), (new,))[1]
+        return kl, by_old, by_new, along
+
+    for name, sampling in (SAMPLINGS | {'one': Sampling(top_k=1)}).items():
+        kl, by_old, by_new, along = derivatives(params, params, sampling)
+        np.testing.assert_allclose(kl, 0, atol=1e-6, err_msg=name)
+        assert tiny.largest(by_new) < 1e-4, name
+        assert tiny.largest(along) > 0.1, name
+        kl, by_old, by_new, along = derivatives(params, moved, sampling)
+        assert tiny.largest(by_old) == 0, name
+        assert tiny.largest(by_new) > 0.1, name
+        assert np.isfinite(tiny.largest(along)), name
+        assert np.isfinite(kl).all(), name
+        assert np.min(kl) > -1e-6, name
 
 
 # The sampler agrees

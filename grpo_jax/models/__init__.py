@@ -1,8 +1,16 @@
 """The policy network. Only this folder imports flax."""
 
-from grpo_jax.models.config import Lora, ModelConfig
+from grpo_jax.models.config import Lora, ModelConfig, with_scalar_head
 from grpo_jax.models.lora import join, merge, split
-from grpo_jax.models.transformer import KeyValues, Transformer, apply, completion_hidden, init
+from grpo_jax.models.transformer import (
+    KeyValues,
+    Transformer,
+    apply,
+    completion_hidden,
+    init,
+    read_hidden,
+    scalar_params,
+)
 
 __all__ = [
     'KeyValues',
@@ -14,5 +22,8 @@ __all__ = [
     'init',
     'join',
     'merge',
+    'read_hidden',
+    'scalar_params',
     'split',
+    'with_scalar_head',
 ]

@@ -97,6 +97,7 @@ class ModelConfig:
     # Ends
     embedding_scaled: bool = False  # embeddings times sqrt(D) (Gemma)
     logit_softcap: float = 0.0  # 0: none
+    scalar_head: bool = False  # one number per token in place of the logits: rewards and values
     # How it is computed
     dtype: str = 'float32'  # of the computation
     param_dtype: str = 'float32'  # of the parameters; adapters are always float32
@@ -155,6 +156,11 @@ class ModelConfig:
             if value not in known:
                 choices = ', '.join(map(repr, known)) if '' in known else ', '.join(known)
                 raise ValueError(f'model {name}={value!r} is unknown: use one of {choices}')
+        if self.scalar_head and self.lora.rank:
+            raise ValueError(
+                f'model scalar_head=True with lora rank={self.lora.rank}: adapters would leave the '
+                'score untrained; use rank 0'
+            )
         if self.experts and any(self.lora.covers(name) for name in ('gate', 'up', 'down')):
             raise ValueError(
                 f'lora targets={self.lora.targets}: experts have no adapters; '
@@ -170,6 +176,11 @@ class ModelConfig:
     def base(self) -> 'ModelConfig':
         """The same decoder without adapters."""
         return dataclasses.replace(self, lora=Lora())
+
+
+def with_scalar_head(config: ModelConfig) -> ModelConfig:
+    """The same decoder with a score in place of its logits, and without adapters."""
+    return dataclasses.replace(config, lora=Lora(), scalar_head=True)
 
 
 class _Frozen(dict[str, Any]):

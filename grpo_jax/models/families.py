@@ -21,6 +21,12 @@ class Family(NamedTuple):
     names: Mapping[str, str] = {}  # parameter -> tensor in a layer, without '.weight'
     fused: Mapping[str, tuple[str, ...]] = {}  # tensor -> the parameters stacked in it
 
+    @property
+    def scorer(self) -> str:
+        """The architecture that has a score in place of the logits."""
+        prefix = self.architecture.removesuffix('ForCausalLM')
+        return {'Gemma3': 'Gemma3Text'}.get(prefix, prefix) + 'ForSequenceClassification'
+
 
 _BIASED = {'attention_bias': 'attention_bias', 'out_bias': 'attention_bias'}
 _GEMMA = {
@@ -101,7 +107,7 @@ _SPECIAL = {
     'rope_parameters', 'rope_theta', 'rope_scaling', 'rope_local_base_freq',
     'partial_rotary_factor', 'sliding_window_pattern', '_sliding_window_pattern', 'num_experts',
     'max_position_embeddings', 'original_max_position_embeddings', 'no_rope_layers',
-    'no_rope_layer_interval',
+    'no_rope_layer_interval', 'id2label', 'label2id', 'num_labels',
 }  # fmt: skip
 
 # Fields that change nothing of what the model computes.
@@ -109,7 +115,7 @@ _WITHOUT_EFFECT = {
     'bos_token_id', 'eos_token_id', 'pad_token_id', 'dtype', 'torch_dtype', 'transformers_version',
     'use_cache', 'initializer_range', '_name_or_path', 'auto_map', 'cache_implementation',
     'output_router_logits', 'router_aux_loss_coef', 'router_jitter_noise', '_attn_implementation',
-    'attn_implementation', 'chunk_size_feed_forward', 'id2label', 'label2id', 'problem_type',
+    'attn_implementation', 'chunk_size_feed_forward', 'problem_type',
     'return_dict', 'output_attentions', 'output_hidden_states', 'is_encoder_decoder',
     'pretraining_tp', 'is_llama_config', 'transformers.js_config', 'unsloth_fixed', 'use_mrope',
 }  # fmt: skip
@@ -141,10 +147,15 @@ def family_of(raw: Json) -> Family:
     """
     family = FAMILIES.get(raw.get('model_type', ''))
     architectures = raw.get('architectures') or []
-    if family is None or (architectures and family.architecture not in architectures):
+    if family is None or (
+        architectures and not {family.architecture, family.scorer} & {*architectures}
+    ):
         found = ', '.join(architectures) or raw.get('model_type', 'none')
         known = ', '.join(f.architecture for f in FAMILIES.values())
-        raise ValueError(f'architecture {found} is not supported: supported are {known}')
+        raise ValueError(
+            f'architecture {found} is not supported: supported are {known}, and '
+            'their ForSequenceClassification with one label'
+        )
     return family
 
 
@@ -163,7 +174,14 @@ def model_config(raw: Json, **computed: Any) -> ModelConfig:
     from transformers import CONFIG_MAPPING  # slow to import
 
     # transformers fills in what older files leave out and renames what it once called otherwise.
-    fields = CONFIG_MAPPING[raw['model_type']].from_dict(dict(raw)).to_dict()
+    described = CONFIG_MAPPING[raw['model_type']].from_dict(dict(raw))
+    scorer = family.scorer in (raw.get('architectures') or [])
+    if scorer and described.num_labels != 1:
+        raise ValueError(
+            f'{family.scorer} with num_labels={described.num_labels} is not supported: a reward '
+            'model has num_labels=1'
+        )
+    fields = described.to_dict()
     options = dict(family.options)
     for option, field in (_FIELDS | dict(family.fields)).items():
         options[option] = fields.get(field) or type(_default(option))()
@@ -181,6 +199,7 @@ def model_config(raw: Json, **computed: Any) -> ModelConfig:
         head_dim=head_dim,
         activation=_ACTIVATIONS[activation],
         attention_scale=scalar**-0.5 if scalar else 0.0,
+        scalar_head=scorer,
         **computed,
     )
 
@@ -259,7 +278,7 @@ def hugging_face_fields(config: ModelConfig) -> dict[str, Any]:
         values = {f: getattr(config, o) for o, f in (_FIELDS | dict(family.fields)).items()}
         raw = values | {
             'model_type': kind,
-            'architectures': [family.architecture],
+            'architectures': [family.scorer if config.scalar_head else family.architecture],
             'head_dim': config.head_dim,
             'hidden_act': next(k for k, v in _ACTIVATIONS.items() if v == config.activation),
             'max_position_embeddings': config.rope_scaling.get('max_position_embeddings', 32_768),
@@ -267,6 +286,8 @@ def hugging_face_fields(config: ModelConfig) -> dict[str, Any]:
                 'rope_type': 'default', 'rope_theta': config.rope_theta, **config.rope_scaling,
             },
         }  # fmt: skip
+        if config.scalar_head:
+            raw |= {'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0}}  # one label
         computed = {n: getattr(config, n) for n in ('dtype', 'param_dtype', 'remat', 'lora')}
         if model_config(raw, **computed) == config:
             return raw

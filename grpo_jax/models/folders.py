@@ -57,10 +57,12 @@ def find_folder(name: str) -> pathlib.Path:
     if not _files(folder):
         pickled = sorted(path.name for path in folder.glob('*.bin'))
         if pickled:
+            architectures = str(read_json(folder / 'config.json').get('architectures'))
+            kind = 'SequenceClassification' if 'ForSequence' in architectures else 'CausalLM'
             raise ValueError(
                 f'{folder} holds pickled weights ({", ".join(pickled)}), which can run code when '
                 'they are read. Convert them once, where you trust them: python -c "from '
-                'transformers import AutoModelForCausalLM as M; '
+                f'transformers import AutoModelFor{kind} as M; '
                 f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safe')\""
             )
         raise ValueError(f'{folder} holds no *.safetensors file: give the folder of a checkpoint')

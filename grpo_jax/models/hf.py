@@ -28,6 +28,14 @@ _SHARD_BYTES = 4 * 2**30  # of a file that is written
 _PIECE_BYTES = 2**27  # of what is read at a time
 
 
+_ENDS = {  # parameter outside the layers -> tensor, without '.weight'
+    'embedding': 'model.embed_tokens',
+    'final_norm': 'model.norm',
+    'head': 'lm_head',
+    'score': 'score',
+}
+
+
 class _Part(NamedTuple):
     """A parameter's place in a tensor: the whole of it, or some of its rows."""
 
@@ -50,9 +58,8 @@ def _layout(config: ModelConfig, family: Family, shapes: Params) -> dict[str, li
 
     for path, shape in _leaves(shapes):
         if path[0] != 'blocks':
-            name = {'embedding': 'embed_tokens', 'final_norm': 'norm'}.get(path[0])
-            name = f'model.{name}.weight' if name else 'lm_head.weight'
-            add(name, path, (), shape[::-1] if path[0] == 'head' else shape)
+            rows = shape if path[0] == 'embedding' else shape[::-1]
+            add(f'{_ENDS[path[0]]}.weight', path, (), rows)
             continue
         parameter = '/'.join(path[1:])
         name = fused.get(parameter, names[parameter])
@@ -84,7 +91,8 @@ def _leaves(shapes: Params) -> Iterator[tuple[tuple[str, ...], tuple[int, ...]]]
 
 def _check(folder: pathlib.Path, tensors: Mapping[str, Stored], layout: Mapping[str, list[_Part]]):
     """Raises ValueError that lists every tensor which is missing, unknown or of another shape."""
-    spare = {'lm_head.weight'} if 'lm_head.weight' not in layout else set()
+    tied = not {'lm_head.weight', 'score.weight'} & {*layout}
+    spare = {'lm_head.weight'} if tied else set()
     wrong = [f'{name} is missing' for name in layout if name not in tensors]
     for name, stored in tensors.items():
         if name not in layout:

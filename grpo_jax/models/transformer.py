@@ -18,6 +18,7 @@ from grpo_jax.models import rope
 from grpo_jax.models.attention import NOWHERE, Piece, attend
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.layers import RMSNorm, experts, mlp, project
+from grpo_jax.models.lora import split
 from grpo_jax.sharding import anchor
 from grpo_jax.types import Params
 
@@ -118,7 +119,9 @@ class Transformer(nn.Module):
             length=c.layers,
         )(c)
         self.final_norm = RMSNorm(c)
-        if not c.tied_head:
+        if c.scalar_head:
+            self.score = self.param('score', nn.initializers.zeros, (c.width, 1), c.param_dtype)
+        elif not c.tied_head:
             self.head = self.param('head', init, (c.width, c.vocab_size), c.param_dtype)
 
     def prefill(self, tokens: jax.Array, length: jax.Array) -> tuple[KeyValues, jax.Array]:
@@ -179,12 +182,29 @@ class Transformer(nn.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """f32[..., V] from hidden states [..., D]."""
         c = self.config
+        if c.scalar_head:
+            raise ValueError(
+                'a model with scalar_head=True has no logits: ask for its scores, or take a '
+                'language model'
+            )
         head = self.embedding.T if c.tied_head else self.head
         rows = hidden.reshape(-1, c.width)  # two axes: see `layers.project`
         logits = jnp.matmul(rows, head.astype(c.dtype), preferred_element_type=jnp.float32)
         if c.logit_softcap:
             logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
         return logits.reshape(*hidden.shape[:-1], -1)
+
+    def scores(self, hidden: jax.Array) -> jax.Array:
+        """f32[...] from hidden states [..., D], with a scalar head."""
+        c = self.config
+        if not c.scalar_head:
+            raise ValueError(
+                'a model with scalar_head=False has no scores: ask for its logits, or make a '
+                'reward model or critic of it by `with_scalar_head` and `scalar_params`'
+            )
+        rows = hidden.reshape(-1, c.width)
+        scores = jnp.matmul(rows, self.score.astype(c.dtype), preferred_element_type=jnp.float32)
+        return scores.reshape(hidden.shape[:-1])
 
     def _run(self, tokens, past, positions, seen, past_positions):
         """Hidden states [B, G, S, D] of tokens [B, G, S], and their keys and values of all layers.
@@ -243,6 +263,22 @@ def apply(model: Transformer, params: Params, *args: Any, method: str) -> Any:
     return model.apply({'params': params}, *args, method=method)
 
 
+def scalar_params(params: Params, config: ModelConfig) -> Params:
+    """Parameters of a model with a scalar head that is a language model but for its score, 0.
+
+    Args:
+      params: of the language model, adapters merged. Its arrays are shared, not copied.
+      config: of either model.
+
+    Raises:
+      ValueError: there are adapters.
+    """
+    if split(params)[1]:
+        raise ValueError('scalar_params of parameters with adapters: `merge` them first')
+    trunk = {name: value for name, value in params.items() if name != 'head'}
+    return trunk | {'score': jnp.zeros((config.width, 1), config.param_dtype)}
+
+
 def completion_hidden(
     model: Transformer, params: Params, prompt: jax.Array, length: jax.Array, tokens: jax.Array
 ) -> jax.Array:
@@ -263,3 +299,17 @@ def completion_hidden(
     hidden = apply(model, params, tokens[..., :-1], keys_values, length, method='extend')
     first = jnp.broadcast_to(last[:, None, None], (*tokens.shape[:2], 1, last.shape[-1]))
     return jnp.concatenate([first, hidden], axis=2)
+
+
+def read_hidden(
+    model: Transformer, params: Params, prompt: jax.Array, length: jax.Array, tokens: jax.Array
+) -> jax.Array:
+    """Hidden states that have read each completion token: what a score is computed from.
+
+    Arguments are those of `completion_hidden`.
+
+    Returns:
+      [B, G, T, D]; the state at t has read tokens[:, :, t].
+    """
+    keys_values, _ = apply(model, params, prompt, length, method='prefill')
+    return apply(model, params, tokens, keys_values, length, method='extend')

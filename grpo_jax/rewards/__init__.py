@@ -31,14 +31,17 @@ from grpo_jax.rewards.length import repetition, soft_overlong
 from grpo_jax.rewards.math import cmath_answer, gsm8k_answer, math_answer
 from grpo_jax.rewards.numbers import normalize_number
 from grpo_jax.rewards.scoring import RewardError, Scores, score, statistics
+from grpo_jax.rewards.steps import StepReward, right_steps, score_steps, separated_steps
 
 __all__ = [
     'RewardError',
     'Scores',
     'Step',
+    'StepReward',
     'Verdicts',
     'arithmetic_steps',
     'build',
+    'build_steps',
     'chain_format',
     'check_steps',
     'cmath_answer',
@@ -59,7 +62,10 @@ __all__ = [
     'normalize_number',
     'repetition',
     'resolve',
+    'right_steps',
     'score',
+    'score_steps',
+    'separated_steps',
     'soft_overlong',
     'statistics',
     'tag_count',
@@ -67,6 +73,7 @@ __all__ = [
 ]
 
 _EXTRACTORS = (final_result, extract_answer, extract_math, extract_chinese)
+_STEPS = (right_steps, separated_steps)
 # What every function is called with; anything else it names is a column or an option.
 _ARGUMENTS = ('prompts', 'completions', 'completion_ids')
 
@@ -79,6 +86,29 @@ def resolve(name: str) -> Callable[..., Any]:
             attribute that it lacks (names the nearest) or that cannot be called.
     """
     return _find('reward', name, {key: f for key, f in globals().items() if _is_reward(f)})
+
+
+def build_steps(spec: Mapping[str, Any]) -> tuple[str, Callable[..., Any], float]:
+    """The name, step function and weight that a config's `grpo.step_rewards` names.
+
+    Args:
+        spec: one name -> weight, or -> {'weight': weight, **options}, as in `build`. Built in are
+            'right_steps' (arithmetic) and 'separated_steps' (for a process reward model).
+
+    Raises:
+        RewardError: not exactly one function, or anything that `build` would not take.
+    """
+    if len(spec) != 1:
+        raise RewardError(
+            f'grpo.step_rewards names {len(spec)} functions: process supervision needs one, such '
+            "as {'right_steps': 1.0}"
+        )
+    built_in = {function.__name__: function for function in _STEPS}
+    functions, weights = _build(
+        'grpo.step_rewards', spec, lambda name: _find('step reward', name, built_in)
+    )
+    ((name, function),) = functions.items()
+    return name, function, weights[name]
 
 
 def build(spec: Mapping[str, Any]) -> tuple[dict[str, Callable[..., Any]], dict[str, float]]:
@@ -95,15 +125,21 @@ def build(spec: Mapping[str, Any]) -> tuple[dict[str, Callable[..., Any]], dict[
     """
     if not spec:
         raise RewardError('grpo.rewards is empty: name at least one reward function and its weight')
+    return _build('grpo.rewards', spec, resolve)
+
+
+def _build(
+    section: str, spec: Mapping[str, Any], find: Callable[[str], Callable[..., Any]]
+) -> tuple[dict[str, Callable[..., Any]], dict[str, float]]:
     functions, weights = {}, {}
     for name, value in spec.items():
         options = dict(value.items()) if hasattr(value, 'items') else {'weight': value}
         if 'weight' not in options:
-            raise RewardError(f'grpo.rewards.{name} has no weight: add one to its options')
+            raise RewardError(f'{section}.{name} has no weight: add one to its options')
         weight = options.pop('weight')
         if not isinstance(weight, int | float) or not isfinite(weight):
-            raise RewardError(f'grpo.rewards.{name}={weight!r}: a weight is a finite number')
-        functions[name] = _bind(name, resolve(name), options)
+            raise RewardError(f'{section}.{name}={weight!r}: a weight is a finite number')
+        functions[name] = _bind(name, find(name), options)
         weights[name] = float(weight)
     return functions, weights
 
@@ -178,6 +214,8 @@ def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
 
 
 def _is_reward(value: Any) -> bool:
+    if value in _STEPS:
+        return False
     return inspect.isfunction(value) and [*inspect.signature(value).parameters][:2] == [
         'prompts',
         'completions',

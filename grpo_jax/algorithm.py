@@ -1,0 +1,118 @@
+"""What an update computes, as one set of static options.
+
+Every row of DeepSeekMath's unified table (arXiv 2402.03300, table 10) and every variant in
+`presets` is a choice of these options, of the scalars in `losses.Objective` and of who samples.
+"""
+
+import dataclasses
+
+from grpo_jax.advantages import check_group_options
+from grpo_jax.losses import LOSSES, PAIRWISE
+from grpo_jax.score import AGGREGATIONS
+
+RATIOS = ('token', 'sequence', 'sequence_token')
+IMPORTANCES = ('none', 'token', 'sequence', 'token_mask', 'sequence_mask')
+KL_ESTIMATORS = ('k1', 'k2', 'k3', 'none')
+KL_PLACES = ('loss', 'reward')
+SUPERVISIONS = ('outcome', 'process')
+STEPS = ('optimizer', 'trust_region')
+
+
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """Changing an option compiles a new program.
+
+    Raises:
+      ValueError: an unknown option, or options of which one would do nothing or the wrong thing.
+    """
+
+    loss: str = 'clipped'  # a function of `losses`
+    ratio: str = 'token'  # see `losses.at_level`
+    importance: str = 'none'  # correction for the sampler, see `losses.importance_weights`
+    supervision: str = 'outcome'  # one reward for each completion, or 'process': one for each step
+    baseline: str = 'mean'  # see `advantages.group_advantages`; 'critic': PPO, `advantages.gae`
+    scale: str = 'std'
+    advantage_eps: float = 1e-4
+    aggregation: str = 'sequence_mean'  # see `score.token_weights`
+    kl: str = 'k3'  # estimator; 'none' leaves the reference out of the program
+    kl_place: str = 'loss'  # 'loss', or 'reward': r - beta * KL, of the row or with a critic token
+    inner_updates: int = 1  # optimizer updates per rollout (the paper's mu)
+    microbatch: int = 1  # groups whose gradient is computed at a time
+    logprob_chunk: int = 128  # completion positions whose logits exist at a time
+    entropy: bool = False  # compute the policy's entropy: a metric, and what its bonus needs
+    entropy_mask: bool = False  # train only the share `top_entropy` of the tokens
+    step: str = 'optimizer'  # 'trust_region': TRPO's natural gradient, see `trust_region`
+    cg_steps: int = 10  # of its conjugate gradient
+    backtracks: int = 10  # of its line search, each half as long as the one before
+
+    def __post_init__(self) -> None:
+        check_group_options(2, baseline=self.baseline, scale=self.scale)
+        for name, known in (
+            ('loss', tuple(LOSSES)),
+            ('ratio', RATIOS),
+            ('importance', IMPORTANCES),
+            ('supervision', SUPERVISIONS),
+            ('aggregation', AGGREGATIONS),
+            ('kl', KL_ESTIMATORS),
+            ('kl_place', KL_PLACES),
+            ('step', STEPS),
+        ):
+            if getattr(self, name) not in known:
+                value = getattr(self, name)
+                raise ValueError(f'{name}={value!r} is unknown: use one of {", ".join(known)}')
+        for name in ('inner_updates', 'microbatch', 'logprob_chunk', 'cg_steps', 'backtracks'):
+            if getattr(self, name) < 1:
+                raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+        self._check_kl()
+        if self.supervision == 'process' and self.baseline == 'leave_one_out':
+            raise ValueError(
+                "supervision='process' has no baseline='leave_one_out': use 'mean', 'none' or "
+                "'critic'"
+            )
+        if self.loss in PAIRWISE:
+            self._require_pairs()
+        if self.step == 'trust_region' and (self.loss != 'surrogate' or self.inner_updates > 1):
+            raise ValueError(
+                f"step='trust_region' with loss={self.loss!r}, inner_updates={self.inner_updates}: "
+                "its line search bounds the step itself, so use loss='surrogate' and one update"
+            )
+
+    def _check_kl(self) -> None:
+        if self.kl == 'k1' and self.kl_place == 'loss':
+            raise ValueError(
+                "kl='k1' with kl_place='loss' has an expected on-policy gradient of zero: "
+                "use kl='k2' or 'k3', or kl_place='reward'"
+            )
+        if self.kl != 'none' and self.kl_place == 'reward' and self.supervision == 'process':
+            if self.baseline != 'critic':
+                raise ValueError(
+                    "kl_place='reward' with supervision='process' would need a KL for each step: "
+                    "use kl_place='loss', or baseline='critic', whose rewards are per token"
+                )
+
+    def _require_pairs(self) -> None:
+        """A preference loss reads the order of its two rewards and nothing else of these."""
+        for name, value in (
+            ('ratio', 'token'),
+            ('importance', 'none'),
+            ('supervision', 'outcome'),
+            ('baseline', 'mean'),
+            ('scale', 'none'),
+            ('aggregation', 'sequence_mean'),
+            ('kl', 'none'),
+        ):
+            if getattr(self, name) != value:
+                raise ValueError(
+                    f'loss={self.loss!r} with {name}={getattr(self, name)!r}: preference losses '
+                    f'compare whole completions; use {name}={value!r}'
+                )
+
+    @property
+    def reads_reference(self) -> bool:
+        """Whether log-probs of the reference are part of the program."""
+        return self.kl != 'none' or self.loss in PAIRWISE
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether advantages come from a trained value function."""
+        return self.baseline == 'critic'

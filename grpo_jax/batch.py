@@ -1,0 +1,105 @@
+"""Rewards to a `Batch`: what stays fixed during the inner updates, from the whole batch at once."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax import losses, models, program
+from grpo_jax.advantages import gae, group_advantages, normalize_batch, process_advantages
+from grpo_jax.algorithm import Algorithm
+from grpo_jax.losses import Objective
+from grpo_jax.program import Actor, Microbatches
+from grpo_jax.score import least_certain, token_weights
+from grpo_jax.types import Batch, Params, Rollout, StepRewards, TrainState
+
+
+def make_batch(
+    algorithm: Algorithm,
+    actor: Actor,
+    critic: models.Transformer | None,
+    state: TrainState,
+    reference: Params | None,
+    rollout: Rollout,
+    rewards: jax.Array | StepRewards,
+    microbatches: Microbatches,
+) -> Batch:
+    """Advantages, weights, reference and old log-probs of a rollout; those that the loss reads.
+
+    Args:
+      algorithm: what the loss reads.
+      actor: gives log-probs.
+      critic: decoder with a scalar head, for baseline 'critic'.
+      state: the parameters of the policy, and of the critic.
+      reference: parameters, or None to leave the KL term out.
+      rollout: the completions.
+      rewards: f32[B, G], or one for each step.
+      microbatches: how many groups are computed at a time.
+    """
+    a, objective, mask = algorithm, actor.objective, rollout.mask
+    in_reward = reference is not None and a.kl != 'none' and a.kl_place == 'reward'
+    old: Any = None
+    ref: Any = None
+    entropy: Any = None
+    if a.inner_updates > 1 or in_reward or a.entropy_mask or a.step == 'trust_region':
+        # Else the current log-probs are the old ones.
+        old, entropy = microbatches.map(
+            lambda part: actor.logprobs(state.params, part, entropy=a.entropy_mask), rollout
+        )
+    if reference is not None and a.reads_reference:
+        ref, _ = microbatches.map(lambda part: actor.reference().logprobs(reference, part), rollout)
+    penalty: Any = None
+    if in_reward:
+        divergence = losses.kl_term(old, ref, a.kl, objective)
+        penalty = objective.beta * jnp.where(mask, divergence, 0.0)
+    values: Any = None
+    returns: Any = None
+    if critic is not None:
+        values = microbatches.map(
+            lambda part: program.values(critic, state.value_params, part), rollout
+        )
+        advantages = _critic_advantages(rewards, penalty, values, mask, objective)
+        returns = advantages + values
+    else:
+        advantages = _group_advantages(a, rewards, penalty, mask)
+    trained = mask if rollout.kept is None else mask & rollout.kept[..., None]
+    if a.scale == 'batch':
+        advantages = normalize_batch(advantages, trained, eps=a.advantage_eps)
+    weights = token_weights(trained, aggregation=a.aggregation, microbatch=a.microbatch)
+    if a.entropy_mask:
+        share = jnp.asarray(objective.top_entropy)
+        weights = weights * least_certain(entropy, trained, share)
+    return Batch(rollout, advantages, weights, ref, old, values, returns)
+
+
+def _group_advantages(
+    a: Algorithm, rewards: jax.Array | StepRewards, penalty: jax.Array | None, mask: jax.Array
+) -> jax.Array:
+    """f32[B, G, T] relative to the group."""
+    options = {'baseline': a.baseline, 'scale': a.scale, 'eps': a.advantage_eps}
+    if isinstance(rewards, StepRewards):
+        return jax.vmap(functools.partial(process_advantages, **options))(*rewards)
+    if penalty is not None:
+        rewards = rewards - penalty.sum(-1)
+    advantages = jax.vmap(functools.partial(group_advantages, **options))(rewards)
+    return jnp.broadcast_to(advantages[..., None], mask.shape)
+
+
+def _critic_advantages(
+    rewards: jax.Array | StepRewards,
+    penalty: jax.Array | None,
+    values: jax.Array,
+    mask: jax.Array,
+    objective: Objective,
+) -> jax.Array:
+    """f32[B, G, T] by generalized advantage estimation; an outcome comes with the last token."""
+    if isinstance(rewards, StepRewards):
+        per_token = jnp.where(rewards.ends, rewards.values, 0.0)
+    else:
+        last = jnp.arange(mask.shape[-1]) == mask.sum(-1, keepdims=True) - 1
+        per_token = jnp.where(last, rewards[..., None], 0.0)
+    if penalty is not None:
+        per_token = per_token - penalty
+    advantages = functools.partial(gae, gamma=objective.gamma, lam=objective.lam)
+    return jax.vmap(advantages)(per_token, values, mask)

@@ -1,0 +1,156 @@
+"""Trust region policy optimization: natural gradient, hard bound on the mean KL, line search.
+
+Schulman et al., arXiv 1502.05477, appendix C. Everything is a pure function of parameter trees and
+of the caller's closures, which may loop over microbatches with `lax.scan`, so that it runs inside
+one jitted update program on any mesh.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.types import Array, Params
+
+Scalar = Callable[[Params], jax.Array]  # from parameters to f32[]
+Product = Callable[[Params], Params]  # a symmetric matrix times a tree of parameter shapes
+
+
+def fisher_vector_product(
+    kl_of: Scalar, params: Params, vector: Params, damping: Array = 0.0
+) -> Params:
+    """(F + damping I) v, where F is the Hessian of `kl_of` at `params`, by forward over reverse.
+
+    At the parameters themselves the Hessian of KL(pi_params || pi_p) by p is the Fisher information
+    matrix of the policy (arXiv 1502.05477, appendix C.1; Pascanu and Bengio, arXiv 1301.3584,
+    section 3). No matrix is made: it is the derivative of the gradient along v (Pearlmutter, 1994).
+
+    Args:
+      kl_of: p -> f32[], the mean of KL(pi_params || pi_p). What loops over microbatches inside it
+        should be a scan whose body is `jax.checkpoint`ed: one microbatch's activations at a time.
+      params: where the Hessian is taken, and the first policy of the KL.
+      vector: tree like params; rounded to their dtypes for the derivative.
+      damping: f32[], added to the diagonal.
+
+    Returns:
+      A tree like vector.
+    """
+    tangent = jax.tree.map(lambda v, p: v.astype(p.dtype), vector, params)
+    _, product = jax.jvp(jax.grad(kl_of), (params,), (tangent,))
+    return jax.tree.map(lambda f, v: f + damping * v, product, vector)
+
+
+def conjugate_gradient(matvec: Product, b: Params, steps: int) -> tuple[Params, Params]:
+    """Solves A x = b for a symmetric positive definite A in a fixed number of products.
+
+    Hestenes and Stiefel (1952), from x = 0; arXiv 1502.05477, appendix C, takes 10 steps. Once the
+    residual is down to rounding, or A has no positive curvature along the direction, x stays as it
+    is: zero or not finite b gives x = 0.
+
+    Args:
+      matvec: v -> A v.
+      b: tree of arrays.
+      steps: products with A.
+
+    Returns:
+      x, and the residual b - A x as the recursion has it; trees like b.
+    """
+    square = _dot(b, b)
+    rounding = jnp.square(jnp.finfo(square.dtype).eps) * square
+
+    def step(carry, _):
+        x, residual, direction, square = carry
+        product = matvec(direction)
+        curvature = _dot(direction, product)
+        alpha = square / curvature
+        new_residual = _add(residual, -alpha, product)
+        new_square = _dot(new_residual, new_residual)
+        new_direction = _add(new_residual, new_square / square, direction)
+        moved = (_add(x, alpha, direction), new_residual, new_direction, new_square)
+        active = (square > rounding) & (curvature > 0)
+        return jax.tree.map(lambda new, old: jnp.where(active, new, old), moved, carry), None
+
+    start = (jax.tree.map(jnp.zeros_like, b), b, b, square)
+    (x, residual, _, _), _ = jax.lax.scan(step, start, length=steps)
+    return x, residual
+
+
+def natural_step(
+    params: Params,
+    gradient: Params,
+    *,
+    surrogate_of: Scalar,
+    kl_of: Scalar,
+    fisher: Product,
+    max_kl: Array,
+    cg_steps: int,
+    backtracks: int,
+) -> tuple[Params, dict[str, jax.Array]]:
+    """One TRPO step: natural gradient, and a line search that keeps the mean KL within its bound.
+
+    With x = F^-1 g by conjugate gradient the full step is -sqrt(2 max_kl / x^T F x) x, at whose end
+    the quadratic model of the KL is max_kl. Taken is its largest part 0.5^j, j < backtracks, after
+    which the surrogate loss is below the one before and the mean KL at most max_kl; none if there
+    is no such j, or if g is zero or not finite (arXiv 1502.05477, appendix C).
+
+    Args:
+      params: the policy before the step.
+      gradient: g, of the surrogate loss at params.
+      surrogate_of: p -> f32[], the loss that the step lowers.
+      kl_of: p -> f32[], the mean KL(pi_params || pi_p) in nats.
+      fisher: v -> F v, most likely `fisher_vector_product` with some damping; v is float32 or wider
+        whatever the parameters are.
+      max_kl: f32[], positive.
+      cg_steps: products with F, at least 1.
+      backtracks: parts that are tried, at least 1.
+
+    Returns:
+      the new parameters, and f32[] each: 'kl_step' of the step taken, 0 without one; 'backtracks',
+      the parts tried in vain; 'accepted', 1 or 0; 'fisher_residual', |F x - g| / |g|, 0 where there
+      was no step to try.
+    """
+    # In float32 at least: what conjugate gradient cancels is more than bfloat16 holds.
+    gradient = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), gradient)
+    x, residual = conjugate_gradient(fisher, gradient, cg_steps)
+    square = _dot(gradient, gradient)
+    curvature = _dot(x, _add(gradient, -1.0, residual))  # x^T F x, as g - F x is the residual
+    usable = jnp.isfinite(square) & jnp.isfinite(curvature) & (curvature > 0)
+    full = jnp.sqrt(2 * max_kl / curvature)
+
+    def part(j):
+        moved = _add(params, -full * 0.5**j, x)
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), moved, params)
+
+    def attempt(carry):
+        j, _, _ = carry
+        candidate = part(j)
+        kl = kl_of(candidate)
+        accepted = jax.lax.cond(
+            kl <= max_kl, lambda p: surrogate_of(p) < before, lambda p: False, candidate
+        )
+        return jnp.where(accepted, j, j + 1), accepted, kl
+
+    before = surrogate_of(params)
+    j, accepted, kl = jax.lax.while_loop(
+        lambda carry: usable & ~carry[1] & (carry[0] < backtracks),
+        attempt,
+        (jnp.int32(0), jnp.bool_(False), jnp.zeros_like(before)),
+    )
+    params = jax.tree.map(lambda new, old: jnp.where(accepted, new, old), part(j), params)
+    return params, {
+        'kl_step': jnp.where(accepted, kl, 0.0),
+        'backtracks': j.astype(jnp.float32),
+        'accepted': accepted.astype(jnp.float32),
+        'fisher_residual': jnp.where(usable, jnp.sqrt(_dot(residual, residual) / square), 0.0),
+    }
+
+
+def _dot(a: Params, b: Params) -> jax.Array:
+    """Sum of products; not `jnp.vdot`, whose flat view would gather sharded leaves."""
+    products = jax.tree.map(lambda x, y: jnp.sum(x * y), a, b)
+    return jax.tree.reduce(jnp.add, products)
+
+
+def _add(a: Params, scale: Array, b: Params) -> Params:
+    """A tree a + scale * b."""
+    return jax.tree.map(lambda x, y: x + scale * y, a, b)
