@@ -77,12 +77,13 @@ def _group_advantages(
     a: Algorithm, rewards: jax.Array | StepRewards, penalty: jax.Array | None, mask: jax.Array
 ) -> jax.Array:
     """f32[B, G, T] relative to the group."""
-    options = {'baseline': a.baseline, 'scale': a.scale, 'eps': a.advantage_eps}
+    options: dict[str, Any] = {'baseline': a.baseline, 'scale': a.scale, 'eps': a.advantage_eps}
     if isinstance(rewards, StepRewards):
-        return jax.vmap(functools.partial(process_advantages, **options))(*rewards)
+        of_steps = jax.vmap(lambda values, ends: process_advantages(values, ends, **options))
+        return of_steps(rewards.values, rewards.ends)
     if penalty is not None:
         rewards = rewards - penalty.sum(-1)
-    advantages = jax.vmap(functools.partial(group_advantages, **options))(rewards)
+    advantages = jax.vmap(lambda some: group_advantages(some, **options))(rewards)
     return jnp.broadcast_to(advantages[..., None], mask.shape)
 
 
@@ -101,5 +102,5 @@ def _critic_advantages(
         per_token = jnp.where(last, rewards[..., None], 0.0)
     if penalty is not None:
         per_token = per_token - penalty
-    advantages = functools.partial(gae, gamma=objective.gamma, lam=objective.lam)
-    return jax.vmap(advantages)(per_token, values, mask)
+    gamma, lam = jnp.asarray(objective.gamma), jnp.asarray(objective.lam)
+    return jax.vmap(functools.partial(gae, gamma=gamma, lam=lam))(per_token, values, mask)

@@ -60,35 +60,38 @@ class Judge:
           rewards.RewardError: see `rewards.score` and `rewards.score_steps`.
         """
         # Dispatched first, so that the device scores while the host judges.
-        scores = self.scorer(reward_params, rollout) if self.scorer else None
+        scored = self.scorer(reward_params, rollout) if self.scorer else None
         host = jax.device_get(rollout)
         judged = judging.judge(host, self.problems, self.functions, self.weights)
-        shape = host.tokens.shape[:2]
-        total = judged.scores.total.reshape(shape)
-        scores = None if scores is None else np.asarray(scores)
-        if self.step_rewards is None:
+        total = judged.scores.total.reshape(host.tokens.shape[:2])
+        steps = self.steps(host, judged) if self.step_rewards else None
+        scores = None if scored is None else np.asarray(scored)
+        if steps is None:
             if scores is not None:
                 total = total + np.float32(self.score_weight) * scores
             return Verdict(judged, total, None, None if scores is None else scores.reshape(-1))
-        name, function, weight = self.step_rewards
-        steps = self.steps(host, judged, name, function)
-        values = np.float32(weight) * steps.values
-        mean = None
+        values, ends = steps
         if scores is not None:
-            values += np.where(steps.ends, np.float32(self.score_weight) * scores, 0)
-            count = np.maximum(steps.ends.sum(-1), 1)
-            mean = (np.where(steps.ends, scores, 0).sum(-1) / count).reshape(-1)
-        ends = steps.ends
+            values = values + np.where(ends, np.float32(self.score_weight) * scores, 0)
+            scores = _mean_of_steps(scores, ends)
         if any(self.weights.values()):
             last = np.arange(host.mask.shape[-1]) == host.mask.sum(-1, keepdims=True) - 1
             values, ends = values + last * total[..., None], ends | last
         steps = StepRewards(values.astype(np.float32), ends)
-        return Verdict(judged, steps.values.sum(-1), steps, mean)
+        return Verdict(judged, steps.values.sum(-1), steps, scores)
 
-    def steps(
-        self, rollout: Rollout, judged: judging.Judged, name: str, function: Callable[..., Any]
-    ) -> StepRewards:
-        """Unweighted rewards [B, G, T] at the tokens where steps end."""
+    def rank(self, rollout: Rollout, judged: judging.Judged, reward_params: Params) -> np.ndarray:
+        """The reward model's scores f32[B * G], for best of k; of steps their mean."""
+        assert self.scorer is not None
+        scores = np.asarray(self.scorer(reward_params, rollout))
+        if self.step_rewards is None:
+            return scores.reshape(-1)
+        return _mean_of_steps(scores, self.steps(jax.device_get(rollout), judged).ends)
+
+    def steps(self, rollout: Rollout, judged: judging.Judged) -> StepRewards:
+        """What the step function gives, [B, G, T] at the tokens where steps end."""
+        assert self.step_rewards is not None
+        name, function, weight = self.step_rewards
         batch, group_size, length = rollout.tokens.shape
         columns = data.columns(self.problems.rows, rollout.prompts.index, group_size)
         found = rewards.score_steps(name, function, judged.prompts, judged.completions, columns)
@@ -101,9 +104,14 @@ class Judge:
         values, where = np.zeros(tokens.shape, np.float32), np.zeros(tokens.shape, bool)
         for row, (steps, at) in enumerate(zip(found, places, strict=True)):
             for step, place in zip(steps, at, strict=True):
-                values[row, place] += step.value  # steps inside one token share it
+                values[row, place] += weight * step.value  # steps inside one token share it
                 where[row, place] = True
         return StepRewards(values.reshape(rollout.mask.shape), where.reshape(rollout.mask.shape))
+
+
+def _mean_of_steps(scores: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """f32[B * G] from [B, G, T]; 0 for a completion without steps."""
+    return (np.where(ends, scores, 0).sum(-1) / np.maximum(ends.sum(-1), 1)).reshape(-1)
 
 
 def gather(
@@ -170,8 +178,12 @@ def _choose(tree: Any, rows: np.ndarray) -> Any:
 
 def _join_verdicts(verdicts: Sequence[Verdict]) -> Verdict:
     judged = judging.together([v.judged for v in verdicts])
-    rest = _stack([v._replace(judged=None) for v in verdicts])
-    return rest._replace(judged=judged)
+    return Verdict(
+        judged,
+        np.concatenate([v.total for v in verdicts]),
+        _stack([v.steps for v in verdicts]),
+        _stack([v.scores for v in verdicts]),
+    )
 
 
 def _choose_verdict(verdict: Verdict, groups: np.ndarray) -> Verdict:
@@ -269,9 +281,11 @@ def pick_pairs(rollout: Rollout, total: np.ndarray) -> tuple[Rollout, np.ndarray
     size = total.shape[1]
     best, worst = total.argmax(1), size - 1 - total[:, ::-1].argmin(1)
     rows, groups = np.stack([best, worst], 1), np.arange(len(total))[:, None]
-    prompts = rollout.prompts
-    chosen = jax.tree.map(lambda x: x[groups, rows], rollout._replace(prompts=None))
-    return chosen._replace(prompts=prompts), total[groups, rows]
+    chosen = {
+        name: getattr(rollout, name)[groups, rows]
+        for name in ('tokens', 'mask', 'logprobs', 'ended')
+    }
+    return Rollout(rollout.prompts, **chosen), total[groups, rows]
 
 
 def completion_rows(verdict: Verdict, count: int) -> list[dict[str, Any]]:

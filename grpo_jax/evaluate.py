@@ -1,4 +1,4 @@
-"""Accuracy, pass@k, maj@k and avg@k with 95 % intervals over problems, as one JSON object.
+"""Accuracy, pass@k, maj@k, avg@k and rm@k with 95 % intervals over problems, as one JSON object.
 
 The newest checkpoint of a run, on its held-out problems or on any others:
   python -m grpo_jax.evaluate --workdir=FOLDER [--config.eval.samples=64 "--config.eval.k=(1,64)"]
@@ -24,13 +24,15 @@ if TYPE_CHECKING:
 def main(config: 'ConfigDict', workdir: str) -> None:
     """Evaluates the newest checkpoint of a run and writes what it answered."""
     # Not at the top of the file: completions produced elsewhere are scored without JAX.
-    from grpo_jax import judging, setup
+    from grpo_jax import judging, setup, stages
 
     made = setup.prepare(config, pathlib.Path(workdir).absolute())
     settings = judging.settings(config.eval)
     heldout = setup.heldout_problems(made)
     policy = setup.newest_policy(made)
-    answers = judging.answer(made.sampler, policy.params, heldout, **settings)
+    answers = judging.answer(
+        made.sampler, policy.params, heldout, rank=stages.ranking(made, heldout), **settings
+    )
     with (made.workdir / 'evaluation.jsonl').open('w') as file:
         for row in judging.rows(answers):
             file.write(json.dumps(row, ensure_ascii=False) + '\n')

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from grpo_jax import data, rewards
-from grpo_jax.estimates import maj_at_k, pass_at_k
+from grpo_jax.estimates import maj_at_k, pass_at_k, rm_at_k
 from grpo_jax.setup import Problems, Sampler
 from grpo_jax.tokens import texts
 from grpo_jax.types import Params, Rollout, Sampling
@@ -51,6 +51,7 @@ class _Asked(NamedTuple):
     correct: np.ndarray  # bool[N, G], as the next
     ended: np.ndarray
     length: np.ndarray  # i64[N, G], tokens
+    scores: np.ndarray | None  # f32[N, G] of the reward model
 
 
 def judge(
@@ -112,6 +113,7 @@ def answer(
     samples: int = 0,
     k: Sequence[int] = (),
     temperature: float = 1.0,
+    rank: Callable[[Rollout, Judged], np.ndarray] | None = None,
 ) -> Answers:
     """Asks every problem once greedily, and `samples` times at `temperature`.
 
@@ -128,10 +130,12 @@ def answer(
       samples: completions per problem beside the greedy one.
       k: sizes for pass@k and maj@k, each at most `samples`; see `estimates`.
       temperature: of the samples.
+      rank: a reward model's scores f32[B * G] of a rollout, for rm@k (best of k).
 
     Returns:
       values `eval/accuracy`, `eval/mean_length` (tokens) and `eval/clipped_ratio` of the greedy
-      completions; with samples also `eval/avg@<samples>`, `eval/pass@k` and `eval/maj@k`.
+      completions; with samples also `eval/avg@<samples>`, `eval/pass@k` and `eval/maj@k`, and with `rank`
+      `eval/rm@k`.
     """
     ask = functools.partial(_ask, sampler, params, problems, correct=correct, batch_size=batch_size)
     greedy = ask(1, Sampling(temperature=0.0))
@@ -145,7 +149,7 @@ def answer(
     given: list[list[str | None]] = []
     verdicts: list[list[bool]] = []
     if samples:
-        sampled = ask(samples, Sampling(temperature=temperature))
+        sampled = ask(samples, Sampling(temperature=temperature), rank=rank)
         flat = [extract(text) for text in sampled.completions]
         given = [flat[start : start + samples] for start in range(0, len(flat), samples)]
         verdicts = sampled.correct.tolist()
@@ -155,6 +159,9 @@ def answer(
             passed = [pass_at_k(samples, sum(group), size) for group in verdicts]
             voted = [maj_at_k(*pair, size) for pair in zip(votes, verdicts, strict=True)]
             values |= {f'eval/pass@{size}': np.array(passed), f'eval/maj@{size}': np.array(voted)}
+            if sampled.scores is not None:
+                pairs = zip(sampled.scores, verdicts, strict=True)
+                values[f'eval/rm@{size}'] = np.array([rm_at_k(*pair, size) for pair in pairs])
     return Answers(
         values, greedy.prompts, greedy.completions, extracted, right.tolist(), given, verdicts
     )
@@ -213,19 +220,23 @@ def _ask(
     *,
     correct: Callable[..., Any],
     batch_size: int,
+    rank: Callable[[Rollout, Judged], np.ndarray] | None = None,
 ) -> _Asked:
     parts = []
     for prompts, count in data.in_order(problems.table, batch_size):
         rollout = sampler(params, prompts, step=0, sampling=sampling, group_size=group_size)
-        rollout = jax.tree.map(lambda x, n=count: np.asarray(x)[:n], rollout)
-        judged = judge(rollout, problems, {'correct': correct}, {'correct': 1.0})
-        right = (judged.scores.total >= 1).reshape(count, group_size)
-        length = rollout.mask.sum(-1)
-        parts.append(_Asked(judged.prompts, judged.completions, right, rollout.ended, length))
+        judged = judge(jax.device_get(rollout), problems, {'correct': correct}, {'correct': 1.0})
+        scores = None if rank is None else rank(rollout, judged).reshape(-1, group_size)[:count]
+        right = (judged.scores.total >= 1).reshape(-1, group_size)[:count]
+        rows = count * group_size  # the rest fills the last batch up
+        ended, mask = (np.asarray(x)[:count] for x in (rollout.ended, rollout.mask))
+        texts_of = (judged.prompts[:rows], judged.completions[:rows])
+        parts.append(_Asked(*texts_of, right, ended, mask.sum(-1), scores))
     return _Asked(
         [text for part in parts for text in part.prompts],
         [text for part in parts for text in part.completions],
         np.concatenate([part.correct for part in parts]),
         np.concatenate([part.ended for part in parts]),
         np.concatenate([part.length for part in parts]),
+        None if rank is None else np.concatenate([part.scores for part in parts]),
     )

@@ -138,8 +138,8 @@ def _reward_model(
         )
     if load_tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
-            f'reward_model.pretrained={c.pretrained!r} has another tokenizer than the policy, whose '
-            'tokens it is to read: use one of the same family'
+            f'reward_model.pretrained={c.pretrained!r} has another tokenizer than the '
+            'policy, whose tokens it is to read: use one of the same family'
         )
     return models.Transformer(made)
 

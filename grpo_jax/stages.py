@@ -101,7 +101,7 @@ def grpo_stage(made: Setup, training: Problems, heldout: Problems, iteration: in
     """GRPO, or another method by its options, on sampled completions."""
     c, config = made.config.grpo, made.config
     parts = _parts(config)
-    algorithm, objective, sampling = parts
+    algorithm, _, sampling = parts
     check_sampling(sampling)
     check_group_options(c.group_size, baseline=algorithm.baseline, scale=algorithm.scale)
     sharding.check_batch(c.batch_size, algorithm.microbatch, made.mesh)
@@ -230,7 +230,7 @@ def reward_stage(made: Setup, training: Problems, iteration: int = 1) -> Stage:
     sharding.check_batch(c.batch_size, c.microbatch, made.mesh)
     sampling = Sampling(**config.grpo.sampling)
     correct, _ = rewards.build({config.eval.correct: 1.0})
-    labels = rewards.build_steps(config.grpo.step_rewards) if c.kind == 'process' else None
+    labels = _step_labels(config) if c.kind == 'process' else None
     judge = Judge(training, correct, {config.eval.correct: 0.0}, labels)
     batches = data.batches(training.table, c.batch_size, seed=config.seed + 1)
     replay = Replay(made.workdir / 'replay', iteration, c.replay, config.seed)
@@ -279,6 +279,23 @@ def reward_stage(made: Setup, training: Problems, iteration: int = 1) -> Stage:
         _numbered('reward', iteration), c.steps, 1, schedule, start, step, collect,
         lambda state, began: began.policy, finish,
     )  # fmt: skip
+
+
+def ranking(
+    made: Setup, problems: Problems
+) -> Callable[[Rollout, judging.Judged], np.ndarray] | None:
+    """Scores of the run's newest reward model, for rm@k; None where it has none."""
+    params = setup.newest_reward_params(made)
+    if params is None:
+        return None
+    judge = _judge(made, problems, _parts(made.config).algorithm)
+    return functools.partial(judge.rank, reward_params=params)
+
+
+def _step_labels(config: ConfigDict) -> tuple[str, Callable[..., Any], float]:
+    """The step function unweighted: the truth that a process reward model learns."""
+    name, function, _ = rewards.build_steps(config.grpo.step_rewards)
+    return name, function, 1.0
 
 
 def _numbered(kind: str, iteration: int) -> str:

@@ -113,7 +113,7 @@ def natural_step(
     gradient = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), gradient)
     x, residual = conjugate_gradient(fisher, gradient, cg_steps)
     square = _dot(gradient, gradient)
-    curvature = _dot(x, _add(gradient, -1.0, residual))  # x^T F x, as g - F x is the residual
+    curvature = _dot(x, gradient)  # x^T F x: the residual g - F x is orthogonal to x
     usable = jnp.isfinite(square) & jnp.isfinite(curvature) & (curvature > 0)
     full = jnp.sqrt(2 * max_kl / curvature)
 

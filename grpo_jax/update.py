@@ -209,24 +209,29 @@ def update(
 
 
 def _check_rewards(a: Algorithm, rollout: Rollout, rewards: jax.Array | StepRewards) -> None:
-    stepwise = isinstance(rewards, StepRewards)
-    if a.supervision == 'process' and not stepwise:
+    shape = rollout.tokens.shape
+    if isinstance(rewards, StepRewards):
+        if a.supervision == 'outcome':
+            raise ValueError(
+                "supervision='outcome' with step rewards, which it does not read: give one reward "
+                "for each completion, or use supervision='process'"
+            )
+        for name, given in rewards._asdict().items():
+            if given.shape != shape:
+                raise ValueError(
+                    f'step rewards have {name} of shape {given.shape}: the rollout needs one for '
+                    f'each token, [B, G, T] = {shape}'
+                )
+        return
+    if a.supervision == 'process':
         raise ValueError(
             "supervision='process' without step rewards: give types.StepRewards, or use "
             "supervision='outcome'"
         )
-    if a.supervision == 'outcome' and stepwise:
+    if rewards.shape != shape[:2]:
         raise ValueError(
-            "supervision='outcome' with step rewards, which it does not read: give one reward for "
-            "each completion, or use supervision='process'"
-        )
-    shape = rollout.tokens.shape
-    given, wanted = (rewards.values, shape) if stepwise else (rewards, shape[:2])
-    if given.shape != wanted or (stepwise and rewards.ends.shape != wanted):
-        names = '[B, G, T]' if stepwise else '[B, G]'
-        raise ValueError(
-            f'rewards have shape {given.shape}: the rollout needs one for each '
-            f'{"token" if stepwise else "completion"}, {names} = {wanted}'
+            f'rewards have shape {rewards.shape}: the rollout needs one for each completion, '
+            f'[B, G] = {shape[:2]}'
         )
 
 

@@ -286,12 +286,16 @@ def by_hand(kl_scale=1.0, gradient=2.0, sign=1.0, max_kl=0.5, backtracks=10, dty
         count('kl')
         return kl_scale * 2 * jnp.square(p['w'].astype(jnp.float32)[0] - 1)
 
+    def fisher(v):
+        assert v['w'].dtype == jnp.float32
+        return {'w': 4 * v['w']}
+
     params, terms = natural_step(
         {'w': jnp.ones(1, dtype)},
         {'w': jnp.full(1, gradient, dtype)},
         surrogate_of=surrogate_of,
         kl_of=kl_of,
-        fisher=lambda v: jax.tree.map(lambda x: 4 * x, v),
+        fisher=fisher,
         max_kl=max_kl,
         cg_steps=3,
         backtracks=backtracks,

@@ -4,6 +4,7 @@ A step function is `steps(prompts, completions, **columns) -> list[list[StepRewa
 completion its steps in order. Public functions here are found by their names in a config.
 """
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -95,7 +96,7 @@ def score_steps(
             raise RewardError(
                 f'step rewards {name!r}, row {row}: {steps!r} is no list of (end, value)'
             ) from error
-        growing = all(a < b for a, b in zip(ends, ends[1:], strict=False))
+        growing = all(a < b for a, b in itertools.pairwise(ends))
         if not growing or ends[-1] > len(completion) or not finite:
             raise RewardError(
                 f'step rewards {name!r}, row {row}: {steps!r} for {completion!r}: ends must grow '

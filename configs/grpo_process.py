@@ -1,0 +1,21 @@
+"""GRPO with process supervision: a reward for each step of the chain.
+
+    python -m grpo_jax.train --config=configs/grpo_process.py --workdir=runs/grpo_process
+
+TODO
+"""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from grpo_jax import config as grpo_config
+from grpo_jax import presets
+
+
+def get_config() -> ConfigDict:
+    config = grpo_config.load(pathlib.Path(__file__).with_name('arithmetic.py'))
+    presets.apply(config, 'grpo_process')
+    config.grpo.step_rewards = {'right_steps': 1.0}
+    config.grpo.rewards = {}
+    return config

@@ -1,0 +1,19 @@
+"""Online rejection-sampling fine-tuning: as RFT, but the policy itself samples.
+
+    python -m grpo_jax.train --config=configs/online_rft.py --workdir=runs/online_rft
+
+TODO
+"""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from grpo_jax import config as grpo_config
+from grpo_jax import presets
+
+
+def get_config() -> ConfigDict:
+    config = grpo_config.load(pathlib.Path(__file__).with_name('arithmetic.py'))
+    presets.apply(config, 'online_rft')
+    return config

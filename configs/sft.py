@@ -1,0 +1,21 @@
+"""Supervised fine-tuning alone on the arithmetic task's demonstrations, half of them with slips.
+
+    python -m grpo_jax.train --config=configs/sft.py --workdir=runs/sft
+
+TODO
+"""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from grpo_jax import config as grpo_config
+
+
+def get_config() -> ConfigDict:
+    config = grpo_config.load(pathlib.Path(__file__).with_name('arithmetic.py'))
+    config.sft.steps = 900
+    config.sft.optimizer.hold_steps = 600
+    config.grpo.steps = 0
+    config.eval.every = 150
+    return config

@@ -1,0 +1,43 @@
+"""The task of `benchmarks/study.py`: sums of six digits, a method by its name, small steps.
+
+    python benchmarks/study.py --output=runs/study
+
+`start` is the SFT model that every method goes on from.
+"""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from grpo_jax import config as grpo_config
+from grpo_jax import presets
+
+
+def get_config(name: str) -> ConfigDict:
+    config = grpo_config.load(pathlib.Path(__file__).with_name('arithmetic.py'))
+    config.data.options.update(min_numbers=6, max_numbers=6, train_size=12_000)
+    config.data.prompt_length = 12
+    config.data.completion_length = 40
+    config.sft.steps = 500
+    config.grpo.update(steps=60, batch_size=16)
+    config.grpo.algorithm.microbatch = 16
+    config.grpo.optimizer.update(learning_rate=3e-5, warmup_steps=5)
+    config.critic.optimizer.update(learning_rate=3e-4, warmup_steps=5)
+    config.eval.update(every=6, samples=0)
+    if name in ('start', 'sft'):
+        config.grpo.steps = 0
+        config.eval.every = 500
+    elif name == 'grpo_iterative':
+        config.grpo.update(iterations=3, steps=20, rewards={})
+        config.reward_model.update(weight=1.0, steps=40, batch_size=16, microbatch=16)
+        config.reward_model.optimizer.update(learning_rate=3e-4, warmup_steps=5)
+        config.eval.every = 5
+    else:
+        presets.apply(config, name)
+    if name == 'sft':
+        config.sft.steps = 620
+    if name == 'grpo_process':
+        config.grpo.update(step_rewards={'right_steps': 1.0}, rewards={})
+    if name == 'trpo':
+        config.grpo.optimizer.update(learning_rate=1e-6, warmup_steps=0)
+    return config

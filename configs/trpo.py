@@ -1,0 +1,20 @@
+"""TRPO: natural gradient inside a bound on the KL, no learning rate.
+
+    python -m grpo_jax.train --config=configs/trpo.py --workdir=runs/trpo
+
+TODO
+"""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from grpo_jax import config as grpo_config
+from grpo_jax import presets
+
+
+def get_config() -> ConfigDict:
+    config = grpo_config.load(pathlib.Path(__file__).with_name('arithmetic.py'))
+    presets.apply(config, 'trpo')
+    config.grpo.optimizer.update(learning_rate=1e-6, warmup_steps=0)
+    return config
