@@ -23,7 +23,7 @@ def get_config(name: str) -> ConfigDict:
     config.grpo.algorithm.microbatch = 16
     config.grpo.optimizer.update(learning_rate=3e-5, warmup_steps=5)
     config.critic.optimizer.update(learning_rate=3e-4, warmup_steps=5)
-    config.eval.update(every=6, samples=0)
+    config.eval.update(every=10, samples=0)
     if name in ('start', 'sft'):
         config.grpo.steps = 0
         config.eval.every = 500

@@ -106,7 +106,7 @@ def completion_kl(
         inside = old > -jnp.inf
         logits = apply(model, params, states, method='logits')
         whole = filter_logits(logits, Sampling(temperature=sampling.temperature))
-        new = jnp.where(inside, whole, filter_logits(logits, sampling, keep=targets))
+        new = jnp.where(inside, whole, filter_logits(logits, sampling))
         old_norm, norm = (jax.nn.logsumexp(x, axis=-1) for x in (old, new))
         probability = jnp.exp(old - old_norm[..., None])
         return (probability * jnp.where(inside, old - new, 0.0)).sum(-1) + norm - old_norm

@@ -112,9 +112,8 @@ def natural_step(
     # In float32 at least: what conjugate gradient cancels is more than bfloat16 holds.
     gradient = jax.tree.map(lambda g: g.astype(jnp.promote_types(g.dtype, jnp.float32)), gradient)
     x, residual = conjugate_gradient(fisher, gradient, cg_steps)
-    square = _dot(gradient, gradient)
     curvature = _dot(x, gradient)  # x^T F x: the residual g - F x is orthogonal to x
-    usable = jnp.isfinite(square) & jnp.isfinite(curvature) & (curvature > 0)
+    usable = curvature > 0  # not where g is zero or not finite: x is 0 there
     full = jnp.sqrt(2 * max_kl / curvature)
 
     def part(j):
@@ -130,6 +129,7 @@ def natural_step(
         )
         return jnp.where(accepted, j, j + 1), accepted, kl
 
+    error = jnp.sqrt(_dot(residual, residual) / _dot(gradient, gradient))
     before = surrogate_of(params)
     j, accepted, kl = jax.lax.while_loop(
         lambda carry: usable & ~carry[1] & (carry[0] < backtracks),
@@ -141,7 +141,7 @@ def natural_step(
         'kl_step': jnp.where(accepted, kl, 0.0),
         'backtracks': j.astype(jnp.float32),
         'accepted': accepted.astype(jnp.float32),
-        'fisher_residual': jnp.where(usable, jnp.sqrt(_dot(residual, residual) / square), 0.0),
+        'fisher_residual': jnp.where(usable, error, 0.0),
     }
 
 

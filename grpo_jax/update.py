@@ -186,7 +186,7 @@ def update(
     bound = _Program(actor, a, optimizer, critic, microbatches)
 
     def inner(state, _):
-        gradient, terms = bound.gradient((state.params, state.value_params), batch)
+        gradient, terms = bound.gradient(state, batch)
         state, applied = bound.apply(state, gradient, batch)
         return state, terms | applied
 
@@ -245,15 +245,21 @@ class _Program:
     critic: Critic | None
     microbatches: Microbatches
 
-    def gradient(self, trained, batch: Batch):
-        """Sum of the microbatches' gradients, and their terms [microbatches, m, ...]."""
-        value_and_grad = jax.value_and_grad(self._loss, has_aux=True)
+    def gradient(self, state: TrainState, batch: Batch):
+        """Gradients of policy and critic (or None), and terms [microbatches, m, ...].
 
-        def one(microbatch):
-            (_, terms), gradient = value_and_grad(trained, microbatch)
-            return gradient, terms
+        One after the other, so that the activations of only one are in memory.
+        """
+        policy, terms = self._sum_gradients(self._loss, state.params, batch)
+        if self.critic is None:
+            return (policy, None), terms
+        policy, values = jax.lax.optimization_barrier((policy, state.value_params))
+        critic, more = self._sum_gradients(self._value_loss, values, batch)
+        return (policy, critic), terms | more
 
-        return self.microbatches.sum(one, batch, like=trained)
+    def _sum_gradients(self, loss, params, batch: Batch):
+        gradient = jax.grad(loss, has_aux=True)
+        return self.microbatches.sum(lambda part: gradient(params, part), batch, like=params)
 
     def apply(self, state: TrainState, gradient, batch: Batch):
         """One update of policy and critic, or none where a gradient is not finite."""
@@ -310,7 +316,7 @@ class _Program:
         return trust_region.natural_step(
             params,
             gradient,
-            surrogate_of=lambda new: total(lambda part: self._loss((new, None), part)[0], batch),
+            surrogate_of=lambda new: total(lambda part: self._loss(new, part)[0], batch),
             kl_of=lambda new: total(functools.partial(divergence, new), rollout),
             fisher=fisher,
             max_kl=o.max_kl,
@@ -318,16 +324,17 @@ class _Program:
             backtracks=self.algorithm.backtracks,
         )
 
-    def _loss(self, trained, microbatch: Batch):
-        params, value_params = trained
+    def _loss(self, params, microbatch: Batch):
         logprobs, entropy = self.actor.logprobs(
             params, microbatch.rollout, entropy=self.algorithm.entropy
         )
         loss, terms = jax.vmap(self._group_loss)(logprobs, entropy, microbatch)
-        if self.critic is not None and value_params is not None:
-            values = program.values(self.critic.model, value_params, microbatch.rollout)
-            value_loss, value_terms = jax.vmap(self._group_value_loss)(values, microbatch)
-            loss, terms = loss + value_loss, terms | value_terms
+        return loss.sum(), terms
+
+    def _value_loss(self, value_params, microbatch: Batch):
+        assert self.critic is not None
+        values = program.values(self.critic.model, value_params, microbatch.rollout)
+        loss, terms = jax.vmap(self._group_value_loss)(values, microbatch)
         return loss.sum(), terms
 
     def _group_loss(self, logprobs, entropy, group: Batch):
