@@ -1,6 +1,7 @@
 """The task of `benchmarks/study.py`: sums of six digits, a method by its name, small steps.
 
     python benchmarks/study.py --output=runs/study
+    python -m grpo_jax.train --config=configs/study.py:ppo --workdir=runs/ppo
 
 `start` is the SFT model that every method goes on from.
 """

@@ -83,12 +83,12 @@ class Algorithm:
                 "kl='k1' with kl_place='loss' has an expected on-policy gradient of zero: "
                 "use kl='k2' or 'k3', or kl_place='reward'"
             )
-        if self.kl != 'none' and self.kl_place == 'reward' and self.supervision == 'process':
-            if self.baseline != 'critic':
-                raise ValueError(
-                    "kl_place='reward' with supervision='process' would need a KL for each step: "
-                    "use kl_place='loss', or baseline='critic', whose rewards are per token"
-                )
+        in_reward = self.kl != 'none' and self.kl_place == 'reward'
+        if in_reward and self.supervision == 'process' and self.baseline != 'critic':
+            raise ValueError(
+                "kl_place='reward' with supervision='process' would need a KL for each step: "
+                "use kl_place='loss', or baseline='critic', whose rewards are per token"
+            )
 
     def _require_pairs(self) -> None:
         """A preference loss reads the order of its two rewards and nothing else of these."""

@@ -14,7 +14,7 @@ import operator
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -208,6 +208,22 @@ def differing_keys(config: ConfigDict, saved: str) -> list[str]:
         return [] if a == b else [f'{path[1:]} (there {a!r}, here {b!r})']
 
     return compare(old, new, '')
+
+
+def differing_defaults(
+    config: ConfigDict, sections: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """(`path=value`, reason) of each key in the sections {path: reason} that is not as usual."""
+    given, usual = config.to_dict(), defaults().to_dict()
+    for section, reason in sections.items():
+        keys = section.split('.')
+        ours, theirs = (functools.reduce(operator.getitem, keys, tree) for tree in (given, usual))
+        for path in _flat(ours):
+            values = [
+                functools.reduce(operator.getitem, path.split('.'), tree) for tree in (ours, theirs)
+            ]
+            if values[0] != values[1]:
+                yield f'{section}.{path}={values[0]!r}', reason
 
 
 def to_json(config: ConfigDict) -> str:

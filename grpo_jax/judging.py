@@ -134,8 +134,8 @@ def answer(
 
     Returns:
       values `eval/accuracy`, `eval/mean_length` (tokens) and `eval/clipped_ratio` of the greedy
-      completions; with samples also `eval/avg@<samples>`, `eval/pass@k` and `eval/maj@k`, and with `rank`
-      `eval/rm@k`.
+      completions; with samples also `eval/avg@<samples>`, `eval/pass@k` and `eval/maj@k`, and
+      with `rank` `eval/rm@k`.
     """
     ask = functools.partial(_ask, sampler, params, problems, correct=correct, batch_size=batch_size)
     greedy = ask(1, Sampling(temperature=0.0))

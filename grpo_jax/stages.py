@@ -15,13 +15,15 @@ from grpo_jax import collect as collecting
 from grpo_jax import data, judging, models, reward_model, rewards, setup, sharding, update
 from grpo_jax.advantages import check_group_options
 from grpo_jax.algorithm import Algorithm
-from grpo_jax.collect import Collected, Judge
+from grpo_jax.collect import Collected
 from grpo_jax.losses import PAIRWISE, Objective
+from grpo_jax.methods import Parts, parts_of
 from grpo_jax.optimizer import adamw
 from grpo_jax.replay import Replay
 from grpo_jax.sample import check_sampling
 from grpo_jax.setup import Problems, Setup
 from grpo_jax.types import Params, Prompts, Rollout, Sampling, TrainState
+from grpo_jax.verdicts import Judge
 
 log = logging.getLogger('grpo_jax')
 
@@ -54,14 +56,6 @@ class Stage:
     heldout: Callable[[Params], judging.Evaluation] | None = None  # asked every eval_every steps
     eval_every: int = 1
     parts: Any = None  # algorithm, sampling and objective of a policy's stage
-
-
-class Parts(NamedTuple):
-    """What a policy is trained with."""
-
-    algorithm: Algorithm
-    objective: Objective
-    sampling: Sampling
 
 
 def sft_stage(made: Setup, training: Problems, heldout: Problems | None = None) -> Stage:
@@ -100,7 +94,7 @@ def sft_stage(made: Setup, training: Problems, heldout: Problems | None = None) 
 def grpo_stage(made: Setup, training: Problems, heldout: Problems, iteration: int = 1) -> Stage:
     """GRPO, or another method by its options, on sampled completions."""
     c, config = made.config.grpo, made.config
-    parts = _parts(config)
+    parts = parts_of(config)
     algorithm, _, sampling = parts
     check_sampling(sampling)
     check_group_options(c.group_size, baseline=algorithm.baseline, scale=algorithm.scale)
@@ -217,11 +211,8 @@ def reward_stage(made: Setup, training: Problems, iteration: int = 1) -> Stage:
     A share of the prompts and completions comes from what earlier iterations sampled, see `replay`.
     """
     c, config = made.config.reward_model, made.config
-    if made.reward_model is None:
-        raise ValueError(
-            f'reward_model.steps={c.steps} with weight=0: give the reward model a weight in the '
-            'reward, or leave its steps away'
-        )
+    parts_of(config)  # refuses what would do nothing
+    assert made.reward_model is not None
     if (c.loss == 'step') != (c.kind == 'process'):
         raise ValueError(
             f'reward_model.loss={c.loss!r} with kind={c.kind!r}: an outcome model is trained by '
@@ -288,7 +279,7 @@ def ranking(
     params = setup.newest_reward_params(made)
     if params is None:
         return None
-    judge = _judge(made, problems, _parts(made.config).algorithm)
+    judge = _judge(made, problems, parts_of(made.config).algorithm)
     return functools.partial(judge.rank, reward_params=params)
 
 
@@ -330,70 +321,3 @@ def _judge(made: Setup, training: Problems, algorithm: Algorithm) -> Judge:
         scorer = reward_model.make_scorer(made.reward_model, made.mesh, kind=c.kind)
     steps = rewards.build_steps(config.grpo.step_rewards) if process else None
     return Judge(training, functions, weights, steps, scorer, c.weight)
-
-
-def _parts(config: ConfigDict) -> Parts:
-    """Algorithm and scalars of the `grpo` section, a term of weight 0 left out of the program.
-
-    Raises:
-      ValueError: an unknown option, or one that is set but that none of the others reads.
-    """
-    c = config.grpo
-    algorithm, objective = Algorithm(**c.algorithm), Objective(**c.objective)
-    if not objective.beta:
-        algorithm = dataclasses.replace(algorithm, kl='none')
-    if objective.entropy_bonus:
-        algorithm = dataclasses.replace(algorithm, entropy=True)
-    if objective.top_entropy < 1:
-        algorithm = dataclasses.replace(algorithm, entropy_mask=True)
-    bounded = algorithm.loss in ('clipped', 'cispo')
-    trusted = algorithm.step == 'trust_region'
-    read = {
-        'clip_low': bounded,
-        'clip_high': bounded,
-        'dual_clip': algorithm.loss == 'clipped',
-        'tau_positive': algorithm.loss == 'sapo',
-        'tau_negative': algorithm.loss == 'sapo',
-        'importance_cap': algorithm.importance != 'none',
-        'kl_clamp': algorithm.kl != 'none',
-        'reference_decay': algorithm.reads_reference,
-        'label_smoothing': algorithm.loss == 'dpo',
-        'gamma': algorithm.has_critic,
-        'lam': algorithm.has_critic,
-        'value_clip': algorithm.has_critic,
-        'max_kl': trusted,
-        'damping': trusted,
-    }
-    usual = Objective()
-    for name, active in read.items():
-        value = getattr(objective, name)
-        if not active and value != getattr(usual, name):
-            raise ValueError(
-                f'grpo.objective.{name}={value} does nothing with loss={algorithm.loss!r}, '
-                f'importance={algorithm.importance!r}, baseline={algorithm.baseline!r}, '
-                f'step={algorithm.step!r} and kl={algorithm.kl!r}: leave it away'
-            )
-    _check_source(c, algorithm, objective)
-    return Parts(algorithm, objective, Sampling(**c.sampling))
-
-
-def _check_source(c: ConfigDict, algorithm: Algorithm, objective: Objective) -> None:
-    if c.source not in ('policy', 'reference'):
-        raise ValueError(f'grpo.source={c.source!r} is unknown: use policy or reference')
-    if c.source == 'reference' and algorithm.loss not in ('nll', *PAIRWISE):
-        raise ValueError(
-            f"grpo.source='reference' with loss={algorithm.loss!r}, whose ratio is that to the "
-            f"policy itself: use loss='nll' or one of {', '.join(PAIRWISE)}"
-        )
-    if algorithm.loss in PAIRWISE:
-        if not objective.beta:
-            raise ValueError(f'grpo.objective.beta=0 with loss={algorithm.loss!r}: set it above 0')
-        if c.group_size < 2 or c.drop:
-            raise ValueError(
-                f'loss={algorithm.loss!r} needs pairs: grpo.group_size={c.group_size} has to be '
-                f'at least 2, and grpo.drop={tuple(c.drop)} empty'
-            )
-    for name in c.drop:
-        if name not in collecting.DROPS:
-            known = ', '.join(collecting.DROPS)
-            raise ValueError(f'grpo.drop names {name!r}, which is unknown: use some of {known}')

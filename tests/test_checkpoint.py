@@ -63,7 +63,7 @@ def test_no_checkpoint_is_an_error(tmp_path, state):
     with pytest.raises(ValueError, match='holds no checkpoint of step None'):
         checkpoint.restore_params(manager, state.params, sharding.make_mesh())
     with pytest.raises(ValueError, match=f'{tmp_path} holds no checkpoint: train first, or name'):
-        checkpoint.newest_manager(tmp_path)
+        checkpoint.newest_manager(tmp_path, ('sft', 'grpo'))
 
 
 def test_a_save_that_was_cut_off_does_not_count(tmp_path, state):
@@ -79,11 +79,14 @@ def test_a_save_that_was_cut_off_does_not_count(tmp_path, state):
 
 
 def test_the_newest_manager_is_that_of_the_last_stage(tmp_path, state):
-    for stage, step in (('sft', 60), ('grpo', 4)):
+    for stage, step in (('sft', 60), ('grpo', 4), ('grpo-2', 3), ('grpo-10', 1)):
         assert not list(tmp_path.glob(f'checkpoints/{stage}'))
         saved(tmp_path / 'checkpoints' / stage, {step: state}).close()
-        manager = checkpoint.newest_manager(tmp_path)
+        manager = checkpoint.newest_manager(tmp_path, ('sft', 'grpo'))
         assert (manager.directory.name, manager.latest_step()) == (stage, step)
+    saved(tmp_path / 'checkpoints' / 'reward-11', {2: state}).close()
+    assert checkpoint.newest_manager(tmp_path, ('sft', 'grpo')).directory.name == 'grpo-10'
+    assert checkpoint.newest_manager(tmp_path, ('reward',)).directory.name == 'reward-11'
 
 
 # Whose folder is it?

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -73,10 +74,15 @@ def test_every_key_is_read(tmp_path):
         config.log.left_alone = 1
     seen = set()
     runs.train(Recorder(config, seen), tmp_path)
-    unread = {*leaves(config.to_dict())} - seen
-    assert unread == {'log.left_alone'}
     completions = runs.lines(tmp_path / 'completions.jsonl')
     assert [row['step'] for row in completions] == [step for step in range(8) for _ in range(3)]
+    other = runs.get_config()  # with a critic and a reward model
+    other.grpo.update(steps=2, rewards={})
+    other.grpo.algorithm.update(baseline='critic', scale='none', kl='k1', kl_place='reward')
+    other.reward_model.update(weight=1.0, steps=1, batch_size=2, group_size=2, microbatch=2)
+    runs.train(Recorder(other, seen), tmp_path / 'other')
+    unread = {*leaves(config.to_dict())} - seen
+    assert unread == {'log.left_alone'}
 
 
 # Text and back
@@ -275,6 +281,8 @@ def test_the_command_ends_with_one_line(tmp_path):
 
 @pytest.mark.parametrize('path', sorted((ROOT / 'configs').glob('*.py')), ids=lambda p: p.stem)
 def test_configs_name_their_command(path):
-    config, _ = grpo_config.parse([f'--config={path}', '--workdir=w'])
+    command = re.search(
+        rf'python -m grpo_jax.train --config=configs/({path.name}\S*) --workdir=', path.read_text()
+    )
+    config, _ = grpo_config.parse([f'--config={path.parent}/{command[1]}', '--workdir=w'])
     assert config.is_locked
-    assert f'python -m grpo_jax.train --config=configs/{path.name} --workdir=' in path.read_text()

@@ -132,13 +132,46 @@ def test_a_torn_last_line_is_removed(written, torn):
 
 
 def test_table(written):
-    assert report.before_and_after(written).splitlines() == [
+    assert report.before_and_after(written, 3).splitlines() == [
         'prompt  before (step 0)  after (step 3)',
         '---------------------------------------',
         '1+0=    + 1              + 1           ',
         '1+2=    - 2              + 3           ',
     ]
-    assert report.before_and_after(written, count=1).splitlines()[-1].startswith('1+0=')
+    assert report.before_and_after(written, 3, count=1).splitlines()[-1].startswith('1+0=')
+
+
+def test_iterations_are_numbered_through(written):
+    records = report.Records(written, 'grpo-2', 0)
+    records.heldout(0, make_evaluation(0))
+    records.metrics(0, {'reward': 2.0})
+    records.heldout(3, make_evaluation(3))
+    records.close()
+    rows = report.read_policy(written / 'heldout.jsonl', 3)
+    assert [(row['stage'], row['step']) for row in rows] == [
+        ('grpo', 0), ('grpo', 3), ('grpo-2', 3), ('grpo-2', 6),
+    ]  # fmt: skip
+    rows = report.read_policy(written / 'metrics.jsonl', 3)
+    assert [row['step'] for row in rows] == [0, 1, 2, 3]
+    report.cut_off(written / 'metrics.jsonl', 'reward-2', 0)  # comes before grpo-2
+    assert [row['stage'] for row in runs.lines(written / 'metrics.jsonl')][-1] == 'grpo'
+
+
+def test_without_iterations_sft_is_what_there_is(tmp_path):
+    records = report.Records(tmp_path, 'sft', 0)
+    records.heldout(0, make_evaluation(0))
+    records.close()
+    assert [row['stage'] for row in report.read_policy(tmp_path / 'heldout.jsonl', 0)] == ['sft']
+
+
+def test_an_evaluation_counts_once_its_line_is_whole(written):
+    assert report.has_heldout(written, 'grpo', 3)
+    assert not report.has_heldout(written, 'grpo', 2)
+    assert not report.has_heldout(written, 'grpo-2', 3)
+    assert not report.has_heldout(written / 'nowhere', 'grpo', 3)
+    path = written / 'heldout.jsonl'
+    path.write_text(path.read_text()[:-5])
+    assert not report.has_heldout(written, 'grpo', 3)
 
 
 def test_long_texts_are_cut(tmp_path):
@@ -146,13 +179,13 @@ def test_long_texts_are_cut(tmp_path):
     long = Evaluation({'eval/accuracy': 0.0}, ['a' * 50 + 'end'], ['x\n  y' + 'z' * 99], [False])
     records.heldout(0, long)
     records.close()
-    last = report.before_and_after(tmp_path).splitlines()[-1]
+    last = report.before_and_after(tmp_path, 1).splitlines()[-1]
     cell = '- x y' + 'z' * 34 + '...'
     assert last.split('  ') == ['a' * 27 + 'end', cell, cell]
 
 
 def test_picture(written):
-    path = report.plot(written)
+    path = report.plot(written, 3)
     assert path == written / 'reward.png'
     picture = matplotlib.image.imread(path)
     assert picture.shape[:2] == (720, 1080)

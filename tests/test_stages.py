@@ -17,7 +17,7 @@ import tiny
 
 from grpo_jax import data, models, report, rewards, setup, stages
 from grpo_jax.rewards import pool
-from grpo_jax.types import STAGES, Sampling
+from grpo_jax.types import Sampling
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 
@@ -118,7 +118,7 @@ def collect(asked, *, sampler=None, parts=2, **functions):
     with pytest.MonkeyPatch.context() as patch:
         for name, function in functions.items():
             patch.setattr(runs, name, function, raising=False)
-        return stages.grpo_stage(made, training, heldout).collect(0, params)
+        return stages.grpo_stage(made, training, heldout).collect(0, params, stages.Models(params))
 
 
 def test_a_part_is_judged_while_the_next_is_sampled(asked):
@@ -275,7 +275,7 @@ def test_demonstrations_of_a_chat_end_with_the_turn(source, tmp_path):
     config.sft.update(steps=2, batch_size=3, microbatch=3)
     made = setup.prepare(config, tmp_path / 'run')
     stage = stages.sft_stage(made, setup.training_problems(made, setup.heldout_problems(made)))
-    batch = stage.collect(0, None)
+    batch = stage.collect(0, None, None)
     assert batch.rollout.tokens[:, 0, :2].tolist() == [[ord('1'), folders.IM_END]] * 3
     assert batch.rollout.mask.sum(-1).tolist() == [[2]] * 3
     assert batch.rewards.tolist() == [[1.0]] * 3
@@ -283,11 +283,11 @@ def test_demonstrations_of_a_chat_end_with_the_turn(source, tmp_path):
 
 def test_without_beta_there_is_no_reference(asked):
     made, training, heldout, _ = asked
-    assert stages.grpo_stage(made, training, heldout).algorithm.kl == 'k3'
+    assert stages.grpo_stage(made, training, heldout).parts.algorithm.kl == 'k3'
     config = made.config.copy_and_resolve_references()
     config.grpo.objective.beta = 0.0
     made = dataclasses.replace(made, config=config)
-    assert stages.grpo_stage(made, training, heldout).algorithm.kl == 'none'
+    assert stages.grpo_stage(made, training, heldout).parts.algorithm.kl == 'none'
 
 
 # Runs from a checkpoint
@@ -295,7 +295,7 @@ def test_without_beta_there_is_no_reference(asked):
 
 def test_checkpoints_of_adapters_hold_adapters_only(adapted):
     _, workdir = adapted
-    for stage in STAGES:
+    for stage in ('sft', 'grpo'):
         state = newest(workdir, stage)
         names = {path[-1].key for path, _ in jax.tree_util.tree_leaves_with_path(state['params'])}
         assert len(names) == 4

@@ -183,7 +183,7 @@ def test_the_last_lines_printed(finished, tmp_path_factory):
     assert before != after
     assert last == f'held-out accuracy: {before:.1%} → {after:.1%}'
     assert curves == f'curves: {workdir}/reward.png'
-    assert '\n'.join(table) == report.before_and_after(workdir)
+    assert '\n'.join(table) == report.before_and_after(workdir, 8)
     assert len(table) == 2 + 8
     assert table[2].startswith(tests[0]['prompts'][0])
 
@@ -365,6 +365,26 @@ BAD = [
     ({'grpo.objective.tau_positive': 2.0}, "tau_positive=2.0 does nothing with loss='clipped',"),
     ({'grpo.objective.importance_cap': 3.0}, "importance_cap=3.0 does nothing with .*'none'"),
     ({'grpo.algorithm.kl': 'k1'}, "kl='k1' with kl_place='loss' has an expected on-policy"),
+    ({'grpo.algorithm.supervision': 'process'}, "supervision='process' without step rewards: name"),
+    ({'grpo.step_rewards': {'right_steps': 1.0}}, "step_rewards does nothing with .*'outcome'"),
+    ({'grpo.source': 'reference'}, "grpo.source='reference' with loss='clipped', whose ratio is"),
+    ({'grpo.source': 'sft'}, "grpo.source='sft' is unknown: use policy or reference"),
+    ({'grpo.drop': ('short',)}, "grpo.drop names 'short', which is unknown: use some of wrong,"),
+    ({'grpo.algorithm.loss': 'dpo'}, "loss='dpo' with scale='std': preference losses compare"),
+    ({'grpo.objective.lam': 0.5}, "lam=0.5 does nothing with .*baseline='mean'"),
+    ({'grpo.objective.max_kl': 0.5}, "max_kl=0.5 does nothing with .*step='optimizer'"),
+    ({'grpo.algorithm.step': 'trust_region'}, "step='trust_region' with loss='clipped'"),
+    (
+        {'critic.optimizer.learning_rate': 1.0},
+        "critic.optimizer.learning_rate=1.0 .* nothing .*'mean'",
+    ),
+    ({'reward_model.steps': 3}, 'reward_model.steps=3 does nothing with reward_model.weight=0'),
+    ({'reward_model.weight': 1.0}, 'reward_model.weight=1.0 of a reward model that is neither'),
+    (
+        {'reward_model.weight': 1.0, 'reward_model.steps': 3, 'reward_model.kind': 'process'},
+        "reward_model.loss='bradley_terry' with kind='process': an outcome model is trained by",
+    ),
+    ({'grpo.steps': 0, 'sft.steps': 0}, 'sft.steps=0 and grpo.steps=0: set one of them'),
     ({'grpo.sampling.temperature': 0.0}, r'sampling temperature=0.0: make it above 0'),
     ({'grpo.sampling.top_k': -1}, 'sampling top_k=-1: make it at least 0'),
     ({'grpo.sampling.top_p': 1.5}, 'sampling top_p=1.5: make it above 0 and at most 1'),

@@ -1,0 +1,101 @@
+"""From the config's `grpo` section to what the update computes; refuses what would do nothing."""
+
+import dataclasses
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from grpo_jax.algorithm import Algorithm
+from grpo_jax.collect import DROPS
+from grpo_jax.config import differing_defaults
+from grpo_jax.losses import PAIRWISE, Objective
+from grpo_jax.types import Sampling
+
+
+class Parts(NamedTuple):
+    """What a policy is trained with."""
+
+    algorithm: Algorithm
+    objective: Objective
+    sampling: Sampling
+
+
+def parts_of(config: ConfigDict) -> Parts:
+    """Algorithm and scalars of the `grpo` section, a term of weight 0 left out of the program.
+
+    Raises:
+      ValueError: an unknown option, or one that is set but that none of the others reads.
+    """
+    c = config.grpo
+    algorithm, objective = Algorithm(**c.algorithm), Objective(**c.objective)
+    if not objective.beta:
+        algorithm = dataclasses.replace(algorithm, kl='none')
+    if objective.entropy_bonus:
+        algorithm = dataclasses.replace(algorithm, entropy=True)
+    if objective.top_entropy < 1:
+        algorithm = dataclasses.replace(algorithm, entropy_mask=True)
+    bounded = algorithm.loss in ('clipped', 'cispo')
+    trusted = algorithm.step == 'trust_region'
+    read = {
+        'clip_low': bounded,
+        'clip_high': bounded,
+        'dual_clip': algorithm.loss == 'clipped',
+        'tau_positive': algorithm.loss == 'sapo',
+        'tau_negative': algorithm.loss == 'sapo',
+        'importance_cap': algorithm.importance != 'none',
+        'kl_clamp': algorithm.kl != 'none',
+        'reference_decay': algorithm.reads_reference,
+        'label_smoothing': algorithm.loss == 'dpo',
+        'gamma': algorithm.has_critic,
+        'lam': algorithm.has_critic,
+        'value_clip': algorithm.has_critic,
+        'max_kl': trusted,
+        'damping': trusted,
+    }
+    usual = Objective()
+    for name, active in read.items():
+        value = getattr(objective, name)
+        if not active and value != getattr(usual, name):
+            raise ValueError(
+                f'grpo.objective.{name}={value} does nothing with loss={algorithm.loss!r}, '
+                f'importance={algorithm.importance!r}, baseline={algorithm.baseline!r}, '
+                f'step={algorithm.step!r} and kl={algorithm.kl!r}: leave it away'
+            )
+    _check_source(c, algorithm, objective)
+    _check_sections(config, algorithm)
+    return Parts(algorithm, objective, Sampling(**c.sampling))
+
+
+def _check_sections(config: ConfigDict, algorithm: Algorithm) -> None:
+    """Refuses what is set in a section that nothing reads."""
+    unread = {}
+    if not algorithm.has_critic:
+        unread['critic'] = f'baseline={algorithm.baseline!r}'
+    if not config.reward_model.weight:
+        unread['reward_model'] = 'reward_model.weight=0'
+    if algorithm.step == 'trust_region':
+        unread['grpo.optimizer'] = "step='trust_region'"
+    for path, reason in differing_defaults(config, unread):
+        raise ValueError(f'{path} does nothing with {reason}: leave it away')
+
+
+def _check_source(c: ConfigDict, algorithm: Algorithm, objective: Objective) -> None:
+    if c.source not in ('policy', 'reference'):
+        raise ValueError(f'grpo.source={c.source!r} is unknown: use policy or reference')
+    if c.source == 'reference' and algorithm.loss not in ('nll', *PAIRWISE):
+        raise ValueError(
+            f"grpo.source='reference' with loss={algorithm.loss!r}, whose ratio is that to the "
+            f"policy itself: use loss='nll' or one of {', '.join(PAIRWISE)}"
+        )
+    if algorithm.loss in PAIRWISE:
+        if not objective.beta:
+            raise ValueError(f'grpo.objective.beta=0 with loss={algorithm.loss!r}: set it above 0')
+        if c.group_size < 2 or c.drop:
+            raise ValueError(
+                f'loss={algorithm.loss!r} needs pairs: grpo.group_size={c.group_size} has to be '
+                f'at least 2, and grpo.drop={tuple(c.drop)} empty'
+            )
+    for name in c.drop:
+        if name not in DROPS:
+            known = ', '.join(DROPS)
+            raise ValueError(f'grpo.drop names {name!r}, which is unknown: use some of {known}')
