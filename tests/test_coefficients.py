@@ -323,9 +323,9 @@ def test_gradient_coefficient_is_that_of_the_program(name):
 
 
 def test_imitation_has_the_coefficient_one():
-    """SFT: one demonstration of each prompt, by the settings of the stage itself."""
+    """SFT: one demonstration of each prompt, by the stage's settings, which read no reference."""
     rollout = first(1)._replace(logprobs=np.zeros((B, 1, T), np.float32))
-    demonstrations = find(stages.SFT, Objective(), rollout, np.ones((B, 1), np.float32))
+    demonstrations = find(stages.SFT, Objective(beta=BETA), rollout, np.ones((B, 1), np.float32))
     close(demonstrations.coefficient, np.where(rollout.mask, 1, 0))
     close(demonstrations.function, np.where(rollout.mask, 1, 0))
 
