@@ -23,8 +23,8 @@ from scipy import stats
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the configs are no part of the package
 
-from grpo_jax import judging, report, setup  # noqa: E402
 from grpo_jax import config as grpo_config  # noqa: E402
+from grpo_jax import judging, report, setup  # noqa: E402
 from grpo_jax.train import train  # noqa: E402
 
 METHODS = {

@@ -10,12 +10,12 @@ import pathlib
 from ml_collections import ConfigDict
 
 from grpo_jax import config as grpo_config
-from grpo_jax import presets
 
 
 def get_config() -> ConfigDict:
     config = grpo_config.load(pathlib.Path(__file__).with_name('arithmetic.py'))
-    config.grpo.update(iterations=3, steps=60, rewards={})
+    config.grpo.update(iterations=3, steps=60)
+    config.grpo.rewards = {}
     config.reward_model.update(weight=1.0, steps=60)
     config.reward_model.optimizer.update(learning_rate=1e-3, warmup_steps=10, decay='linear')
     return config

@@ -29,7 +29,8 @@ def get_config(name: str) -> ConfigDict:
         config.grpo.steps = 0
         config.eval.every = 500
     elif name == 'grpo_iterative':
-        config.grpo.update(iterations=3, steps=20, rewards={})
+        config.grpo.update(iterations=3, steps=20)
+        config.grpo.rewards = {}
         config.reward_model.update(weight=1.0, steps=40, batch_size=16, microbatch=16)
         config.reward_model.optimizer.update(learning_rate=3e-4, warmup_steps=5)
         config.eval.every = 5
@@ -38,7 +39,8 @@ def get_config(name: str) -> ConfigDict:
     if name == 'sft':
         config.sft.steps = 620
     if name == 'grpo_process':
-        config.grpo.update(step_rewards={'right_steps': 1.0}, rewards={})
+        config.grpo.step_rewards = {'right_steps': 1.0}
+        config.grpo.rewards = {}
     if name == 'trpo':
         config.grpo.optimizer.update(learning_rate=1e-6, warmup_steps=0)
     return config
