@@ -23,7 +23,6 @@ def get_config(name: str) -> ConfigDict:
     config.grpo.update(steps=60, batch_size=16)
     config.grpo.algorithm.microbatch = 16
     config.grpo.optimizer.update(learning_rate=3e-5, warmup_steps=5)
-    config.critic.optimizer.update(learning_rate=3e-4, warmup_steps=5)
     config.eval.update(every=10, samples=0)
     if name in ('start', 'sft'):
         config.grpo.steps = 0
@@ -36,6 +35,8 @@ def get_config(name: str) -> ConfigDict:
         config.eval.every = 5
     else:
         presets.apply(config, name)
+    if name == 'ppo':
+        config.critic.optimizer.update(learning_rate=3e-4, warmup_steps=5)
     if name == 'sft':
         config.sft.steps = 620
     if name == 'grpo_process':
