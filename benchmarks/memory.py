@@ -19,9 +19,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from grpo_jax import models, sharding, update
-from grpo_jax.losses import Objective
 from grpo_jax.optimizer import adamw
-from grpo_jax.types import Prompts, Rollout, Sampling
+from grpo_jax.types import Objective, Prompts, Rollout, Sampling
 
 SHAPES: dict[str, dict[str, Any]] = {
     'small': {  # that of configs/arithmetic.py
@@ -68,9 +67,7 @@ def make_mesh() -> Mesh:
     """Devices of this machine, or of a TPU slice that is only described."""
     devices: Any = jax.devices()
     if TOPOLOGY.value:
-        devices = topologies.get_topology_desc(
-            platform='tpu', topology_name=TOPOLOGY.value
-        ).devices
+        devices = topologies.get_topology_desc(platform='tpu', topology_name=TOPOLOGY.value).devices
     grid = np.asarray(devices[: FSDP.value]).reshape(FSDP.value, 1)
     return Mesh(grid, sharding.AXES, axis_types=(AxisType.Auto,) * 2)
 
@@ -82,17 +79,13 @@ def measure(model: models.Transformer, mesh: Mesh, with_critic: bool) -> dict[st
     critic = None
     options: dict[str, Any] = {'kl': 'k3'}
     if with_critic:
-        critic = update.Critic(
-            models.Transformer(models.with_scalar_head(model.config)), optimizer
-        )
+        critic = update.Critic(models.Transformer(models.with_scalar_head(model.config)), optimizer)
         options = {'baseline': 'critic', 'scale': 'batch', 'kl': 'k1', 'kl_place': 'reward'}
     algorithm = update.Algorithm(microbatch=microbatch, **options)
-    step = update.make_step(model, optimizer, algorithm, mesh, critic=critic)
+    step: Any = update.make_step(model, optimizer, algorithm, mesh, critic=critic)
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = placed(
-        jax.eval_shape(
-            functools.partial(update.init_state, model, optimizer, critic=critic), key
-        ),
+        jax.eval_shape(functools.partial(update.init_state, model, optimizer, critic=critic), key),
         mesh,
     )
     reference = state.params

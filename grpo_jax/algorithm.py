@@ -1,13 +1,14 @@
 """What an update computes, as one set of static options.
 
 Every row of DeepSeekMath's unified table (arXiv 2402.03300, table 10) and every variant in
-`presets` is a choice of these options, of the scalars in `losses.Objective` and of who samples.
+`presets` is a choice of these options, of the scalars in `types.Objective` and of who samples.
 """
 
 import dataclasses
 
 from grpo_jax.advantages import check_group_options
-from grpo_jax.losses import LOSSES, PAIRWISE
+from grpo_jax.losses import LOSSES
+from grpo_jax.preferences import PAIRWISE
 from grpo_jax.score import AGGREGATIONS
 
 RATIOS = ('token', 'sequence', 'sequence_token')

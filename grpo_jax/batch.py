@@ -9,10 +9,9 @@ import jax.numpy as jnp
 from grpo_jax import losses, models, program
 from grpo_jax.advantages import gae, group_advantages, normalize_batch, process_advantages
 from grpo_jax.algorithm import Algorithm
-from grpo_jax.losses import Objective
 from grpo_jax.program import Actor, Microbatches
 from grpo_jax.score import least_certain, token_weights
-from grpo_jax.types import Batch, Params, Rollout, StepRewards, TrainState
+from grpo_jax.types import Batch, Objective, Params, Rollout, StepRewards, TrainState
 
 
 def make_batch(

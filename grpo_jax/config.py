@@ -22,9 +22,8 @@ from ml_collections import ConfigDict, config_flags
 
 from grpo_jax.algorithm import Algorithm
 from grpo_jax.command import one_line_errors
-from grpo_jax.losses import Objective
 from grpo_jax.models import Lora, ModelConfig
-from grpo_jax.types import Sampling
+from grpo_jax.types import Objective, Sampling
 
 FREE = (
     'data.options',
@@ -57,6 +56,9 @@ _LEAST = {  # the smallest value of what nothing else checks before training
     'grpo.group_size': 1,
     'grpo.sample_batch': 0,
     'grpo.refill': 0,
+    **{f'{stage}.optimizer.learning_rate': 0 for stage in ('sft', 'grpo', 'critic')},
+    **{f'grpo.objective.{name}': 0 for name in Objective._fields},
+    'reward_model.optimizer.learning_rate': 0,
     'reward_model.steps': 0,
     'reward_model.batch_size': 1,
     'reward_model.group_size': 1,
@@ -125,7 +127,7 @@ def defaults() -> ConfigDict:
         'refill': 0,  # most further batches per step to replace groups whose rewards are all equal
         'drop': (),  # completions not learnt from: 'wrong' (reward <= 0), 'duplicates', 'truncated'
         'algorithm': _fields(Algorithm),  # see `update.Algorithm`
-        'objective': Objective(beta=0.04)._asdict(),  # see `losses.Objective`
+        'objective': Objective(beta=0.04)._asdict(),  # see `types.Objective`
         'sampling': Sampling()._asdict(),  # see `types.Sampling`
         'rewards': {},  # function -> weight, or weight and options, see `rewards.build`
         'step_rewards': {},  # one step function, likewise; for supervision='process'
@@ -175,7 +177,7 @@ def check_values(config: ConfigDict) -> None:
     values = config.to_dict()
     for path, least in _LEAST.items():
         value = functools.reduce(operator.getitem, path.split('.'), values)
-        if value < least:
+        if not value >= least:  # a NaN is not
             raise ValueError(f'{path}={value} is too small: make it at least {least}')
 
 
@@ -191,7 +193,7 @@ def _flat(config: Mapping[str, Any], prefix: str = '', free: Sequence[str] = FRE
 def _nearest(key: str) -> str:
     known = _flat(defaults())
     last = key.rpartition('.')[2]
-    by_name = {path.rpartition('.')[2]: path for path in known}
+    by_name = {path.rpartition('.')[2]: path for path in reversed(known)}
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
     near = near or [by_name[n] for n in difflib.get_close_matches(last, by_name, n=1, cutoff=0.5)]
     return f'did you mean {near[0]!r}?' if near else 'see grpo_jax.config.defaults() for all keys'

@@ -6,34 +6,11 @@ moved since sampling they are the current ones behind a stop_gradient, which giv
 its gradient.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.types import Array, Batch
-
-
-class Objective(NamedTuple):
-    """Scalars of the loss, traced by jit: changing one never recompiles."""
-
-    clip_low: Array | float = 0.2  # the ratio's lower bound is 1 - clip_low
-    clip_high: Array | float = 0.2  # its upper bound 1 + clip_high
-    beta: Array | float = 0.0  # weight of the KL term to the reference; scales a pair's `margin`
-    dual_clip: Array | float = 0.0  # for A < 0 the loss is at most dual_clip * |A|; 0: unbounded
-    kl_clamp: Array | float = 0.0  # the KL term lies within +- kl_clamp; 0: anywhere
-    tau_positive: Array | float = 1.0  # SAPO's temperature where A > 0
-    tau_negative: Array | float = 1.05  # and where A <= 0
-    importance_cap: Array | float = 2.0  # C of `importance_weights`
-    entropy_bonus: Array | float = 0.0  # weight of the entropy, which is then raised
-    top_entropy: Array | float = 1.0  # share of the tokens, the least certain, that are trained
-    reference_decay: Array | float = 1.0  # d: after a step, ref = d * ref + (1 - d) * policy
-    label_smoothing: Array | float = 0.0  # DPO: probability that a pair is the wrong way round
-    gamma: Array | float = 1.0  # PPO's discount per token
-    lam: Array | float = 0.95  # its lambda, see `advantages.gae`
-    value_clip: Array | float = 0.2  # how far a value may move for its loss to count; 0: any way
-    max_kl: Array | float = 0.01  # TRPO's bound on the mean KL to the policy before the step
-    damping: Array | float = 0.1  # added to the diagonal of its Fisher matrix
+from grpo_jax.preferences import PAIRWISE, dpo, hinge, ipo
+from grpo_jax.types import Array, Batch, Objective
 
 
 def per_token(
@@ -176,80 +153,6 @@ def sapo(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Array:
     return -group.advantages * jax.nn.sigmoid(tau * (ratio - 1)) * 4 / tau
 
 
-def dpo(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Array:
-    """-(1 - s) log sigmoid(beta * m) - s log sigmoid(-beta * m) of a pair with the `margin` m.
-
-    Direct preference optimization (arXiv 2305.18290), eq. 7, where s = label_smoothing is 0; the
-    conservative form (see arXiv 2403.00409) holds the preference to be wrong with probability s.
-
-    Args:
-      logprobs: f32[2, T] of the policy that is trained.
-      group: see `margin`.
-      objective: beta and label_smoothing.
-
-    Returns:
-      f32[2, T], the pair's loss at each of its tokens: with the weights 1 / (B G |o_i|) of
-      'sequence_mean' the sum over all tokens is the mean over pairs.
-    """
-    scaled = objective.beta * margin(logprobs, group)
-    kept, swapped = jax.nn.log_sigmoid(scaled), jax.nn.log_sigmoid(-scaled)
-    smoothing = objective.label_smoothing
-    return jnp.broadcast_to(-(1 - smoothing) * kept - smoothing * swapped, logprobs.shape)
-
-
-def ipo(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Array:
-    """(m - 1 / (2 beta))^2 of a pair with the `margin` m; beta must not be 0.
-
-    A general theoretical paradigm (Azar et al., arXiv 2310.12036), eq. 17. Arguments and result are
-    those of `dpo`.
-    """
-    loss = jnp.square(margin(logprobs, group) - 0.5 / objective.beta)
-    return jnp.broadcast_to(loss, logprobs.shape)
-
-
-def hinge(logprobs: jax.Array, group: Batch, objective: Objective) -> jax.Array:
-    """max(0, 1 - beta * m) of a pair with the `margin` m.
-
-    SLiC-HF (arXiv 2305.10425), of log-ratios to the reference. Arguments and result are
-    those of `dpo`.
-    """
-    loss = jax.nn.relu(1 - objective.beta * margin(logprobs, group))
-    return jnp.broadcast_to(loss, logprobs.shape)
-
-
-def margin(logprobs: jax.Array, group: Batch) -> jax.Array:
-    """How much further a pair's preferred completion has moved from the reference than the other.
-
-    m = log-ratio(preferred) - log-ratio(other), a completion's log-ratio being the sum of
-    log(pi / ref) over its tokens. The one with the larger advantage is preferred; where both have
-    the same there is no preference, and m and its gradient are 0.
-
-    Args:
-      logprobs: f32[2, T] of the policy that is trained.
-      group: ref_logprobs f32[2, T], the rollout's mask, and advantages f32[2, T], each the same at
-        all tokens of a completion.
-
-    Returns:
-      f32[].
-
-    Raises:
-      ValueError: the group is no pair, or has no ref_logprobs.
-    """
-    if logprobs.shape[0] != 2:
-        raise ValueError(
-            f'group_size={logprobs.shape[0]}: the losses {", ".join(PAIRWISE)} compare a pair of '
-            'completions; use group_size=2'
-        )
-    if group.ref_logprobs is None:
-        raise ValueError(
-            f'ref_logprobs=None: the losses {", ".join(PAIRWISE)} are relative to a reference; '
-            'give the log-probs of one'
-        )
-    difference = jnp.where(group.rollout.mask, logprobs - group.ref_logprobs, 0.0)
-    advantage = group.advantages[:, 0]
-    return (jnp.sign(advantage - advantage[::-1]) * difference.sum(-1)).sum()
-
-
 def value_loss(values: jax.Array, group: Batch, objective: Objective) -> jax.Array:
     """max((v - R)^2, (clip(v, old - value_clip, old + value_clip) - R)^2) / 2, a critic's loss.
 
@@ -363,4 +266,3 @@ FUNCTIONS = {
     'hinge': hinge,
 }
 LOSSES = tuple(FUNCTIONS)
-PAIRWISE = ('dpo', 'ipo', 'hinge')  # of two completions of one prompt, one of them preferred

@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 from grpo_jax.algorithm import Algorithm
 from grpo_jax.collect import DROPS
 from grpo_jax.config import differing_defaults
-from grpo_jax.losses import PAIRWISE, Objective
-from grpo_jax.types import Sampling
+from grpo_jax.preferences import PAIRWISE
+from grpo_jax.types import Objective, Sampling
 
 
 class Parts(NamedTuple):

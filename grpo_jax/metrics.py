@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax import losses
-from grpo_jax.losses import Objective
-from grpo_jax.types import Batch, Rollout, StepRewards
+from grpo_jax.preferences import margin
+from grpo_jax.types import Batch, Objective, Rollout, StepRewards
 
 
 def rollout_metrics(rollout: Rollout, rewards: jax.Array | StepRewards) -> dict[str, jax.Array]:
@@ -75,12 +75,12 @@ def pair_terms(logprobs, group: Batch, objective: Objective) -> dict[str, jax.Ar
 
     A pair without a preference counts for neither.
     """
-    margin = objective.beta * losses.margin(logprobs, group)
+    scaled = objective.beta * margin(logprobs, group)
     told = group.advantages[0, 0] != group.advantages[1, 0]
     return {
         'pairs': told.astype(jnp.float32),
-        'margin': jnp.where(told, margin, 0.0),
-        'preferred': (told & (margin > 0)).astype(jnp.float32),
+        'margin': jnp.where(told, scaled, 0.0),
+        'preferred': (told & (scaled > 0)).astype(jnp.float32),
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from grpo_jax.algorithm import Algorithm
-from grpo_jax.losses import Objective
+from grpo_jax.types import Objective
 
 # What no preset that leaves it away has, so that one can follow another.
 _PLAIN = {

@@ -16,10 +16,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax import losses, models, trust_region
 from grpo_jax.algorithm import Algorithm
-from grpo_jax.losses import Objective
 from grpo_jax.metrics import critic_terms, group_terms, pair_terms
+from grpo_jax.preferences import PAIRWISE
 from grpo_jax.score import completion_kl, completion_logprobs
-from grpo_jax.types import Batch, Params, Rollout, Sampling, TrainState
+from grpo_jax.types import Batch, Objective, Params, Rollout, Sampling, TrainState
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,10 +232,10 @@ class Program:
             kl_place=a.kl_place,
         )
         loss = _weighted(group, per_token)
-        bounded = a.loss != 'nll' and a.loss not in losses.PAIRWISE
+        bounded = a.loss != 'nll' and a.loss not in PAIRWISE
         level = losses.at_level(logprobs, group, a.ratio) if bounded else None
         terms = group_terms(level, group, objective, kl, entropy)
-        if a.loss in losses.PAIRWISE:
+        if a.loss in PAIRWISE:
             terms |= pair_terms(logprobs, group, objective)
         return loss, jax.lax.stop_gradient(terms | {'loss': loss})
 

@@ -16,13 +16,13 @@ from grpo_jax import data, judging, models, reward_model, rewards, setup, shardi
 from grpo_jax.advantages import check_group_options
 from grpo_jax.algorithm import Algorithm
 from grpo_jax.collect import Collected
-from grpo_jax.losses import PAIRWISE, Objective
 from grpo_jax.methods import Parts, parts_of
 from grpo_jax.optimizer import adamw
+from grpo_jax.preferences import PAIRWISE
 from grpo_jax.replay import Replay
 from grpo_jax.sample import check_sampling
 from grpo_jax.setup import Problems, Setup
-from grpo_jax.types import Params, Prompts, Rollout, Sampling, TrainState
+from grpo_jax.types import Objective, Params, Prompts, Rollout, Sampling, TrainState
 from grpo_jax.verdicts import Judge
 
 log = logging.getLogger('grpo_jax')

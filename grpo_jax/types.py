@@ -78,6 +78,28 @@ class Sampling(NamedTuple):
     min_p: Array | float = 0.0  # keep tokens with at least this share of the largest probability
 
 
+class Objective(NamedTuple):
+    """Scalars of the loss, traced by jit: changing one never recompiles."""
+
+    clip_low: Array | float = 0.2  # the ratio's lower bound is 1 - clip_low
+    clip_high: Array | float = 0.2  # its upper bound 1 + clip_high
+    beta: Array | float = 0.0  # weight of the KL term to the reference; scales a pair's `margin`
+    dual_clip: Array | float = 0.0  # for A < 0 the loss is at most dual_clip * |A|; 0: unbounded
+    kl_clamp: Array | float = 0.0  # the KL term lies within +- kl_clamp; 0: anywhere
+    tau_positive: Array | float = 1.0  # SAPO's temperature where A > 0
+    tau_negative: Array | float = 1.05  # and where A <= 0
+    importance_cap: Array | float = 2.0  # C of `importance_weights`
+    entropy_bonus: Array | float = 0.0  # weight of the entropy, which is then raised
+    top_entropy: Array | float = 1.0  # share of the tokens, the least certain, that are trained
+    reference_decay: Array | float = 1.0  # d: after a step, ref = d * ref + (1 - d) * policy
+    label_smoothing: Array | float = 0.0  # DPO: probability that a pair is the wrong way round
+    gamma: Array | float = 1.0  # PPO's discount per token
+    lam: Array | float = 0.95  # its lambda, see `advantages.gae`
+    value_clip: Array | float = 0.2  # how far a value may move for its loss to count; 0: any way
+    max_kl: Array | float = 0.01  # TRPO's bound on the mean KL to the policy before the step
+    damping: Array | float = 0.1  # added to the diagonal of its Fisher matrix
+
+
 def stage_order(name: str) -> tuple[int, int]:
     """Sorts the stages of a run: sft, reward, grpo, reward-2, grpo-2, ..."""
     kind, _, iteration = name.partition('-')

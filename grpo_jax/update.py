@@ -14,14 +14,14 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from grpo_jax import losses, models, sharding
+from grpo_jax import models, sharding
 from grpo_jax.advantages import check_group_options
 from grpo_jax.algorithm import Algorithm
 from grpo_jax.batch import make_batch
-from grpo_jax.losses import Objective
 from grpo_jax.metrics import reduce_terms, rollout_metrics
+from grpo_jax.preferences import PAIRWISE
 from grpo_jax.program import Actor, Critic, Microbatches, Program
-from grpo_jax.types import Params, Rollout, Sampling, StepRewards, TrainState
+from grpo_jax.types import Objective, Params, Rollout, Sampling, StepRewards, TrainState
 
 __all__ = ['Algorithm', 'Critic', 'init_state', 'make_step', 'update']
 
@@ -167,7 +167,7 @@ def update(
     if model.config.lora.rank and ref_params is None:
         raise ValueError('ref_params=None with adapters: give the parameters of their base')
     reference = ref_params if state.reference is None else state.reference
-    if a.loss in losses.PAIRWISE and reference is None:
+    if a.loss in PAIRWISE and reference is None:
         raise ValueError(f'ref_params=None with loss={a.loss!r}: give the parameters of its policy')
     sharding.check_batch(size, a.microbatch, mesh)
     check_group_options(group_size, baseline=a.baseline, scale=a.scale)

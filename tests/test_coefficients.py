@@ -22,10 +22,10 @@ import tiny
 
 from grpo_jax import collect, config, losses, presets, stages
 from grpo_jax.batch import make_batch
-from grpo_jax.losses import PAIRWISE, Objective
 from grpo_jax.models import Lora
+from grpo_jax.preferences import PAIRWISE
 from grpo_jax.program import Actor, Microbatches
-from grpo_jax.types import Batch, Prompts, Rollout, Sampling, StepRewards, TrainState
+from grpo_jax.types import Batch, Objective, Prompts, Rollout, Sampling, StepRewards, TrainState
 from grpo_jax.update import Algorithm, Critic, update
 
 B, G, T = SIZE = (3, 4, 5)

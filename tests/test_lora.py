@@ -11,11 +11,10 @@ import tiny
 from test_models import group_logits
 
 from grpo_jax import models, sharding
-from grpo_jax.losses import Objective
 from grpo_jax.models import Lora
 from grpo_jax.optimizer import adamw
 from grpo_jax.sample import sample
-from grpo_jax.types import Sampling
+from grpo_jax.types import Objective, Sampling
 from grpo_jax.update import Algorithm, init_state, make_step, update
 
 LORA = Lora(rank=3, alpha=5.0)

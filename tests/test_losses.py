@@ -17,8 +17,7 @@ import oracle
 import pytest
 
 from grpo_jax import losses
-from grpo_jax.losses import Objective
-from grpo_jax.types import Batch, Rollout
+from grpo_jax.types import Batch, Objective, Rollout
 
 RATIOS = (0.1, 0.75, 0.79, 0.85, 1.01, 1.15, 1.25, 1.31, 4.0)
 ADVANTAGES = (-2.0, -0.5, 0.0, 0.3, 1.7)

@@ -12,9 +12,10 @@ import oracle
 import pytest
 
 from grpo_jax import losses
-from grpo_jax.losses import LOSSES, PAIRWISE, Objective
+from grpo_jax.losses import LOSSES
+from grpo_jax.preferences import PAIRWISE
 from grpo_jax.score import token_weights
-from grpo_jax.types import Batch, Rollout
+from grpo_jax.types import Batch, Objective, Rollout
 
 VARIANTS = {
     'dpo': ('dpo', Objective(beta=0.7)),

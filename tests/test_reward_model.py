@@ -6,6 +6,7 @@ written down. The recording optimizer keeps the gradient that it was given.
 
 import functools
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -257,6 +258,13 @@ def test_microbatches_change_nothing(loss, microbatch):
     assert ours_metrics == pytest.approx(metrics, abs=1e-6)
 
 
+@pytest.mark.parametrize(('microbatch', 'pieces'), [(1, 4), (2, 2)])
+def test_microbatches_are_computed_one_after_the_other(microbatch, pieces):
+    step = make_step(UNIGRAM, RECORDER, 'label', microbatch=microbatch)
+    program = str(jax.make_jaxpr(step)(fresh(PARAMS), ROLLOUT, PROBABILITIES))
+    assert re.findall(r'length=(\d+)', program) == [str(pieces)]
+
+
 def test_scores_of_zero_are_right_about_nothing():
     params = PARAMS | {'score': np.zeros((6, 1), np.float32)}
     for loss, data in DATA.items():
@@ -341,6 +349,19 @@ def test_on_a_mesh(shape):
     assert {name: float(value) for name, value in metrics.items()} == pytest.approx(
         {name: float(value) for name, value in expected_metrics.items()}, abs=1e-5
     )
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason='needs eight devices')
+def test_groups_stay_on_their_devices():
+    """Activations [B, G, T, D] and microbatches [1, B, G, T] are held where their groups lie."""
+    mesh = sharding.make_mesh(fsdp=8)
+    state = init_state(MESHED, RECORDER, tiny.make_params(MESHED), mesh)
+    scorer = make_scorer(MESHED, mesh).lower(state.params, BIG)
+    step = make_step(MESHED, RECORDER, 'bradley_terry', mesh, microbatch=8)
+    step = step.lower(state, BIG, BIG_LABELS)
+    for program, shape in ((scorer, '8x3x5x16xf32'), (step, '8x3x5x16xf32'), (step, '1x8x3x5xi32')):
+        held = re.findall(r'sharding_constraint .* : tensor<(.*)>', program.as_text())
+        assert shape in held
 
 
 @functools.cache

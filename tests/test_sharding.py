@@ -12,11 +12,10 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from grpo_jax import sharding
-from grpo_jax.losses import Objective
 from grpo_jax.models import Lora
 from grpo_jax.optimizer import adamw
 from grpo_jax.sample import sample
-from grpo_jax.types import Sampling, TrainState
+from grpo_jax.types import Objective, Sampling, TrainState
 from grpo_jax.update import Algorithm, init_state, make_step, update
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason='needs eight devices')

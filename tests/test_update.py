@@ -17,10 +17,9 @@ import pytest
 import tiny
 
 from grpo_jax.flops import count_flops
-from grpo_jax.losses import Objective
 from grpo_jax.optimizer import adamw
 from grpo_jax.score import completion_logprobs
-from grpo_jax.types import Prompts, Rollout, Sampling, TrainState
+from grpo_jax.types import Objective, Prompts, Rollout, Sampling, TrainState
 from grpo_jax.update import Algorithm, init_state, make_step, update
 
 RATE = 3.0  # large: two inner updates must leave the clip range

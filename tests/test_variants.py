@@ -16,9 +16,8 @@ import pytest
 
 from grpo_jax import losses
 from grpo_jax.advantages import gae, group_advantages, normalize_batch, process_advantages
-from grpo_jax.losses import Objective
 from grpo_jax.score import token_weights
-from grpo_jax.types import Batch, Prompts, Rollout
+from grpo_jax.types import Batch, Objective, Prompts, Rollout
 
 VARIANTS = {
     'GRPO': {},

@@ -1,0 +1,285 @@
+"""What rules, step rewards and a reward model say of a rollout, by hand; where steps end."""
+
+import hypothesis
+import hypothesis.strategies as st
+import numpy as np
+import pytest
+
+from grpo_jax import data, rewards, tokens, verdicts
+from grpo_jax.setup import Problems
+from grpo_jax.types import Prompts, Rollout, StepRewards
+from grpo_jax.verdicts import Judge
+
+BYTES = tokens.byte_tokenizer()
+LENGTH = 6
+ROWS = [{'question': f'{i}?', 'answer': str(i)} for i in range(5)]
+INDEX = [3, 1]
+TEXTS = [['ab;cd', 'é;abcd', ''], ['3;4;5;', ';', 'abc']]  # the second has no room for EOS
+LENGTHS = [[6, 6, 1], [6, 2, 4]]  # tokens, with EOS
+
+
+def make_rollout(texts=TEXTS, index=INDEX):
+    index = np.array(index, np.int32)
+    made = np.full((len(texts), len(texts[0]), LENGTH), BYTES.pad_token_id, np.int32)
+    mask, ended = np.zeros(made.shape, bool), np.zeros(made.shape[:2], bool)
+    for row in np.ndindex(ended.shape):
+        ids = [*texts[row[0]][row[1]].encode(), BYTES.eos_token_id]
+        ended[row] = len(ids) <= LENGTH
+        made[row][: len(ids)] = ids[:LENGTH]
+        mask[row][: len(ids)] = True
+    asked = np.array([[*f'{i}?'.encode()] for i in index], np.int32)
+    prompts = Prompts(asked, np.full(len(index), 2, np.int32), index)
+    return Rollout(prompts, made, mask, np.zeros(made.shape, np.float32), ended)
+
+
+def problems(stops=()):
+    table = data.tokenize_prompts(ROWS, BYTES, template='{question}', prompt_length=4)
+    return Problems(ROWS, table, BYTES, stops)
+
+
+def length(prompts, completions, answer, **columns):
+    """Tells apart where a row's prompt or column are another row's."""
+    assert [prompt[:-1] for prompt in prompts] == list(answer)
+    return [float(len(text)) for text in completions]
+
+
+def blanks(prompts, completions, **columns):
+    return [None if text else 10.0 for text in completions]
+
+
+RULES = ({'length': length, 'blanks': blanks}, {'length': 0.5, 'blanks': 1.0})
+OUTCOME = [[2.5, 2.5, 10.0], [3.0, 0.5, 1.5]]  # 'é;abc' was cut off: five characters
+SILENT = ({'length': length}, {'length': 0.0})
+
+
+def pieces(prompts, completions, answer, **columns):
+    """Steps end behind each `;` and at the end; the k-th is worth its prompt's answer + k."""
+    found = []
+    for text, known in zip(completions, answer, strict=True):
+        ends = [i + 1 for i, c in enumerate(text) if c == ';' or i + 1 == len(text)]
+        found.append([(end, float(known) + k) for k, end in enumerate(ends)])
+    return found
+
+
+# [B, G, T]: the token behind which each step of TEXTS ends, EOS for the last one.
+STEPS = np.zeros((2, 3, LENGTH), np.float32)
+STEPS[0, 0, [2, 5]] = 3, 4  # 'ab;' and 'cd' with EOS
+STEPS[0, 1, [2, 5]] = 3, 4  # 'é;' takes three tokens
+STEPS[1, 0, [1, 3, 5]] = 1, 2, 3
+STEPS[1, 1, 1] = 1  # ';' with EOS
+STEPS[1, 2, 3] = 1
+ENDS = STEPS > 0
+LAST = np.arange(LENGTH) == np.array(LENGTHS)[..., None] - 1
+
+SCORES = np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3)
+TOKEN_SCORES = np.linspace(-1, 1, STEPS.size, dtype=np.float32).reshape(STEPS.shape)
+
+
+def scorer(values):
+    """A reward model whose parameter is a factor."""
+    calls = []
+
+    def score(params, rollout):
+        calls.append(np.shape(rollout.tokens))
+        return params * values
+
+    return score
+
+
+# Outcomes
+
+
+def test_rules_alone():
+    verdict = Judge(problems(), *RULES)(make_rollout(), None)
+    np.testing.assert_array_equal(verdict.total, OUTCOME)
+    assert verdict.total.dtype == np.float32
+    assert (verdict.steps, verdict.scores) == (None, None)
+    assert verdict.judged.completions == ['ab;cd', 'é;abc', '', '3;4;5;', ';', 'abc']
+    np.testing.assert_array_equal(verdict.judged.scores.parts['length'], [5, 5, 0, 6, 1, 3])
+
+
+def test_a_reward_model_beside_the_rules():
+    judge = Judge(problems(), *RULES, scorer=scorer(SCORES), score_weight=0.25)
+    verdict = judge(make_rollout(), np.float32(2))
+    np.testing.assert_allclose(verdict.total, OUTCOME + 0.25 * 2 * SCORES, rtol=1e-6)
+    np.testing.assert_array_equal(verdict.scores, 2 * SCORES.reshape(-1))  # before its weight
+    assert verdict.total.dtype == np.float32
+    np.testing.assert_array_equal(verdict.judged.scores.total, np.ravel(OUTCOME))
+
+
+def test_a_reward_model_alone():
+    verdict = Judge(problems(), *SILENT, None, scorer(SCORES), 1.0)(make_rollout(), np.float32(1))
+    np.testing.assert_array_equal(verdict.total, SCORES)
+
+
+# Processes
+
+
+def test_steps_alone():
+    verdict = Judge(problems(), *SILENT, ('pieces', pieces, 0.5))(make_rollout(), None)
+    np.testing.assert_array_equal(verdict.steps.values, 0.5 * STEPS)
+    np.testing.assert_array_equal(verdict.steps.ends, ENDS)
+    np.testing.assert_array_equal(verdict.total, 0.5 * STEPS.sum(-1))
+    assert (verdict.steps.values.dtype, verdict.steps.ends.dtype) == (np.float32, bool)
+    assert verdict.scores is None
+
+
+def test_an_outcome_comes_with_the_last_token():
+    verdict = Judge(problems(), *RULES, ('pieces', pieces, 1.0))(make_rollout(), None)
+    expected = STEPS + LAST * np.array(OUTCOME)[..., None]
+    np.testing.assert_array_equal(verdict.steps.values, expected)
+    np.testing.assert_array_equal(verdict.steps.ends, ENDS | LAST)  # also where there is no step
+    np.testing.assert_allclose(verdict.total, expected.sum(-1))
+    assert verdict.steps.values.dtype == np.float32
+
+
+def means(scores):
+    """The mean over each row's steps; 0 without any."""
+    pairs = zip(scores.reshape(-1, LENGTH), ENDS.reshape(-1, LENGTH), strict=True)
+    return [row[ends].mean() if ends.any() else 0.0 for row, ends in pairs]
+
+
+def test_a_process_reward_model_scores_the_ends_of_steps():
+    judge = Judge(problems(), *SILENT, ('pieces', pieces, 0.5), scorer(TOKEN_SCORES), 0.25)
+    verdict = judge(make_rollout(), np.float32(3))
+    expected = 0.5 * STEPS + np.where(ENDS, 0.25 * 3 * TOKEN_SCORES, 0)
+    np.testing.assert_allclose(verdict.steps.values, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(verdict.steps.ends, ENDS)
+    np.testing.assert_allclose(verdict.total, expected.sum(-1), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(verdict.scores, means(3 * TOKEN_SCORES), rtol=1e-5)
+
+
+def test_all_three():
+    """The reward model says nothing of a last token where no step ends."""
+    judge = Judge(problems(), *RULES, ('pieces', pieces, 1.0), scorer(TOKEN_SCORES), 1.0)
+    verdict = judge(make_rollout(), np.float32(1))
+    expected = STEPS + np.where(ENDS, TOKEN_SCORES, 0) + LAST * np.array(OUTCOME)[..., None]
+    np.testing.assert_allclose(verdict.steps.values, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(verdict.steps.ends, ENDS | LAST)
+    np.testing.assert_allclose(verdict.scores, means(TOKEN_SCORES), rtol=1e-5)
+
+
+def test_steps_that_end_in_a_stop_string():
+    """The text ends with it, and so does its last step, with the token that completed it."""
+    judge = Judge(problems((';c',)), *SILENT, ('pieces', pieces, 1.0))
+    verdict = judge(make_rollout([['ab;cde']], [2]), None)
+    assert verdict.judged.completions == ['ab;c']
+    assert np.flatnonzero(verdict.steps.ends[0, 0]).tolist() == [2, 5]
+
+
+def test_step_functions_that_fail():
+    judge = Judge(problems(), *SILENT, ('bad', lambda **columns: [[(99, 1.0)]] * 6, 1.0))
+    with pytest.raises(rewards.RewardError, match="step rewards 'bad', row 0: .* ends must grow"):
+        judge(make_rollout(), None)
+
+
+# Ranks
+
+
+def test_ranks():
+    rollout, judged = make_rollout(), Judge(problems(), *RULES)(make_rollout(), None).judged
+    outcome = Judge(problems(), *RULES, None, scorer(SCORES), 0.25)
+    found = outcome.rank(rollout, judged, np.float32(2))
+    np.testing.assert_array_equal(found, 2 * SCORES.reshape(-1))
+    process = Judge(problems(), *RULES, ('pieces', pieces, 0.5), scorer(TOKEN_SCORES), 0.25)
+    found = process.rank(rollout, judged, np.float32(2))
+    np.testing.assert_allclose(found, means(2 * TOKEN_SCORES), rtol=1e-5)
+
+
+# Parts of a batch
+
+
+def test_differs_of_outcomes():
+    verdict = Judge(problems(), *RULES)(make_rollout(), None)
+    assert verdict.differs().tolist() == [True, True]
+    total = np.array([[1, 1, 1], [1, 1, 1.0001], [0, 0, 0], [-1, 0, -1]], np.float32)
+    assert verdict._replace(total=total).differs().tolist() == [False, True, False, True]
+
+
+def test_differs_of_steps():
+    """Those of the whole group count, wherever they end; what is not at an end does not."""
+    verdict = Judge(problems(), *RULES)(make_rollout(), None)
+    values = np.full((5, 2, 3), 9.0, np.float32)
+    ends = np.zeros(values.shape, bool)
+    values[0, :, 1], ends[0, :, 1] = 1.0, True  # all alike
+    values[1, 0, :2], ends[1, 0, :2] = (0.0, 1.0), True  # two steps of one completion
+    values[2, :, 0], ends[2, :, 0] = (0.0, 1.0), True  # of two completions
+    values[3, 0, :2], ends[3, 0, :2] = 1.0, True  # equal steps, another sum, no steps in a row
+    total = np.where(ends, values, 0).sum(-1)
+    found = verdict._replace(total=total, steps=StepRewards(values, ends)).differs()
+    assert found.tolist() == [False, True, True, False, False]
+
+
+@pytest.mark.parametrize('kind', ['outcome', 'scored outcome', 'process', 'scored process'])
+def test_parts_and_choices_are_those_of_the_whole(kind):
+    steps = ('pieces', pieces, 1.0) if 'process' in kind else None
+    values = TOKEN_SCORES if steps else SCORES
+    model = (scorer(values), 0.5) if 'scored' in kind else (None, 0.0)
+    whole = Judge(problems(), *RULES, steps, *model)(make_rollout(), np.float32(1))
+    parts = []
+    for group in range(2):
+        some = slice(group, group + 1)
+        model = (scorer(values[some]), 0.5) if 'scored' in kind else (None, 0.0)
+        judge = Judge(problems(), *RULES, steps, *model)
+        parts.append(judge(make_rollout(TEXTS[some], INDEX[some]), np.float32(1)))
+    check_equal(verdicts.together(parts), whole)
+    check_equal(verdicts.together(parts[::-1]).choose(np.array([1, 0])), whole)
+    check_equal(whole.choose(np.array([1])), parts[1])
+
+
+def check_equal(ours, theirs):
+    assert ours.judged[:2] == theirs.judged[:2]
+    pairs = [(a, b) for a, b in zip(ours[1:], theirs[1:], strict=True) if not isinstance(b, tuple)]
+    if theirs.steps is not None:
+        pairs += zip(ours.steps, theirs.steps, strict=True)
+    ours, theirs = ours.judged.scores, theirs.judged.scores
+    assert ours.parts.keys() == theirs.parts.keys()
+    pairs += [(ours.total, theirs.total), *((ours.parts[k], theirs.parts[k]) for k in ours.parts)]
+    for a, b in pairs:
+        assert (a is None) == (b is None)
+        np.testing.assert_array_equal(a, b)
+
+
+# Where in the tokens a text's characters are complete
+
+
+def places(texts, ends, room=0):
+    """`tokens_at` for texts, each ended by EOS."""
+    ids = [[*text.encode(), BYTES.eos_token_id] for text in texts]
+    made = np.full((len(ids), max(map(len, ids)) + room), BYTES.pad_token_id, np.int32)
+    mask = np.zeros(made.shape, bool)
+    for row, some in enumerate(ids):
+        made[row, : len(some)], mask[row, : len(some)] = some, True
+    return tokens.tokens_at(BYTES, made, mask, [len(text) for text in texts], ends)
+
+
+@hypothesis.given(
+    rows=st.lists(st.text(st.characters(max_codepoint=127), max_size=9), min_size=1, max_size=4)
+)
+def test_of_ascii_each_character_is_a_token(rows):
+    ends = [range(1, len(text) + 1) for text in rows]
+    expected = [[*range(len(text) - 1), len(text)] if text else [] for text in rows]
+    assert places(rows, ends, room=2) == expected  # the last end takes EOS along
+
+
+@hypothesis.given(rows=st.lists(st.text('aé答😀;', max_size=6), min_size=1, max_size=4))
+def test_characters_of_several_tokens(rows):
+    """Behind a letter of one token the place is exact, otherwise inside that letter."""
+    ends = [range(1, len(text)) for text in rows]
+    for text, found in zip(rows, places(rows, ends), strict=True):
+        for end, place in enumerate(found, 1):
+            before, until = len(text[: end - 1].encode()), len(text[:end].encode())
+            assert before <= place < until
+        assert found == sorted(set(found))
+
+
+def test_places_by_hand():
+    assert places(['ab;c', 'é;b', '', 'x'], [[3, 4], [2], [], [1]]) == [[2, 4], [2], [], [1]]
+    assert places(['', ''], [[], []]) == [[], []]
+    assert places(['abc'], [[3, 1, 2]]) == [[3, 0, 1]]  # in any order
+
+
+def test_a_text_without_its_last_token():
+    """Cut off by length: the last token that is used."""
+    ids, mask = np.array([list(b'abcd')]), np.array([[True, True, True, False]])
+    assert tokens.tokens_at(BYTES, ids, mask, [3], [[1, 3]]) == [[0, 2]]
