@@ -31,7 +31,7 @@ def get_config(name: str) -> ConfigDict:
         config.grpo.update(iterations=3, steps=20)
         config.grpo.rewards = {}
         config.reward_model.update(weight=1.0, steps=40, batch_size=16, microbatch=16)
-        config.reward_model.optimizer.update(learning_rate=3e-4, warmup_steps=5)
+        config.reward_model.optimizer.update(learning_rate=1e-3, warmup_steps=5)
         config.eval.every = 5
     else:
         presets.apply(config, name)
@@ -42,6 +42,4 @@ def get_config(name: str) -> ConfigDict:
     if name == 'grpo_process':
         config.grpo.step_rewards = {'right_steps': 1.0}
         config.grpo.rewards = {}
-    if name == 'trpo':
-        config.grpo.optimizer.update(learning_rate=1e-6, warmup_steps=0)
     return config

@@ -16,5 +16,4 @@ from grpo_jax import presets
 def get_config() -> ConfigDict:
     config = grpo_config.load(pathlib.Path(__file__).with_name('arithmetic.py'))
     presets.apply(config, 'trpo')
-    config.grpo.optimizer.update(learning_rate=1e-6, warmup_steps=0)
     return config

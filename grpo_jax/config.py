@@ -220,12 +220,14 @@ def differing_defaults(
     for section, reason in sections.items():
         keys = section.split('.')
         ours, theirs = (functools.reduce(operator.getitem, keys, tree) for tree in (given, usual))
+        if not isinstance(ours, dict):
+            section, ours, theirs = '.'.join(keys[:-1]), {keys[-1]: ours}, {keys[-1]: theirs}
         for path in _flat(ours):
-            values = [
+            found, expected = (
                 functools.reduce(operator.getitem, path.split('.'), tree) for tree in (ours, theirs)
-            ]
-            if values[0] != values[1]:
-                yield f'{section}.{path}={values[0]!r}', reason
+            )
+            if found != expected:
+                yield f'{section}.{path}={found!r}', reason
 
 
 def to_json(config: ConfigDict) -> str:

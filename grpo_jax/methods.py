@@ -61,6 +61,27 @@ def parts_of(config: ConfigDict) -> Parts:
                 f'importance={algorithm.importance!r}, baseline={algorithm.baseline!r}, '
                 f'step={algorithm.step!r} and kl={algorithm.kl!r}: leave it away'
             )
+    for name, active in {
+        'cg_steps': trusted,
+        'backtracks': trusted,
+        'entropy_mask': objective.top_entropy < 1,
+        'advantage_eps': algorithm.scale != 'none',
+    }.items():
+        if not active and c.algorithm[name] != getattr(Algorithm, name):
+            raise ValueError(
+                f'grpo.algorithm.{name}={c.algorithm[name]} does nothing with '
+                f'step={algorithm.step!r}, scale={algorithm.scale!r} and '
+                f'top_entropy={objective.top_entropy}: leave it away'
+            )
+    if objective.beta and not algorithm.reads_reference:
+        raise ValueError(
+            f"grpo.objective.beta={objective.beta} does nothing with kl='none': set it to 0"
+        )
+    if objective.reference_decay < 1 and config.model.lora.rank:
+        raise ValueError(
+            f'grpo.objective.reference_decay={objective.reference_decay} with adapters: their '
+            'reference is the base, which stays; set it to 1 or train all parameters'
+        )
     _check_source(c, algorithm, objective)
     _check_sections(config, algorithm)
     return Parts(algorithm, objective, Sampling(**c.sampling))
@@ -73,6 +94,9 @@ def _check_sections(config: ConfigDict, algorithm: Algorithm) -> None:
         unread['critic'] = f'baseline={algorithm.baseline!r}'
     if not config.reward_model.weight:
         unread['reward_model'] = 'reward_model.weight=0'
+    elif not config.reward_model.steps:
+        for name in ('loss', 'batch_size', 'group_size', 'microbatch', 'replay', 'optimizer'):
+            unread[f'reward_model.{name}'] = 'reward_model.steps=0'
     if algorithm.step == 'trust_region':
         unread['grpo.optimizer'] = "step='trust_region'"
     for path, reason in differing_defaults(config, unread):

@@ -1,7 +1,8 @@
 """Methods by name: each is a choice of the same handful of options.
 
 `apply(config, 'dapo')` sets what makes the method; everything else (model, data, rules, learning
-rate, sizes) stays. It begins from plain settings, so presets do not pile up. Where papers and code
+rate, sizes) stays. It begins from plain settings, so presets do not pile up, but for β: it stays as
+it is wherever a preset does not set it. Where papers and code
 bases differ the preset has the paper's choice and its comment says who does otherwise; how the
 standard deviation is taken is `CONVENTIONS`.
 """
@@ -12,6 +13,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from grpo_jax.algorithm import Algorithm
+from grpo_jax.config import defaults
 from grpo_jax.types import Objective
 
 # What no preset that leaves it away has, so that one can follow another.
@@ -20,7 +22,7 @@ _PLAIN = {
         name: getattr(Algorithm, name)
         for name in (
             'loss', 'ratio', 'importance', 'supervision', 'baseline', 'scale', 'aggregation', 'kl',
-            'kl_place', 'entropy_mask', 'step',
+            'kl_place', 'entropy_mask', 'step', 'advantage_eps',
         )
     },
     'objective': {
@@ -75,6 +77,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     'trpo': {  # Schulman et al., arXiv 1502.05477: the trust region takes the place of clip and KL
         'algorithm': {'loss': 'surrogate', 'step': 'trust_region', **_NO_KL},
         'objective': {'beta': 0.0},
+        'optimizer': defaults().grpo.optimizer.to_dict(),  # has none
     },
     'grpo': {},  # outcome supervision
     'grpo_process': {'algorithm': {'supervision': 'process'}},
@@ -145,24 +148,33 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
 def apply(config: ConfigDict, name: str) -> ConfigDict:
     """Sets the `grpo` section to the preset or convention `name`, and returns the config.
 
-    β stays as it is where the method has a KL term whose weight the paper leaves open; set it, the
-    clip bounds and the rest afterwards to differ.
+    Set clip bounds and the rest afterwards to differ.
 
     Args:
       config: from `config.defaults()`.
-      name: a key of `PRESETS`, or of `CONVENTIONS`, which changes nothing else.
+      name: a key of `PRESETS`; or of `CONVENTIONS`, which changes only what it names, where the
+        method in `config` divides by a standard deviation of the group, or has a KL term.
 
     Raises:
       ValueError: unknown name.
     """
     if name in CONVENTIONS:
-        _set(config, CONVENTIONS[name])
-        return config
+        return _follow(config, **CONVENTIONS[name])
     if name not in PRESETS:
         known = ', '.join((*PRESETS, *CONVENTIONS))
         raise ValueError(f'preset {name!r} is unknown: use one of {known}')
     _set(config, _PLAIN)
     _set(config, PRESETS[name])
+    return config
+
+
+def _follow(
+    config: ConfigDict, algorithm: Mapping[str, Any], objective: Mapping[str, Any]
+) -> ConfigDict:
+    if config.grpo.algorithm.scale in ('std', 'population_std'):
+        config.grpo.algorithm.update(algorithm)
+    if config.grpo.algorithm.kl != 'none' and config.grpo.objective.beta:
+        config.grpo.objective.update(objective)
     return config
 
 

@@ -232,7 +232,7 @@ class Program:
             kl_place=a.kl_place,
         )
         loss = _weighted(group, per_token)
-        bounded = a.loss != 'nll' and a.loss not in PAIRWISE
+        bounded = a.loss not in ('nll', 'surrogate', *PAIRWISE)
         level = losses.at_level(logprobs, group, a.ratio) if bounded else None
         terms = group_terms(level, group, objective, kl, entropy)
         if a.loss in PAIRWISE:

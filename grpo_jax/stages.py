@@ -261,7 +261,7 @@ def reward_stage(made: Setup, training: Problems, iteration: int = 1) -> Stage:
         tokens = rollout.prompts.length.sum() + rollout.mask.sum()
         metrics = {f'reward_model/{name}': value for name, value in metrics.items()}
         metrics['skipped_updates'] = metrics.pop('reward_model/skipped_updates')
-        return state._replace(step=state.step + 1), metrics | {'num_tokens': tokens}
+        return state, metrics | {'num_tokens': tokens}
 
     def finish(began: Models, state: TrainState) -> Models:
         return began._replace(reward=state.params)

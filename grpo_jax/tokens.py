@@ -105,7 +105,7 @@ def tokens_at(
     tokenizer: 'PreTrainedTokenizerBase',
     tokens: np.ndarray,
     mask: np.ndarray,
-    lengths: Sequence[int],
+    texts: Sequence[str],
     ends: Sequence[Sequence[int]],
 ) -> list[list[int]]:
     """Where in the tokens i32[N, T] the first n characters of each row's text are complete.
@@ -114,18 +114,18 @@ def tokens_at(
         tokenizer: decodes prefixes of the rows.
         tokens: completions.
         mask: bool[N, T], a prefix of each row.
-        lengths: of the N texts.
+        texts: those of the rows.
         ends: numbers of characters n for each row.
 
     Returns:
-        For each n the index of the first token with which the decoded text has n characters; for
-        all of a text its row's last token, the one that ended it.
+        For each n the index of the first token with which these n characters are complete; for all
+        of a text its row's last token, the one that ended it.
     """
     used = mask.sum(-1)
     asked = [(row, end) for row, some in enumerate(ends) for end in some]
     low = np.zeros(len(asked), int)
     high = np.array([max(int(used[row]) - 1, 0) for row, _ in asked], int)
-    inside = np.array([end < lengths[row] for row, end in asked], bool)
+    inside = np.array([end < len(texts[row]) for row, end in asked], bool)
     low[~inside] = high[~inside]
     while (low < high).any():  # all of them by bisection together
         middle = (low + high) // 2
@@ -133,7 +133,9 @@ def tokens_at(
             tokens[row, : m + 1].tolist() for (row, _), m in zip(asked, middle, strict=True)
         ]
         read = tokenizer.batch_decode(prefixes, skip_special_tokens=True)
-        enough = np.array([len(t) >= end for t, (_, end) in zip(read, asked, strict=True)])
+        enough = np.array([
+            t[:end] == texts[row][:end] for t, (row, end) in zip(read, asked, strict=True)
+        ])  # fmt: skip
         high = np.where(enough, middle, high)
         low = np.where(enough, low, np.minimum(middle + 1, high))
     found = iter(low.tolist())

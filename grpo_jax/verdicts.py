@@ -104,13 +104,14 @@ class Judge:
         tokens, mask = (
             np.reshape(x, (batch * group_size, length)) for x in (rollout.tokens, rollout.mask)
         )
-        lengths = [len(text) for text in judged.completions]
         ends = [[step.end for step in row] for row in found]
-        places = tokens_at(self.problems.tokenizer, tokens, mask, lengths, ends)
+        places = tokens_at(self.problems.tokenizer, tokens, mask, judged.completions, ends)
         values, where = np.zeros(tokens.shape, np.float32), np.zeros(tokens.shape, bool)
         for row, (steps, at) in enumerate(zip(found, places, strict=True)):
             for step, place in zip(steps, at, strict=True):
-                values[row, place] += weight * step.value  # steps inside one token share it
+                value = weight * step.value
+                # Steps that end inside one token count as one, as good as the worst of them.
+                values[row, place] = min(values[row, place], value) if where[row, place] else value
                 where[row, place] = True
         return StepRewards(values.reshape(rollout.mask.shape), where.reshape(rollout.mask.shape))
 

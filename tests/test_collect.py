@@ -97,11 +97,10 @@ def test_refill(different, used, chosen, ratio):
 @pytest.mark.parametrize('seed', range(20))
 def test_refill_against_a_loop(seed):
     different = set(np.flatnonzero(np.random.default_rng(seed).random(12) < 0.4).tolist())
-    pool = []
-    for used, some in enumerate(BATCHES, 1):
-        pool += some
-        if sum(i in different for i in pool) >= 3:
-            break
+    used, pool = 0, []
+    while used < len(BATCHES) and sum(i in different for i in pool) < 3:
+        pool += BATCHES[used]
+        used += 1
     ordered = [i for i in pool if i in different] + [i for i in pool if i not in different]
     asked, rollout, _, metrics = gather(BATCHES, different)
     assert (len(asked), rollout.prompts.index.tolist()) == (used, ordered[:3])

@@ -165,7 +165,9 @@ def test_sources():
     with pytest.raises(ValueError, match=message):
         parts_of(config)
     config.grpo.source = 'model'
-    with pytest.raises(ValueError, match="grpo.source='model' is unknown: use policy or reference"):
+    with pytest.raises(
+        ValueError, match=r"grpo\.source='model' is unknown: use policy or reference"
+    ):
         parts_of(config)
 
 
@@ -174,7 +176,9 @@ def test_drops():
     config.grpo.drop = DROPS
     assert parts_of(config)
     config.grpo.drop = ('wrong', 'long')
-    with pytest.raises(ValueError, match="grpo.drop names 'long', which is unknown: .* duplicates"):
+    with pytest.raises(
+        ValueError, match=r"grpo\.drop names 'long', which is unknown: .* duplicates"
+    ):
         parts_of(config)
 
 
@@ -310,7 +314,9 @@ def test_presets_do_not_pile_up(name):
 
 def test_an_unknown_preset():
     config = arithmetic()
-    with pytest.raises(ValueError, match="preset 'grop' is unknown: use one of rft, .*, trl, verl"):
+    with pytest.raises(
+        ValueError, match=r"preset 'grop' is unknown: use one of rft, .*, trl, verl"
+    ):
         presets.apply(config, 'grop')
     assert config.to_dict() == arithmetic().to_dict()
 

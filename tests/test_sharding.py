@@ -45,7 +45,7 @@ def test_every_parameter_is_in_the_table_or_replicated_on_purpose():
     routed = tiny.make_model(**options, experts=3, experts_per_token=2)
     names = {
         path[-1].key
-        for model in (dense, routed)
+        for model in (dense, routed, tiny.make_model(scalar_head=True))
         for path, _ in jax.tree_util.tree_leaves_with_path(tiny.shapes(model))
     }
     assert names - set(sharding.TABLE) == {'scale'}

@@ -1,0 +1,403 @@
+"""Short runs of the methods, from the config to the records: each trains what it should."""
+
+import functools
+import json
+import zlib
+
+import jax
+import numpy as np
+import optax
+import pytest
+import runs
+import tiny
+from test_stages import newest, records
+
+from grpo_jax import checkpoint, evaluate, presets, report, setup, update
+from grpo_jax.algorithm import Algorithm
+from grpo_jax.losses import Objective
+from grpo_jax.types import Sampling
+
+pytestmark = pytest.mark.usefixtures('compiled_once')
+
+B, G = 4, 4
+
+
+def third_steps(prompts, completions, **columns):
+    """A step ends every three characters; about half of them are right."""
+    return [
+        [
+            (min(start + 3, len(text)), float(zlib.crc32(text[: start + 3].encode()) % 2))
+            for start in range(0, len(text), 3)
+        ]
+        for text in completions
+    ]
+
+
+STEPS = 'test_runs_of_methods:third_steps'
+
+
+def get_config(preset='grpo', **grpo):
+    """From random parameters: few steps of the smallest model, and a large learning rate."""
+    config = runs.get_config()
+    config.model.update(width=16, layers=1, heads=2, kv_heads=1, mlp_width=16, qk_norm='')
+    config.model.remat = False
+    config.sft.update(steps=0)
+    config.grpo.algorithm.update(inner_updates=1, entropy=False, logprob_chunk=7)
+    config.grpo.rewards = {'runs:lucky': 1.0}
+    config.grpo.optimizer.update(learning_rate=1e-2)
+    config.eval.update(every=10, batch_size=B, samples=0)
+    presets.apply(config, preset)
+    config.grpo.update(steps=2, batch_size=B, group_size=G, **grpo)
+    return config
+
+
+def metrics(workdir, stage='grpo'):
+    return report.read(workdir / 'metrics.jsonl', stage)
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """The folder of a finished run, by its name in RUNS."""
+
+    @functools.cache
+    def train(name):
+        workdir = tmp_path_factory.mktemp(name)
+        runs.train(RUNS[name](), workdir)
+        return workdir
+
+    return train
+
+
+# Methods
+
+
+def process():
+    config = get_config('grpo_process')
+    config.grpo.step_rewards = {STEPS: 0.5}
+    config.grpo.rewards = {}
+    return config
+
+
+def trpo():
+    config = get_config('trpo')
+    config.grpo.optimizer.update(learning_rate=1e-6)
+    config.grpo.algorithm.cg_steps = 2
+    return config
+
+
+def ppo():
+    config = get_config('ppo')
+    config.critic.optimizer.learning_rate = 1e-2
+    return config
+
+
+def iterative_process():
+    """Iterations whose rewards are those of a process reward model alone."""
+    config = get_config('grpo_process', iterations=2)
+    config.grpo.step_rewards = {STEPS: 0.0}
+    config.grpo.rewards = {}
+    config.reward_model.update(weight=1.0, kind='process', loss='step', steps=2)
+    config.reward_model.update(batch_size=B, group_size=G, microbatch=2)
+    config.reward_model.optimizer.learning_rate = 1e-2
+    return config
+
+
+def iterative():
+    """Iterations with all that a run can keep: reward model, critic and a moving reference."""
+    config = ppo()
+    config.grpo.iterations = 2
+    config.grpo.rewards = {}
+    config.grpo.objective.reference_decay = 0.5
+    config.reward_model.update(weight=2.0, steps=2, batch_size=B, group_size=G, microbatch=2)
+    config.reward_model.update(replay=0.5)
+    config.reward_model.optimizer.learning_rate = 1e-2
+    config.checkpoint.update(every=1, keep=9)
+    return config
+
+
+RUNS = {
+    'rft': lambda: get_config('rft'),
+    'online_rft': lambda: get_config('online_rft'),
+    'dpo': lambda: get_config('dpo', refill=2),
+    'ppo': ppo,
+    'trpo': trpo,
+    'process': process,
+    'iterative_process': iterative_process,
+    'iterative': iterative,
+}
+
+
+SLOW = pytest.param('ppo', marks=pytest.mark.slow)  # `iterative` has a critic too
+
+
+@pytest.mark.parametrize('name', ['rft', 'online_rft', 'dpo', SLOW, 'trpo', 'process'])
+def test_methods_train(name, trained):
+    """To the end, with finite numbers and other parameters than at first."""
+    rows = metrics(trained(name))
+    assert [row['step'] for row in rows] == [0, 1]
+    assert all(value is not None for row in rows for value in row.values())
+    assert all(row['skipped_updates'] == 0 for row in rows)
+    made = setup.prepare(RUNS[name](), trained(name))
+    assert tiny.gap(setup.initial_params(made), newest(trained(name))['params']) > 1e-4
+
+
+def given(workdir, step, stage='grpo'):
+    """Completions of a step as they were sampled: [B][G] rows of the records."""
+    rows = [r for r in report.read(workdir / 'completions.jsonl', stage) if r['step'] == step]
+    assert len(rows) == B * G
+    return [rows[start : start + G] for start in range(0, B * G, G)]
+
+
+@pytest.mark.parametrize('name', ['rft', 'online_rft'])
+def test_rejected_completions_are_not_learnt_from(name, trained):
+    for row in metrics(trained(name)):
+        kept = 0
+        for group in given(trained(name), row['step']):
+            right = [r['completion'] for r in group if r['reward'] > 0]
+            kept += len(set(right) if name == 'rft' else right)
+        assert row['completions/kept_ratio'] == pytest.approx(kept / (B * G))
+        assert 0 < row['completions/kept_ratio'] < 1
+        assert 'kl' not in row
+
+
+def test_who_samples(trained):
+    """Off-policy the second step's samples differ from those of the policy; on-policy they do not.
+
+    Sampler and update agree on log-probs to rounding where they are of the same parameters.
+    """
+    for name in ('rft', 'online_rft'):
+        gaps = [r['sampling/sampling_logp_difference/max'] for r in metrics(trained(name))]
+        assert gaps[0] < 1e-4
+        assert (gaps[1] > 1e-3) == (name == 'rft')
+
+
+def test_pairs_of_preferences(trained):
+    first, second = metrics(trained('dpo'))
+    assert first['loss'] == pytest.approx(np.log(2) * first['refill/informative_ratio'], rel=1e-5)
+    assert first['rewards/margins'] == pytest.approx(0, abs=1e-6)
+    assert second['rewards/margins'] != 0
+    for row in (first, second):
+        assert 1 <= row['refill/batches'] <= 3
+        ratio = np.mean(
+            [len({r['reward'] for r in g}) > 1 for g in given(trained('dpo'), row['step'])]
+        )
+        assert row['refill/informative_ratio'] == ratio
+        assert row['reward'] == pytest.approx(0.5)  # one right, one wrong of each pair
+
+
+def test_a_critic_is_trained(trained):
+    for row in metrics(trained('iterative')):
+        assert {'critic/loss', 'critic/explained_variance', 'critic/grad_norm', 'kl'} <= row.keys()
+        assert row['critic/explained_variance'] <= 1
+    assert metrics(trained('iterative'))[0]['critic/values_mean'] == pytest.approx(0, abs=1e-6)
+    rest = newest(trained('iterative'))['rest']
+    assert tiny.largest(rest['value_params']) > 0
+
+
+def test_a_trust_region_bounds_the_step(trained):
+    for row in metrics(trained('trpo')):
+        assert row['trust_region/accepted'] == 1
+        assert 0 < row['trust_region/kl_step'] <= 0.01 * 1.001
+        assert 'learning_rate' not in row
+
+
+def test_process_supervision(trained):
+    for row in metrics(trained('process')):
+        groups = given(trained('process'), row['step'])
+        found = [
+            [sum(v for _, v in third_steps([], [r['completion']])[0]) for r in g] for g in groups
+        ]
+        assert [[r['reward'] for r in g] for g in groups] == (0.5 * np.array(found)).tolist()
+        assert row['reward'] == pytest.approx(0.5 * np.mean(found))
+        assert row['completions/mean_steps'] > 0
+        assert row['rewards/runs:lucky/mean'] == row['accuracy']  # judged, but no reward
+
+
+# Iterations
+
+
+@pytest.mark.parametrize('name', ['iterative', 'iterative_process'])
+def test_iterations_with_a_reward_model(name, trained):
+    workdir = trained(name)
+    order = [(row['stage'], row['step']) for row in runs.lines(workdir / 'metrics.jsonl')]
+    assert order == [(s, k) for s in ('reward', 'grpo', 'reward-2', 'grpo-2') for k in (0, 1)]
+    found = sorted(p.relative_to(workdir / 'replay').as_posix() for p in workdir.rglob('*.npz'))
+    assert found == ['1/0.npz', '1/1.npz', '2/0.npz', '2/1.npz']
+    for stage in ('reward', 'reward-2'):
+        for row in metrics(workdir, stage):
+            expected = {'loss', 'accuracy', 'grad_norm'} if name == 'iterative' else {'loss'}
+            assert {f'reward_model/{key}' for key in expected} <= row.keys()
+            assert {'accuracy', 'skipped_updates', 'num_tokens', 'learning_rate'} <= row.keys()
+    for stage in ('grpo', 'grpo-2'):
+        for row in metrics(workdir, stage):
+            rows = [r for g in given(workdir, row['step'], stage) for r in g]
+            scores = [r['rewards']['reward_model'] for r in rows]
+            assert row['rewards/reward_model/mean'] == pytest.approx(np.mean(scores), rel=1e-4)
+            assert row['rewards/reward_model/std'] == pytest.approx(np.std(scores), rel=1e-4)
+            assert np.std(scores) > 0
+            if name == 'iterative':  # of weight 2, and no rules
+                rewards = [r['reward'] for r in rows]
+                np.testing.assert_allclose(rewards, 2 * np.array(scores), rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['iterative', 'iterative_process'])
+def test_each_iteration_begins_with_its_own_reference(name, trained):
+    """The policy as the one before left it."""
+    for stage in ('grpo', 'grpo-2'):
+        first, second = metrics(trained(name), stage)
+        assert first['kl'] == pytest.approx(0, abs=1e-7)  # two programs' rounding
+        assert abs(second['kl']) > 1e-4
+
+
+def test_a_reference_that_follows_the_policy(trained):
+    """Halfway after each step, from where the iteration began."""
+    workdir = trained('iterative')
+    made = setup.prepare(iterative(), workdir)
+    before = jax.device_get(setup.initial_params(made))
+    for stage in ('grpo', 'grpo-2'):
+        reference = before
+        for step in (1, 2):
+            saved = newest(workdir, stage, step)
+            reference = jax.tree.map(lambda a, b: (a + b) / 2, reference, saved['params'])
+            assert tiny.gap(reference, saved['rest']['reference']) < 1e-6
+            assert tiny.gap(reference, saved['params']) > 1e-4
+        before = saved['params']
+
+
+def test_models_are_carried_from_iteration_to_iteration(trained):
+    """The reward model and the critic go on from where they were; only their optimizers begin anew.
+
+    One step moves each number by at most about the learning rate.
+    """
+    workdir = trained('iterative')
+    for part in ('reward', 'grpo'):
+        last, next_one = newest(workdir, part), newest(workdir, f'{part}-2', 1)
+        if part == 'reward':
+            assert 0 < tiny.gap(last['params'], next_one['params']) < 0.011
+        else:
+            last, next_one = (x['rest']['value_params'] for x in (last, next_one))
+            assert 0 < tiny.gap(last, next_one) < 0.011
+
+
+def test_replayed_groups_are_those_of_the_first_iteration(trained):
+    """What the second keeps is what its own policy sampled."""
+    kept = {}
+    for iteration in (1, 2):
+        for path in sorted((trained('iterative') / 'replay' / str(iteration)).glob('*.npz')):
+            with np.load(path) as arrays:
+                kept[iteration, path.stem] = [arrays[name] for name in arrays.files]
+    assert [len(arrays[0]) for arrays in kept.values()] == [B] * 4
+    prompts = [tuple(arrays[2].tolist()) for arrays in kept.values()]
+    assert len(set(prompts)) == 4  # the second iteration asks others
+
+
+STOPS = [('reward-2', 1), ('grpo-2', 1)]
+
+
+def test_a_stopped_run_ends_as_an_unbroken_one(trained, tmp_path, monkeypatch):
+    """To the last bit, stopped in both stages of the second iteration."""
+    write, stops = report.Records.metrics, list(STOPS)
+
+    def interrupt(records, step, values):
+        if stops and (records.stage, step) == stops[0]:
+            stops.pop(0)
+            raise KeyboardInterrupt
+        write(records, step, values)
+
+    monkeypatch.setattr(report.Records, 'metrics', interrupt)
+    while stops:
+        with pytest.raises(KeyboardInterrupt):
+            runs.train(iterative(), tmp_path)
+    runs.train(iterative(), tmp_path)
+    workdir = trained('iterative')
+    assert records(tmp_path) == records(workdir)
+    for stage in ('reward', 'grpo', 'reward-2', 'grpo-2'):
+        assert tiny.same(newest(tmp_path, stage), newest(workdir, stage))
+
+
+@pytest.mark.parametrize('name', ['iterative', 'iterative_process'])
+def test_best_of_k_by_the_reward_model(name, trained, capsys):
+    config = RUNS[name]()
+    config.eval.update(samples=G, k=(1, 4))
+    evaluate.main(config, str(trained(name)))
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found['checkpoint'] == 'grpo-2/2'
+    assert {'eval/rm@1', 'eval/rm@4', 'eval/pass@4'} <= found.keys()
+    assert found['eval/rm@1'] == pytest.approx(found['eval/pass@1'])
+    assert 0 <= found['eval/rm@4'] <= found['eval/pass@4']
+
+
+# A moving reference by hand
+
+
+def bigram_logprobs(params, rollout):
+    """f64[B, G, T] in NumPy."""
+    prompts = rollout.prompts
+    last = np.take_along_axis(prompts.tokens, prompts.length[:, None] - 1, 1)
+    first = np.broadcast_to(last[:, :, None], (*rollout.tokens.shape[:2], 1))
+    read = np.concatenate([first, rollout.tokens[..., :-1]], -1)
+    logits = np.asarray(params['embedding'], float)[read] @ np.asarray(params['head'], float)
+    logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
+    return np.take_along_axis(logits, rollout.tokens[..., None], -1)[..., 0]
+
+
+@pytest.mark.parametrize('decay', [0.9, 0.25])
+def test_the_moving_reference_by_hand(decay, rollout, rewards):
+    """reference' = d * reference + (1 - d) * policy, read by the KL of the step behind."""
+    model, optimizer = tiny.Bigram(), optax.sgd(0.5)
+    algorithm = Algorithm(microbatch=4, logprob_chunk=5)
+    step = update.make_step(model, optimizer, algorithm, moving_reference=True)
+    params = model.make_params()
+    state = update.init_state(model, optimizer, params, moving_reference=True)
+    expected = params
+    for _ in range(3):
+        before = jax.device_get(state.params)
+        state, found = step(
+            state, None, rollout, rewards, Sampling(), Objective(beta=0.1, reference_decay=decay)
+        )
+        gap = bigram_logprobs(expected, rollout) - bigram_logprobs(before, rollout)
+        kl = (np.exp(gap) - gap - 1)[rollout.mask].mean()
+        assert float(found['kl']) == pytest.approx(kl, rel=1e-3, abs=1e-6)
+        expected = jax.tree.map(
+            lambda old, new: decay * old + (1 - decay) * np.asarray(new), expected, state.params
+        )
+        assert tiny.gap(expected, state.reference) < 1e-6
+    assert kl > 1e-4
+
+
+# What does not fit together
+
+
+def test_adapters_have_no_moving_reference(tmp_path):
+    config = get_config()
+    config.model.lora.rank = 2
+    config.grpo.objective.reference_decay = 0.9
+    with pytest.raises(ValueError, match='a moving reference with adapters'):
+        runs.train(config, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda c: c.grpo.algorithm.update(supervision='process'), 'name a step function'),
+        (lambda c: setattr(c.grpo, 'step_rewards', {STEPS: 1.0}), 'grpo.step_rewards does nothing'),
+        (
+            lambda c: c.reward_model.update(weight=1.0, steps=1, loss='step'),
+            "reward_model.loss='step' with kind='outcome'",
+        ),
+        (
+            lambda c: c.reward_model.update(weight=1.0, steps=1, kind='process'),
+            "reward_model.loss='bradley_terry' with kind='process'",
+        ),
+        (lambda c: c.reward_model.update(weight=1.0), 'neither pretrained nor trained'),
+        (lambda c: c.reward_model.update(weight=1.0, steps=1, replay=1.5), 'reward_model.replay=1'),
+        (lambda c: c.grpo.update(iterations=0), 'grpo.iterations=0 is too small'),
+    ],
+)
+def test_what_does_not_fit_is_said_before_anything_is_computed(change, message, tmp_path):
+    config = get_config()
+    change(config)
+    with pytest.raises(ValueError, match=message):
+        runs.train(config, tmp_path / 'run')
+    assert not (tmp_path / 'run' / 'config.json').exists()
+    assert checkpoint.check_workdir(str(tmp_path / 'run'), get_config())
