@@ -9,9 +9,9 @@ from grpo_jax import config as grpo_config
 from grpo_jax import presets
 from grpo_jax.algorithm import Algorithm
 from grpo_jax.collect import DROPS
-from grpo_jax.losses import Objective
 from grpo_jax.methods import parts_of
-from grpo_jax.types import Sampling
+from grpo_jax.preferences import PAIRWISE
+from grpo_jax.types import Objective, Sampling
 
 CONFIGS = pathlib.Path(grpo_config.__file__).parents[1] / 'configs'
 
@@ -23,15 +23,14 @@ def arithmetic():
 def plain(**algorithm):
     config = grpo_config.defaults()
     config.grpo.algorithm.update(algorithm)
+    if algorithm.get('kl') == 'none' and algorithm.get('loss') not in PAIRWISE:
+        config.grpo.objective.beta = 0.0
     return config
 
 
 def made(name, config=None):
     """The parts of a preset."""
-    config = presets.apply(config or arithmetic(), name)
-    if name == 'trpo':  # has no use for the optimizer that the config has set
-        config.grpo.optimizer = grpo_config.defaults().grpo.optimizer
-    return parts_of(config)
+    return parts_of(presets.apply(config or arithmetic(), name))
 
 
 # From the config to the parts
@@ -288,6 +287,8 @@ def test_presets_by_hand(name):
     config, before = presets.apply(arithmetic(), name).to_dict(), arithmetic().to_dict()
     grpo, usual = config.pop('grpo'), before.pop('grpo')
     assert config == before
+    if name == 'trpo':  # has no use for the optimizer that the config has set
+        keys = keys | {'optimizer': grpo_config.defaults().grpo.optimizer.to_dict()}
     for key in usual.keys() - {'algorithm', 'objective'}:
         assert grpo[key] == keys.get(key, usual[key]), key
 
@@ -309,6 +310,8 @@ def test_presets_do_not_pile_up(name):
         config = presets.apply(presets.apply(arithmetic(), before), name)
         if 'beta' not in presets.PRESETS[name].get('objective', {}):
             config.grpo.objective.beta = 0.005
+        if before == 'trpo':  # has taken the optimizer's settings away
+            config.grpo.optimizer = presets.apply(arithmetic(), name).grpo.optimizer
         assert config.to_dict() == alone, before
 
 
@@ -332,16 +335,21 @@ CONVENTIONS = {  # how the standard deviation is taken, what is added to it, bou
 
 @pytest.mark.parametrize('name', presets.CONVENTIONS)
 def test_conventions(name):
-    """They change three values and nothing else, also of a preset."""
+    """They change what the method reads of three values and nothing else."""
     scale, eps, clamp = CONVENTIONS[name]
     for before in ('grpo', 'bnpo', 'dual_clip', 'rloo'):
         config = presets.apply(arithmetic(), before)
         config.grpo.objective.kl_clamp = 5.0
         expected = config.to_dict()
-        expected['grpo']['algorithm'] |= {'scale': scale, 'advantage_eps': eps}
+        if before != 'rloo':
+            expected['grpo']['algorithm'] |= {'scale': scale, 'advantage_eps': eps}
         expected['grpo']['objective'] |= {'kl_clamp': clamp}
         assert presets.apply(config, name).to_dict() == expected
         assert parts_of(config).objective.kl_clamp == clamp
+    for before in ('dapo', 'ppo', 'dr_grpo'):
+        config = presets.apply(presets.apply(arithmetic(), before), name)
+        assert parts_of(config)
+        assert config.grpo.algorithm.scale == {'dapo': scale, 'ppo': 'batch'}.get(before, 'none')
 
 
 # Config files

@@ -80,7 +80,6 @@ def process():
 
 def trpo():
     config = get_config('trpo')
-    config.grpo.optimizer.update(learning_rate=1e-6)
     config.grpo.algorithm.cg_steps = 2
     return config
 
