@@ -130,6 +130,7 @@ def tables(results: dict[str, Any]) -> str:
         text += f'\n**{name}**\n\n| completions | ' + ' | '.join(map(str, points)) + ' |\n'
         text += '|---' * (len(points) + 1) + '|\n| accuracy | '
         text += ' | '.join(percent(m, h) for m, h in zip(mean, half, strict=True)) + ' |\n'
+    text += differences(curves)
     for name in ('maj', 'pass') if votes['after'] else ():
         text += f'\n| {name}@k | ' + ' | '.join(map(str, SIZES)) + ' |\n'
         text += '|---' * (len(SIZES) + 1) + '|\n'
@@ -137,6 +138,23 @@ def tables(results: dict[str, Any]) -> str:
             mean, half = interval([run[name] for run in votes[when]])
             text += f'| {when} GRPO | '
             text += ' | '.join(percent(m, h) for m, h in zip(mean, half, strict=True)) + ' |\n'
+    return text
+
+
+def differences(curves: dict[str, Any]) -> str:
+    """Methods less GRPO+OS, of the same seeds: their start, and its luck, cancel."""
+    others = [name for name in METHODS if name in curves and name != 'grpo']
+    if 'grpo' not in curves or not others:
+        return ''
+    base = np.array([[point[1] for point in run] for run in curves['grpo']])
+    points = [point[0] for point in curves['grpo'][0]][1:]
+    text = '\n| less GRPO+OS, same seeds | ' + ' | '.join(map(str, points)) + ' |\n'
+    text += '|---' * (len(points) + 1) + '|\n'
+    for name in others:
+        runs = np.array([[point[1] for point in run] for run in curves[name]])
+        mean, half = interval((runs - base)[:, 1:])
+        cells = (percent(m, h) for m, h in zip(mean, half, strict=True))
+        text += f'| {METHODS[name]} | ' + ' | '.join(cells) + ' |\n'
     return text
 
 
@@ -187,7 +205,7 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
     for axis in axes:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=8, loc='lower right')
+            axis.legend(fontsize=8, loc='center right' if axis is axes[1] else 'lower right')
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
