@@ -78,8 +78,10 @@ def settings(output: pathlib.Path, method: str, seed: int) -> Any:
 def run(output: pathlib.Path, method: str, seed: int) -> pathlib.Path:
     """Trains, or finds the finished run."""
     workdir = output / f'{method}-{seed}'
-    print(f'== {method}, seed {seed}', flush=True)
-    train(settings(output, method, seed), str(workdir))
+    if not (workdir / 'finished').exists():
+        print(f'== {method}, seed {seed}', flush=True)
+        train(settings(output, method, seed), str(workdir))
+        (workdir / 'finished').touch()
     return workdir
 
 
