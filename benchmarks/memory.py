@@ -1,7 +1,7 @@
 """What GRPO and PPO keep in memory for the same model and batch, as the compiler sees it.
 
     python benchmarks/memory.py
-    python benchmarks/memory.py --model=7b --topology=v5p:4x4x4 --fsdp=64
+    python benchmarks/memory.py --model=7b --topology=v5p:2x2x2 --fsdp=8
 
 Both update programs are compiled for abstract arrays: nothing is allocated, so the 7B model fits
 this machine. With `--topology` they are compiled ahead of time for a TPU slice (needs `libtpu`).
@@ -35,7 +35,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 BATCHES = {  # B, G, P, T, groups per microbatch
     'small': (32, 8, 8, 24, 32),
-    '7b': (64, 8, 512, 1024, 64),
+    '7b': (64, 8, 512, 1024, 8),
 }
 
 MODEL = flags.DEFINE_enum('model', 'small', [*SHAPES], 'which model')

@@ -2,7 +2,7 @@
 
     python -m grpo_jax.train --config=configs/dpo.py --workdir=runs/dpo
 
-TODO
+Groups without a right and a wrong completion are replaced from one further batch per step.
 """
 
 import pathlib

@@ -2,7 +2,7 @@
 
     python -m grpo_jax.train --config=configs/grpo_process.py --workdir=runs/grpo_process
 
-TODO
+1 for each right step of a chain, 0 for a wrong one, normalised over all steps of a group.
 """
 
 import pathlib

@@ -2,7 +2,7 @@
 
     python -m grpo_jax.train --config=configs/ppo.py --workdir=runs/ppo
 
-TODO
+One reward with the last token, so the critic learns how likely a chain is to end well.
 """
 
 import pathlib

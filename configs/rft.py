@@ -2,7 +2,8 @@
 
     python -m grpo_jax.train --config=configs/rft.py --workdir=runs/rft
 
-TODO
+Expect the accuracy to rise from 40 to 60 % after SFT as fast as with GRPO: a right answer sampled
+from the SFT model is a flawless demonstration here.
 """
 
 import pathlib

@@ -2,7 +2,8 @@
 
     python -m grpo_jax.train --config=configs/sft.py --workdir=runs/sft
 
-TODO
+Twice the steps of `arithmetic.py` before its GRPO. What the demonstrations get wrong it goes on
+imitating.
 """
 
 import pathlib

@@ -2,7 +2,7 @@
 
     python -m grpo_jax.train --config=configs/trpo.py --workdir=runs/trpo
 
-TODO
+Conjugate gradient on Fisher-vector products and a line search: several times an update's work.
 """
 
 import pathlib

@@ -2,7 +2,7 @@
 
     python -m grpo_jax.train --config=configs/variants.py:dapo --workdir=runs/dapo
 
-TODO
+Names are those of `presets.PRESETS`.
 """
 
 import pathlib
