@@ -193,7 +193,9 @@ def _flat(config: Mapping[str, Any], prefix: str = '', free: Sequence[str] = FRE
 def _nearest(key: str) -> str:
     known = _flat(defaults())
     last = key.rpartition('.')[2]
-    by_name = {path.rpartition('.')[2]: path for path in reversed(known)}
+    # Of several with one name that of the `grpo` section.
+    known = sorted(known, key=lambda path: path.startswith('grpo.'))
+    by_name = {path.rpartition('.')[2]: path for path in known}
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
     near = near or [by_name[n] for n in difflib.get_close_matches(last, by_name, n=1, cutoff=0.5)]
     return f'did you mean {near[0]!r}?' if near else 'see grpo_jax.config.defaults() for all keys'

@@ -17,7 +17,7 @@ import runs
 import tiny
 
 from configs import arithmetic, gsm8k_tiny
-from grpo_jax import data, report, rewards, tokens, train
+from grpo_jax import data, models, report, rewards, tokens, train
 
 ROOT = pathlib.Path(__file__).parents[1]
 FILES = ('metrics.jsonl', 'completions.jsonl', 'heldout.jsonl')
@@ -493,7 +493,7 @@ def jsonl(tmp_path, monkeypatch):
     def reach(*arguments):
         raise Reached
 
-    monkeypatch.setattr(train.models, 'init', reach)
+    monkeypatch.setattr(models, 'init', reach)
     return changed({'data.name': 'jsonl', 'data.options': {'folder': 'sums'}}), write
 
 

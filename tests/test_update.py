@@ -425,7 +425,7 @@ def test_a_parameter_that_is_not_finite_skips_the_update(rollout, rewards):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'loss': 'dpo'}, r"loss='dpo' is unknown: use one of clipped, nll"),
+        ({'loss': 'pdo'}, r"loss='pdo' is unknown: use one of clipped, nll"),
         ({'baseline': 'max'}, r"baseline='max' is unknown: use one of mean, leave_one_out, none"),
         ({'scale': 'iqr'}, r"scale='iqr' is unknown: use one of std, population_std, batch"),
         ({'aggregation': 'sum'}, r"aggregation='sum' is unknown: use one of sequence_mean, "),
