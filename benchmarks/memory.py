@@ -84,7 +84,7 @@ def measure(model: models.Transformer, mesh: Mesh, with_critic: bool) -> dict[st
     algorithm = update.Algorithm(microbatch=microbatch, **options)
     step: Any = update.make_step(model, optimizer, algorithm, mesh, critic=critic)
     key = jax.eval_shape(lambda: jax.random.key(0))
-    state = placed(
+    state = sharding.placed(
         jax.eval_shape(functools.partial(update.init_state, model, optimizer, critic=critic), key),
         mesh,
     )
@@ -119,15 +119,6 @@ def measure(model: models.Transformer, mesh: Mesh, with_critic: bool) -> dict[st
     parts['batch'] = analysis.argument_size_in_bytes - sum(parts.values())
     parts['temporaries'] = analysis.temp_size_in_bytes
     return parts
-
-
-def placed(tree: Any, mesh: Mesh) -> Any:
-    """The shapes with the shardings of parameters."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        tree,
-        sharding.shardings(tree, mesh),
-    )
 
 
 def size(tree: Any, mesh: Mesh) -> int:

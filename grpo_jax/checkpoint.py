@@ -4,9 +4,7 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Sequence
-from typing import Any
 
-import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -100,8 +98,8 @@ def restore(
       ValueError: there is none.
     """
     step = _existing(manager, step)
-    params = ocp.args.StandardRestore(_placed(abstract.params, mesh))
-    rest = ocp.args.StandardRestore(_placed(abstract._replace(params=None), mesh))
+    params = ocp.args.StandardRestore(sharding.placed(abstract.params, mesh))
+    rest = ocp.args.StandardRestore(sharding.placed(abstract._replace(params=None), mesh))
     items = manager.restore(step, args=ocp.args.Composite(params=params, rest=rest))
     return items.rest._replace(params=items.params)
 
@@ -110,7 +108,7 @@ def restore_params(
     manager: ocp.CheckpointManager, abstract: Params, mesh: Mesh, step: int | None = None
 ) -> Params:
     """Reads the parameters alone; arguments and errors as in `restore`."""
-    items = ocp.args.Composite(params=ocp.args.StandardRestore(_placed(abstract, mesh)))
+    items = ocp.args.Composite(params=ocp.args.StandardRestore(sharding.placed(abstract, mesh)))
     return manager.restore(_existing(manager, step), args=items).params
 
 
@@ -121,11 +119,3 @@ def _existing(manager: ocp.CheckpointManager, step: int | None) -> int:
             f'{manager.directory} holds no checkpoint of step {step}; it has {manager.all_steps()}'
         )
     return step
-
-
-def _placed(abstract: Any, mesh: Mesh) -> Any:
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        abstract,
-        sharding.shardings(abstract, mesh),
-    )

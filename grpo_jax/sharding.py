@@ -102,6 +102,15 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
     )
 
 
+def placed(tree: Any, mesh: Mesh) -> Any:
+    """ShapeDtypeStructs of arrays or shapes, lying as `shardings` says."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        tree,
+        shardings(tree, mesh),
+    )
+
+
 def groups(mesh: Mesh) -> NamedSharding:
     """How arrays with a leading B axis lie: each device of `fsdp` holds its share of the groups."""
     return NamedSharding(mesh, PartitionSpec('fsdp'))
