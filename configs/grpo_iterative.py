@@ -3,8 +3,9 @@
     python -m grpo_jax.train --config=configs/grpo_iterative.py --workdir=runs/grpo_iterative
 
 The reward model is trained on the policy's samples before each iteration, a tenth of its prompts
-from earlier ones. Watch held-out accuracy: a policy can learn to please a reward model that is not
-good enough, see the README.
+from earlier ones. With seed 0 the accuracy goes from 46 to 91, 87 and 97 % over the iterations.
+Watch it: at a learning rate of 3e-4, that of `arithmetic.py`, the policy learns to please a reward
+model that is not good enough, and ends at 5 %.
 """
 
 import pathlib
@@ -18,6 +19,7 @@ def get_config() -> ConfigDict:
     config = grpo_config.load(pathlib.Path(__file__).with_name('arithmetic.py'))
     config.grpo.update(iterations=3, steps=60)
     config.grpo.rewards = {}
+    config.grpo.optimizer.learning_rate = 3e-5
     config.reward_model.update(weight=1.0, steps=60)
     config.reward_model.optimizer.update(learning_rate=1e-3, warmup_steps=10, decay='linear')
     return config

@@ -39,6 +39,8 @@ class Algorithm:
     kl_place: str = 'loss'  # 'loss', or 'reward': r - beta * KL, of the row or with a critic token
     inner_updates: int = 1  # optimizer updates per rollout (the paper's mu)
     microbatch: int = 1  # groups whose gradient is computed at a time
+    rows: int = 0  # completions of a microbatch read at a time, longest first; 0: all of them
+    widths: int = 4  # numbers of columns that are compiled: T, T / 2, ..., see `microbatch`
     logprob_chunk: int = 128  # completion positions whose logits exist at a time
     entropy: bool = False  # compute the policy's entropy: a metric, and what its bonus needs
     entropy_mask: bool = False  # train only the share `top_entropy` of the tokens
@@ -61,9 +63,17 @@ class Algorithm:
             if getattr(self, name) not in known:
                 value = getattr(self, name)
                 raise ValueError(f'{name}={value!r} is unknown: use one of {", ".join(known)}')
-        for name in ('inner_updates', 'microbatch', 'logprob_chunk', 'cg_steps', 'backtracks'):
-            if getattr(self, name) < 1:
-                raise ValueError(f'{name}={getattr(self, name)} must be at least 1')
+        for name, least in (
+            ('inner_updates', 1),
+            ('microbatch', 1),
+            ('rows', 0),
+            ('widths', 1),
+            ('logprob_chunk', 1),
+            ('cg_steps', 1),
+            ('backtracks', 1),
+        ):
+            if getattr(self, name) < least:
+                raise ValueError(f'{name}={getattr(self, name)} must be at least {least}')
         self._check_kl()
         if self.supervision == 'process' and self.baseline == 'leave_one_out':
             raise ValueError(
@@ -101,6 +111,7 @@ class Algorithm:
             ('scale', 'none'),
             ('aggregation', 'sequence_mean'),
             ('kl', 'none'),
+            ('rows', 0),
         ):
             if getattr(self, name) != value:
                 raise ValueError(

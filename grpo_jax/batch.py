@@ -6,10 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax import losses, models, program
+from grpo_jax import losses, models
 from grpo_jax.advantages import gae, group_advantages, normalize_batch, process_advantages
 from grpo_jax.algorithm import Algorithm
-from grpo_jax.program import Actor, Microbatches
+from grpo_jax.microbatch import Microbatches
+from grpo_jax.program import Actor, value_reader
 from grpo_jax.score import least_certain, token_weights
 from grpo_jax.types import Batch, Objective, Params, Rollout, StepRewards, TrainState
 
@@ -37,17 +38,17 @@ def make_batch(
       microbatches: how many groups are computed at a time.
     """
     a, objective, mask = algorithm, actor.objective, rollout.mask
+    bare = Batch(rollout, None, None)
     in_reward = reference is not None and a.kl != 'none' and a.kl_place == 'reward'
     old: Any = None
     ref: Any = None
     entropy: Any = None
     if a.inner_updates > 1 or in_reward or a.entropy_mask or a.step == 'trust_region':
         # Else the current log-probs are the old ones.
-        old, entropy = microbatches.map(
-            lambda part: actor.logprobs(state.params, part, entropy=a.entropy_mask), rollout
-        )
+        found = microbatches.outputs(actor.reader(entropy=a.entropy_mask), state.params, bare)
+        old, entropy = found['logprobs'], found.get('entropy')
     if reference is not None and a.reads_reference:
-        ref, _ = microbatches.map(lambda part: actor.reference().logprobs(reference, part), rollout)
+        ref = microbatches.outputs(actor.reference().reader(), reference, bare)['logprobs']
     penalty: Any = None
     if in_reward:
         divergence = losses.kl_term(old, ref, a.kl, objective)
@@ -55,9 +56,7 @@ def make_batch(
     values: Any = None
     returns: Any = None
     if critic is not None:
-        values = microbatches.map(
-            lambda part: program.values(critic, state.value_params, part), rollout
-        )
+        values = microbatches.outputs(value_reader(critic), state.value_params, bare)['values']
         advantages = _critic_advantages(rewards, penalty, values, mask, objective)
         returns = advantages + values
     else:

@@ -5,13 +5,14 @@ import pathlib
 import tempfile
 from collections.abc import Sequence
 
+import jax
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax import sharding
 from grpo_jax.config import differing_keys, to_json
-from grpo_jax.types import Params, TrainState, stage_order
+from grpo_jax.types import Params, Prompts, Rollout, TrainState, stage_order
 
 
 def check_workdir(workdir: str, config: ConfigDict) -> pathlib.Path:
@@ -71,16 +72,34 @@ def newest_manager(workdir: pathlib.Path, kinds: Sequence[str]) -> ocp.Checkpoin
     raise ValueError(f'{workdir} holds no checkpoint: train first, or name another --workdir')
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: TrainState) -> None:
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: TrainState,
+    sampled: Sequence[Rollout] | None = None,
+) -> None:
     """Saves the state of after `step` training steps, in the background.
 
     Parameters are an item of their own, so that they can be read without the optimizer's state.
+
+    Args:
+      manager: from `open_manager`.
+      step: how many.
+      state: it may be donated afterwards.
+      sampled: what was sampled for the next step from an older policy, in parts.
     """
     rest = state._replace(params=None)
-    items = ocp.args.Composite(
-        params=ocp.args.StandardSave(state.params), rest=ocp.args.StandardSave(rest)
-    )
-    manager.save(step, args=items, force=True)
+    items = {
+        'params': ocp.args.StandardSave(state.params),
+        'rest': ocp.args.StandardSave(rest),
+    }
+    if sampled is not None:
+        parts = {str(i): jax.device_get(part) for i, part in enumerate(sampled)}
+        items['sampled'] = ocp.args.StandardSave({
+            name: {**part._asdict(), 'prompts': part.prompts._asdict()}
+            for name, part in parts.items()
+        })  # fmt: skip
+    manager.save(step, args=ocp.args.Composite(**items), force=True)
 
 
 def restore(
@@ -110,6 +129,19 @@ def restore_params(
     """Reads the parameters alone; arguments and errors as in `restore`."""
     items = ocp.args.Composite(params=ocp.args.StandardRestore(sharding.placed(abstract, mesh)))
     return manager.restore(_existing(manager, step), args=items).params
+
+
+def restore_samples(manager: ocp.CheckpointManager, mesh: Mesh) -> list[Rollout] | None:
+    """What the newest checkpoint holds of the samples of the next step; None without any."""
+    step = _existing(manager, None)
+    if not (manager.directory / str(step) / 'sampled').exists():
+        return None
+    parts = manager.restore(step, args=ocp.args.Composite(sampled=ocp.args.StandardRestore()))
+    rollouts = [
+        Rollout(**{**part, 'prompts': Prompts(**part['prompts'])})
+        for _, part in sorted(parts.sampled.items(), key=lambda item: int(item[0]))
+    ]
+    return [sharding.put_groups(rollout, mesh) for rollout in rollouts]
 
 
 def _existing(manager: ocp.CheckpointManager, step: int | None) -> int:

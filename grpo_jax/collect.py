@@ -1,6 +1,5 @@
 """What one training step learns from: prompts are sampled, judged, refilled and chosen from."""
 
-import functools
 import operator
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +9,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from grpo_jax import sharding
 from grpo_jax.rewards import pool
 from grpo_jax.types import Prompts, Rollout, StepRewards
 from grpo_jax.verdicts import Verdict, stack, together
@@ -27,34 +28,68 @@ class Collected(NamedTuple):
     completions: list[dict[str, Any]]  # for completions.jsonl
 
 
+class Prefetched:
+    """Batches by their number, the next of them cut and put on the devices before it is asked for.
+
+    Args:
+      make: from the number of a batch.
+    """
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self.make = make
+        self.ready: dict[int, Any] = {}
+
+    def __call__(self, number: int) -> Any:
+        return self.ready.pop(number) if number in self.ready else self.make(number)
+
+    def prepare(self, number: int) -> None:
+        """Makes the batch that is asked for next."""
+        self.ready = {number: self.make(number)}
+
+
+def cut(prompts: Prompts, size: int, mesh: Mesh) -> list[Prompts]:
+    """Parts of `size` prompts (0: all in one) on the devices.
+
+    Completions do not depend on how they are cut, see `sample.row_keys`.
+    """
+    count = len(prompts.index)
+    size = size or count
+    cuts = [slice(start, start + size) for start in range(0, count, size)]
+    return [sharding.put_groups(jax.tree.map(operator.itemgetter(c), prompts), mesh) for c in cuts]
+
+
+Draw = Callable[[int], list[Rollout]]  # the number of a batch, from 0, to its parts as dispatched
+
+
 def gather(
-    sample: Callable[[int, Prompts], Rollout],
+    sampled: list[Rollout],
+    draw: Draw,
     judge: Callable[[Rollout], Verdict],
-    batches: Sequence[Prompts],
     *,
-    part: int = 0,
+    refill: int = 0,
 ) -> tuple[Rollout, Verdict, dict[str, float]]:
-    """Samples and judges a batch; groups that teach nothing are replaced from further batches.
+    """Judges a batch; groups that teach nothing are replaced from further batches.
 
     Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2), bounded: batches are used until there
     are B groups whose rewards differ, or none is left. Those in the first batches come first, and
     where there are too few, groups without differences fill the rest.
 
     Args:
-      sample: the number of a batch, from 0, and its prompts to a rollout.
-      judge: what is said of it.
-      batches: the batch of B prompts, and those that may replace some of its groups.
-      part: prompts sampled, and judged, at a time; 0: all at once.
+      sampled: the batch of B prompts in parts, as they were dispatched.
+      draw: dispatches the others, numbered from 1.
+      judge: what is said of a part.
+      refill: most further batches.
 
     Returns:
-      the rollout, what is said of it, and metrics: seconds of sampling and rewards, and with
-      several batches how many were sampled and which share of the chosen groups differ inside.
+      the rollout, what is said of it, and metrics: seconds of waiting for samples and of rewards,
+      and with `refill` how many batches were sampled and which share of the chosen groups differ
+      inside.
     """
     began, sampling = time.perf_counter(), 0.0
-    rollouts, verdicts, wanted = [], [], len(batches[0].index)
-    for number, prompts in enumerate(batches):
-        draw = functools.partial(sample, number)
-        rollout, verdict, seconds = sample_and_judge(draw, judge, prompts, part)
+    rollouts, verdicts = [], []
+    wanted = sum(len(part.ended) for part in sampled)
+    for number in range(1 + refill):
+        rollout, verdict, seconds = wait_and_judge(draw(number) if number else sampled, judge)
         rollouts.append(rollout)
         verdicts.append(verdict)
         sampling += seconds
@@ -62,7 +97,7 @@ def gather(
         if differs.sum() >= wanted:
             break
     metrics = {'timing/sample': sampling}
-    if len(batches) > 1:
+    if refill:
         chosen = np.argsort(~differs, kind='stable')[:wanted]
         metrics['refill/batches'] = float(len(rollouts))
         metrics['refill/informative_ratio'] = float(differs[chosen].mean())
@@ -72,35 +107,27 @@ def gather(
     return rollout, verdict, metrics
 
 
-def sample_and_judge(
-    sample: Callable[[Prompts], Rollout],
-    judge: Callable[[Rollout], Verdict],
-    prompts: Prompts,
-    size: int,
+def wait_and_judge(
+    parts: list[Rollout], judge: Callable[[Rollout], Verdict]
 ) -> tuple[Rollout, Verdict, float]:
-    """Samples `size` prompts at a time (0: all) and rewards each part while the next is sampled.
-
-    Completions do not depend on how they are cut, see `sample.row_keys`.
+    """Rewards each part while the next is sampled.
 
     Returns:
       the whole rollout on the devices, what the rewards say of it, and the seconds that sampling
       took.
     """
-    began, before, count = time.perf_counter(), pool.timeouts(), len(prompts.index)
-    size = size or count
-    cuts = [slice(start, start + size) for start in range(0, count, size)]
-    parts = [sample(jax.tree.map(operator.itemgetter(cut), prompts)) for cut in cuts]
+    began, before = time.perf_counter(), pool.timeouts()
     finished = []
 
-    def wait_and_judge(part: Rollout) -> Verdict:
+    def one(part: Rollout) -> Verdict:
         jax.block_until_ready(part)
         finished.append(time.perf_counter())
         return judge(part)
 
     if len(parts) == 1:  # in the main thread, where an interrupt or a signal can end a reward
-        return parts[0], wait_and_judge(parts[0]), finished[0] - began
+        return parts[0], one(parts[0]), finished[0] - began
     with ThreadPoolExecutor(max_workers=len(parts)) as threads:
-        verdict = together(list(threads.map(wait_and_judge, parts)))
+        verdict = together(list(threads.map(one, parts)))
     # The parts were judged at once, so each has counted the others' timeouts too.
     scores = verdict.judged.scores._replace(timeouts=pool.timeouts() - before)
     verdict = verdict._replace(judged=verdict.judged._replace(scores=scores))

@@ -124,6 +124,7 @@ def defaults() -> ConfigDict:
         'batch_size': 32,  # B, prompts per step
         'group_size': 8,  # G, completions per prompt
         'sample_batch': 0,  # prompts sampled, and rewarded, at a time; 0: all at once
+        'ahead': False,  # sample step k + 1 before update k; needs `algorithm.importance`
         'refill': 0,  # most further batches per step to replace groups whose rewards are all equal
         'drop': (),  # completions not learnt from: 'wrong' (reward <= 0), 'duplicates', 'truncated'
         'algorithm': _fields(Algorithm),  # see `update.Algorithm`

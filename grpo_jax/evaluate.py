@@ -24,15 +24,16 @@ if TYPE_CHECKING:
 def main(config: 'ConfigDict', workdir: str) -> None:
     """Evaluates the newest checkpoint of a run and writes what it answered."""
     # Not at the top of the file: completions produced elsewhere are scored without JAX.
-    from grpo_jax import judging, setup, stages
+    from grpo_jax import compiled, judging, setup, stages
 
     made = setup.prepare(config, pathlib.Path(workdir).absolute())
     settings = judging.settings(config.eval)
     heldout = setup.heldout_problems(made)
-    policy = setup.newest_policy(made)
-    answers = judging.answer(
-        made.sampler, policy.params, heldout, rank=stages.ranking(made, heldout), **settings
-    )
+    with compiled.kept_in(made.workdir / 'cache'):
+        policy = setup.newest_policy(made)
+        answers = judging.answer(
+            made.sampler, policy.params, heldout, rank=stages.ranking(made, heldout), **settings
+        )
     with (made.workdir / 'evaluation.jsonl').open('w') as file:
         for row in judging.rows(answers):
             file.write(json.dumps(row, ensure_ascii=False) + '\n')

@@ -119,6 +119,16 @@ def _check_source(c: ConfigDict, algorithm: Algorithm, objective: Objective) -> 
                 f'loss={algorithm.loss!r} needs pairs: grpo.group_size={c.group_size} has to be '
                 f'at least 2, and grpo.drop={tuple(c.drop)} empty'
             )
+    if c.ahead and algorithm.importance == 'none':
+        raise ValueError(
+            "grpo.ahead=True with grpo.algorithm.importance='none': what is sampled ahead is of a "
+            "policy one update old; correct for it by importance='token' or another"
+        )
+    if c.ahead and c.refill:
+        raise ValueError(
+            f'grpo.ahead=True with grpo.refill={c.refill}: a batch is refilled from the policy '
+            'that sampled it, which is gone by then; set one of them to 0'
+        )
     for name in c.drop:
         if name not in DROPS:
             known = ', '.join(DROPS)

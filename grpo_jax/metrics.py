@@ -99,7 +99,7 @@ def critic_terms(values, group: Batch) -> dict[str, jax.Array]:
 
 
 def reduce_terms(terms: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    """Metrics from terms [inner updates, microbatches, m]: means over tokens, groups or updates."""
+    """Metrics from terms [inner updates, B]: means over tokens, groups or updates."""
     updates = terms['loss'].shape[0]
     tokens = jnp.maximum(terms['count'].sum(), 1)
     metrics = {

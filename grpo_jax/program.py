@@ -1,62 +1,23 @@
-"""Gradient and step of one update: the model with its settings bound, microbatches, losses.
+"""Gradient and step of one update: models with their settings bound, and what is read off them.
 
-Nothing here holds state. A microbatch is a number of groups, over all devices, that are computed
-at a time; arrays cut into them have shape [microbatches, m, ...].
+Nothing here holds state.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax import losses, models, trust_region
 from grpo_jax.algorithm import Algorithm
 from grpo_jax.metrics import critic_terms, group_terms, pair_terms
+from grpo_jax.microbatch import Microbatches, Reader
 from grpo_jax.preferences import PAIRWISE
-from grpo_jax.score import completion_kl, completion_logprobs
+from grpo_jax.score import completion_kl, completion_logprobs, hidden_logprobs
 from grpo_jax.types import Batch, Objective, Params, Rollout, Sampling, TrainState
-
-
-@dataclasses.dataclass(frozen=True)
-class Microbatches:
-    """How a batch is cut."""
-
-    size: int  # groups
-    mesh: Mesh | None
-
-    def cut(self, tree: Any) -> Any:
-        """[B, ...] -> [microbatches, m, ...], strided so that devices keep the groups they hold."""
-
-        def one(x):
-            x = x.reshape(self.size, -1, *x.shape[1:]).swapaxes(0, 1)
-            if self.mesh is None:
-                return x
-            return jax.lax.with_sharding_constraint(
-                x, NamedSharding(self.mesh, PartitionSpec(None, 'fsdp'))
-            )
-
-        return jax.tree.map(one, tree)
-
-    def map(self, function: Callable[[Any], Any], tree: Any) -> Any:
-        """`function` of a microbatch at a time, its results [B, ...] without gradient."""
-        out = jax.lax.map(function, self.cut(tree))
-        return jax.tree.map(
-            lambda x: jax.lax.stop_gradient(x.swapaxes(0, 1).reshape(-1, *x.shape[2:])), out
-        )
-
-    def sum(self, function: Callable[[Any], Any], tree: Any, *, like: Any) -> tuple[Any, Any]:
-        """Adds up (total, terms) = `function(microbatch)`: the sum of totals, the terms stacked."""
-
-        def add(total, microbatch):
-            part, terms = function(microbatch)
-            return jax.tree.map(jnp.add, total, part), terms
-
-        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, like), self.cut(tree))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,17 +34,30 @@ class Actor:
         """The policy's parameters from the trained ones."""
         return models.join(self.frozen, trained) if self.model.config.lora.rank else trained
 
-    def logprobs(
-        self, trained: Params, rollout: Rollout, *, entropy: bool = False
-    ) -> tuple[jax.Array, jax.Array | None]:
+    def logprobs(self, trained: Params, rollout: Rollout) -> jax.Array:
         """See `score.completion_logprobs`."""
-        return completion_logprobs(
-            self.model,
-            self.params(trained),
-            rollout,
-            self.sampling,
-            chunk=self.chunk,
+        params = self.params(trained)
+        return completion_logprobs(self.model, params, rollout, self.sampling, chunk=self.chunk)[0]
+
+    def scores(
+        self, params: Params, hidden: jax.Array, part: Batch, *, entropy: bool = False
+    ) -> dict[str, jax.Array]:
+        """'logprobs', and on demand 'entropy', from a reader's hidden states."""
+        found, spread = hidden_logprobs(
+            self.model, params, hidden, part.rollout.tokens, self.sampling, chunk=self.chunk,
             entropy=entropy,
+        )  # fmt: skip
+        return {'logprobs': found} if spread is None else {'logprobs': found, 'entropy': spread}
+
+    def reader(self, *, entropy: bool = False) -> Reader:
+        """Reads log-probs."""
+        return Reader(
+            self.model,
+            self.params,
+            lambda params, hidden, part: (
+                jnp.float32(0),
+                self.scores(params, hidden, part, entropy=entropy),
+            ),
         )
 
     def reference(self) -> 'Actor':
@@ -93,17 +67,24 @@ class Actor:
         return dataclasses.replace(self, model=model, frozen=None)
 
 
-def values(model: models.Transformer, params: Params, rollout: Rollout) -> jax.Array:
-    """A critic's values f32[B, G, T] of the states before each completion token.
+def values(model: models.Transformer, params: Params, hidden: jax.Array) -> dict[str, jax.Array]:
+    """A critic's 'values' f32[b, g, w] of the states before each completion token.
 
     Args:
       model: a decoder with a scalar head.
       params: its parameters.
-      rollout: prompts and completions.
+      hidden: [b, g, w, D].
     """
-    prompts = rollout.prompts
-    hidden = models.completion_hidden(model, params, prompts.tokens, prompts.length, rollout.tokens)
-    return models.apply(model, params, hidden, method='scores')
+    return {'values': models.apply(model, params, hidden, method='scores')}
+
+
+def value_reader(model: models.Transformer) -> Reader:
+    """Reads values."""
+    return Reader(
+        model,
+        lambda params: params,
+        lambda params, hidden, part: (jnp.float32(0), values(model, params, hidden)),
+    )
 
 
 class Critic(NamedTuple):
@@ -124,20 +105,20 @@ class Program:
     microbatches: Microbatches
 
     def gradient(self, state: TrainState, batch: Batch):
-        """Gradients of policy and critic (or None), and terms [microbatches, m, ...].
+        """Gradients of policy and critic (or None), and terms [B] for the metrics.
 
         One after the other, so that the activations of only one are in memory.
         """
-        policy, terms = self._sum_gradients(self._loss, state.params, batch)
+        actor = self.actor.reader()._replace(head=self._policy_head)
+        policy, found = self.microbatches.gradient(actor, state.params, batch)
+        terms = jax.vmap(self._group_terms)(found['logprobs'], found.get('entropy'), batch)
         if self.critic is None:
             return (policy, None), terms
         policy, value_params = jax.lax.optimization_barrier((policy, state.value_params))
-        critic, more = self._sum_gradients(self._value_loss, value_params, batch)
+        reader = value_reader(self.critic.model)._replace(head=self._value_head)
+        critic, found = self.microbatches.gradient(reader, value_params, batch)
+        more = jax.vmap(self._group_value_terms)(found['values'], batch)
         return (policy, critic), terms | more
-
-    def _sum_gradients(self, loss, params, batch: Batch):
-        gradient = jax.grad(loss, has_aux=True)
-        return self.microbatches.sum(lambda part: gradient(params, part), batch, like=params)
 
     def apply(self, state: TrainState, gradient, batch: Batch):
         """One update of policy and critic, or none where a gradient is not finite."""
@@ -194,7 +175,7 @@ class Program:
         return trust_region.natural_step(
             params,
             gradient,
-            surrogate_of=lambda new: total(lambda part: self._loss(new, part)[0], batch),
+            surrogate_of=lambda new: total(functools.partial(self._surrogate, new), batch),
             kl_of=lambda new: total(functools.partial(divergence, new), rollout),
             fisher=fisher,
             max_kl=o.max_kl,
@@ -202,28 +183,31 @@ class Program:
             backtracks=self.algorithm.backtracks,
         )
 
-    def _loss(self, params, microbatch: Batch):
-        logprobs, entropy = self.actor.logprobs(
-            params, microbatch.rollout, entropy=self.algorithm.entropy
-        )
-        loss, terms = jax.vmap(self._group_loss)(logprobs, entropy, microbatch)
-        return loss.sum(), terms
+    def _surrogate(self, params, part: Batch) -> jax.Array:
+        """The loss of a microbatch."""
+        logprobs = self.actor.logprobs(params, part.rollout)
+        return self._loss(logprobs, None, part)
 
-    def _value_loss(self, value_params, microbatch: Batch):
+    def _policy_head(self, params, hidden, part: Batch):
+        found = self.actor.scores(params, hidden, part, entropy=self.algorithm.entropy)
+        return self._loss(found['logprobs'], found.get('entropy'), part), found
+
+    def _value_head(self, params, hidden, part: Batch):
         assert self.critic is not None
-        found = values(self.critic.model, value_params, microbatch.rollout)
-        loss, terms = jax.vmap(self._group_value_loss)(found, microbatch)
-        return loss.sum(), terms
+        found = values(self.critic.model, params, hidden)
+        return jax.vmap(self._group_value_loss)(found['values'], part).sum(), found
+
+    def _loss(self, logprobs, entropy, part: Batch) -> jax.Array:
+        """The loss of groups, or of rows as groups of one: no loss but a pair's couples them."""
+        return jax.vmap(lambda *group: self._group_loss(*group)[0])(logprobs, entropy, part).sum()
 
     def _group_loss(self, logprobs, entropy, group: Batch):
-        """One group's share of the loss, and its terms for the metrics."""
-        a, objective = self.algorithm, self.actor.objective
-        if group.old_logprobs is None:
-            group = group._replace(old_logprobs=jax.lax.stop_gradient(logprobs))
+        """One group's share of the loss, and its KL per token."""
+        a = self.algorithm
         per_token, kl = losses.per_token(
             logprobs,
-            group,
-            objective,
+            _with_old(logprobs, group),
+            self.actor.objective,
             entropy,
             loss=a.loss,
             ratio=a.ratio,
@@ -231,17 +215,33 @@ class Program:
             kl=a.kl,
             kl_place=a.kl_place,
         )
-        loss = _weighted(group, per_token)
+        return _weighted(group, per_token), kl
+
+    def _group_terms(self, logprobs, entropy, group: Batch) -> dict[str, jax.Array]:
+        """What the metrics need of one group."""
+        a, objective = self.algorithm, self.actor.objective
+        loss, kl = self._group_loss(logprobs, entropy, group)
+        group = _with_old(logprobs, group)
         bounded = a.loss not in ('nll', 'surrogate', *PAIRWISE)
         level = losses.at_level(logprobs, group, a.ratio) if bounded else None
-        terms = group_terms(level, group, objective, kl, entropy)
+        terms = group_terms(level, group, objective, kl, entropy) | {'loss': loss}
         if a.loss in PAIRWISE:
             terms |= pair_terms(logprobs, group, objective)
-        return loss, jax.lax.stop_gradient(terms | {'loss': loss})
+        return terms
 
-    def _group_value_loss(self, values, group: Batch):
-        loss = _weighted(group, losses.value_loss(values, group, self.actor.objective))
-        return loss, jax.lax.stop_gradient(critic_terms(values, group) | {'critic_loss': loss})
+    def _group_value_loss(self, values, group: Batch) -> jax.Array:
+        return _weighted(group, losses.value_loss(values, group, self.actor.objective))
+
+    def _group_value_terms(self, values, group: Batch) -> dict[str, jax.Array]:
+        loss = self._group_value_loss(values, group)
+        return critic_terms(values, group) | {'critic_loss': loss}
+
+
+def _with_old(logprobs: jax.Array, group: Batch) -> Batch:
+    """The current log-probs are the old ones where the policy has not moved since sampling."""
+    if group.old_logprobs is not None:
+        return group
+    return group._replace(old_logprobs=jax.lax.stop_gradient(logprobs))
 
 
 def _weighted(group: Batch, per_token: jax.Array) -> jax.Array:

@@ -4,14 +4,13 @@ Lines of the `.jsonl` files carry the stage and the step. A resumed run first cu
 behind its checkpoint, so that the files of a run that was killed equal those of one that was not.
 """
 
+import functools
 import json
 import math
 import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any
-
-from tensorboardX import SummaryWriter
 
 from grpo_jax.types import stage_order
 
@@ -31,8 +30,14 @@ class Records:
         for name in names:
             cut_off(workdir / f'{name}.jsonl', stage, step)
         self.files = {name: (workdir / f'{name}.jsonl').open('a', buffering=1) for name in names}
-        events = str(workdir / 'tensorboard' / stage)
-        self.events = SummaryWriter(events, purge_step=step, flush_secs=10)
+        self.folder, self.step = str(workdir / 'tensorboard' / stage), step
+
+    @functools.cached_property
+    def events(self) -> Any:
+        """Made for the first point, since with PyTorch installed its import takes seconds."""
+        from tensorboardX import SummaryWriter
+
+        return SummaryWriter(self.folder, purge_step=self.step, flush_secs=10)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """One line and one point per curve. A value that is not finite is written as null."""
@@ -54,8 +59,10 @@ class Records:
             self.events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        for file in (*self.files.values(), self.events):
+        for file in self.files.values():
             file.close()
+        if 'events' in vars(self):
+            self.events.close()
 
     def _line(self, name: str, step: int, row: Mapping[str, Any]) -> None:
         line = json.dumps({'stage': self.stage, 'step': step, **row}, ensure_ascii=False)

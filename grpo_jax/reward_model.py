@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 
 from grpo_jax import models, sharding
-from grpo_jax.program import Microbatches
+from grpo_jax.microbatch import Microbatches
 from grpo_jax.types import Params, Rollout, TrainState
 from grpo_jax.update import init_state
 

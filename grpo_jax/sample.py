@@ -1,156 +1,65 @@
 """Sampling a group of completions for each prompt: prefill once per prompt, decode [B, G] rows.
 
-The token distribution lives here as well (`filter_logits`), because sampler and scorer must agree
-on it: the log-probs that `sample` returns are those that `score.completion_logprobs` computes for
-the same tokens.
+Rows are decoded in blocks of columns. Between two blocks the keys and values grow by one block, and
+rows that have ended are left out: no step reads columns that are still empty, and the rows that
+nobody waits for any more cost nothing.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grpo_jax import sharding
+from grpo_jax.distribution import draw, row_keys
 from grpo_jax.models import KeyValues, Transformer, apply
 from grpo_jax.types import Array, Params, Prompts, Rollout, Sampling
 
-_BLOCK = 64  # tokens per block of the two-level inverse distribution function
+BLOCK, BLOCKS = 64, 8  # least columns of a block, and most blocks
 
 
-def check_sampling(sampling: Sampling) -> None:
-    """Raises ValueError for values from which no policy can be trained; call it outside of jit."""
-    ranges = {
-        'temperature': (sampling.temperature > 0, 'above 0 (greedy completions are all the same)'),
-        'top_k': (sampling.top_k >= 0, 'at least 0 (0 keeps all tokens)'),
-        'top_p': (0 < sampling.top_p <= 1, 'above 0 and at most 1'),
-        'min_p': (0 <= sampling.min_p < 1, 'at least 0 and below 1'),
-    }
-    for name, (valid, remedy) in ranges.items():
-        if not valid:
-            raise ValueError(f'sampling {name}={getattr(sampling, name)}: make it {remedy}')
+class _Given(NamedTuple):
+    """What stays the same while completions are decoded."""
+
+    params: Params
+    prompts: Prompts
+    prompt: KeyValues  # [L, B, K, P, h]
+    sampling: Sampling
+    eos_ids: Array
+    stops: Array | None
 
 
-def filter_logits(
-    logits: jax.Array, sampling: Sampling, keep: jax.Array | None = None
-) -> jax.Array:
-    """Logits of the distribution to sample from: scaled by temperature, cut to its support.
+class _Rows(NamedTuple):
+    """The R rows of each group that are still decoded."""
 
-    Tokens tied with the last one kept are kept too. The sort that top-k and top-p need runs only
-    when one of them is active.
-
-    Args:
-      logits: f32[..., V].
-      sampling: temperature 0 leaves the scale at 1 (greedy decoding only picks, it does not
-        rescale).
-      keep: i32[...], a token that stays in the support whatever the filters say: a scorer names the
-        sampled token, which must not get probability 0 when the policy has moved since.
-
-    Returns:
-      f32[..., V], -inf outside the support; not normalised.
-    """
-    temperature = jnp.asarray(sampling.temperature, jnp.float32)
-    logits = logits / jnp.where(temperature > 0, temperature, 1.0)
-    fixed = jax.lax.stop_gradient(logits)
-    top_k, top_p = jnp.asarray(sampling.top_k), jnp.asarray(sampling.top_p)
-    threshold = jax.lax.cond(
-        (top_k > 0) | (top_p < 1),
-        functools.partial(_rank_threshold, top_k=top_k, top_p=top_p),
-        lambda x: jnp.full(x.shape[:-1], -jnp.inf),
-        fixed,
-    )
-    min_p = fixed.max(-1) + jnp.log(jnp.asarray(sampling.min_p, jnp.float32))
-    inside = fixed >= jnp.maximum(threshold, min_p)[..., None]
-    if keep is not None:
-        inside |= jnp.arange(logits.shape[-1]) == keep[..., None]
-    return jnp.where(inside, logits, -jnp.inf)
+    place: jax.Array  # i32[B, R], which of its group's completions a row is
+    key: jax.Array  # [B, R]
+    token: jax.Array  # i32[B, R], the last one drawn
+    done: jax.Array  # bool[B, R]
+    matched: jax.Array  # i32[B, R], state in the table of stop strings
+    own: KeyValues  # [L, B, R, K, columns, h]
 
 
-def _rank_threshold(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """The smallest logit that top-k, then top-p among what it left, keep."""
-    ordered = -jnp.sort(-logits, axis=-1)
-    size = logits.shape[-1]
-    count = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
-    ordered = jnp.where(jnp.arange(size) < count, ordered, -jnp.inf)
-    probability = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    kept = ((before < top_p) & (ordered > -jnp.inf)).at[..., 0].set(True)
-    return jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1)
+class _Columns(NamedTuple):
+    """What was drawn."""
+
+    tokens: jax.Array  # i32[B, R, n]
+    mask: jax.Array  # bool[B, R, n]
+    logprobs: jax.Array  # f32[B, R, n]
 
 
-def _inverse_cdf(mass: jax.Array, u: jax.Array) -> jax.Array:
-    """Index i32[N] drawn by mass f32[N, n] (unnormalised) and uniforms f32[N]; never of mass 0."""
-    cumulative = jnp.cumsum(mass, axis=-1)
-    hit = (cumulative > (u * cumulative[:, -1])[:, None]) & (mass > 0)
-    return jnp.where(hit.any(-1), hit.argmax(-1), mass.argmax(-1))
-
-
-def draw(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
-    """Draws one token per row from `filter_logits` of its logits.
-
-    Inverse distribution function in two levels, first a block of tokens by its mass and then the
-    token in it: exact, and two uniforms per row in place of noise for the whole vocabulary.
-
-    Args:
-      keys: a random key for each of N rows.
-      logits: f32[N, V].
-      sampling: the distribution; temperature 0 takes the largest logit.
-
-    Returns:
-      token i32[N], and its log-prob f32[N] under the distribution drawn from (at temperature 0:
-      under the filtered softmax at temperature 1).
-    """
-    rows, size = logits.shape
-    filtered = filter_logits(logits, sampling)
-    peak = filtered.max(-1, keepdims=True)
-    mass = jnp.exp(filtered - peak)
-    blocks = jnp.pad(mass, ((0, 0), (0, -size % _BLOCK))).reshape(rows, -1, _BLOCK)
-    u = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
-    block_mass = blocks.sum(-1)
-    block = _inverse_cdf(block_mass, u[:, 0])
-    inside = _inverse_cdf(jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0], u[:, 1])
-    token = jnp.where(
-        jnp.asarray(sampling.temperature) > 0, block * _BLOCK + inside, filtered.argmax(-1)
-    )
-    chosen = jnp.take_along_axis(filtered - peak, token[:, None], 1)[:, 0]
-    return token, chosen - jnp.log(block_mass.sum(-1))
-
-
-def row_keys(seed: Array, step: Array, index: Array, group_size: int) -> jax.Array:
-    """Random keys [B, G] from (seed, step, prompt index, completion index).
-
-    Token t of a row uses fold_in(key, t). Nothing depends on where in the batch, on which device or
-    beside which other prompts a row is sampled.
-
-    Args:
-      seed: i32[].
-      step: i32[], the training step, so that the same prompt is sampled anew each time.
-      index: i32[B], rows of the data set.
-      group_size: G.
-    """
-    base = jax.random.fold_in(jax.random.key(seed), step)
-
-    def row(prompt, completion):
-        return jax.random.fold_in(jax.random.fold_in(base, prompt), completion)
-
-    return jax.vmap(lambda i: jax.vmap(lambda g: row(i, g))(jnp.arange(group_size)))(index)
-
-
-class _Carry(NamedTuple):
-    """The decode loop's state: T columns are filled from the left."""
+class _State(NamedTuple):
+    """Between two blocks."""
 
     t: jax.Array  # i32[], columns drawn so far
-    token: jax.Array  # i32[B, G], the last one drawn
-    done: jax.Array  # bool[B, G]
-    matched: jax.Array  # i32[B, G], state in the table of stop strings
-    own: KeyValues  # [L, B, G, K, T, h]
-    tokens: jax.Array  # i32[B, G, T]
-    mask: jax.Array  # bool[B, G, T]
-    logprobs: jax.Array  # f32[B, G, T]
+    rows: _Rows
+    drawn: _Columns  # [B, G, T]
+    ended: jax.Array  # bool[B, G]
+    live: jax.Array  # i32[], the most rows of a group that have not ended
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'group_size', 'max_tokens', 'mesh'))
 def sample(
     model: Transformer,
     params: Params,
@@ -164,31 +73,61 @@ def sample(
     max_tokens: int,
     stops: Array | None = None,
     mesh: Mesh | None = None,
+    block: int = 0,
 ) -> Rollout:
     """Samples `group_size` completions of each prompt.
 
-    Each prompt is prefilled once, whatever the group size. The loop ends when every row has ended.
+    Each prompt is prefilled once, whatever the group size. Decoding ends when every row has ended.
+    After each block of columns the host looks how many rows still go on, and halves the rows of a
+    group as long as all of these remain; up to `block` columns the whole is one program that can be
+    traced.
 
     Args:
       model: the decoder.
       params: its parameters.
       prompts: tokens [B, P], lengths and data-set rows.
       seed: i32[], the run's seed.
-      step: i32[], the training step (see `row_keys`).
+      step: i32[], the training step (see `distribution.row_keys`).
       sampling: the distribution of the next token; all its values are traced.
       eos_ids: i32[E], tokens that end a completion.
       group_size: G.
       max_tokens: T.
       stops: [states, V] from `tokens.stop_table`, where strings end a completion as well.
       mesh: the devices; with one, prompts lie as `sharding.groups` says.
+      block: columns of a block, 0: 64, or an eighth of T if that is more. It changes no
+        completion.
 
     Returns:
       Rollout of [B, G, T] arrays. Tokens after the end are 0 and masked; the one that ends is not.
     """
-    keys = row_keys(seed, step, prompts.index, group_size)
-    with sharding.use(mesh):
-        params = _compute_copy(params, model.config.dtype)
-        return _sample(model, params, prompts, keys, sampling, eos_ids, stops, max_tokens)
+    block = block or _block(max_tokens)
+    params = _compute_copy(params, model.config.dtype)
+    given, state = _first_block(
+        model, params, prompts, seed, step, sampling, eos_ids, stops, group_size=group_size,
+        max_tokens=max_tokens, width=min(block, max_tokens), mesh=mesh,
+    )  # fmt: skip
+    for width in range(2 * block, max_tokens + block, block):
+        live = int(state.live)
+        if not live:
+            break
+        size = state.rows.done.shape[1]
+        fewer = _fewest(live, group_size)
+        if fewer < size:
+            state = _leave_out(state, fewer, mesh)
+        state = _next_block(model, params, given, state, min(width, max_tokens), mesh)
+    return Rollout(prompts, *state.drawn, state.ended)
+
+
+def _block(max_tokens: int) -> int:
+    return max(BLOCK, -(-max_tokens // BLOCKS))
+
+
+def _fewest(live: int, group_size: int) -> int:
+    """The smallest of G, G / 2, G / 4, ... (rounded up) that holds `live` rows."""
+    size = group_size
+    while -(-size // 2) >= live and size > 1:
+        size = -(-size // 2)
+    return size
 
 
 def _compute_copy(params: Params, dtype: str) -> Params:
@@ -196,70 +135,141 @@ def _compute_copy(params: Params, dtype: str) -> Params:
 
     Norm scales stay as they are, since they are used in float32.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, x: x if path[-1].key == 'scale' else x.astype(dtype), params
+
+    def cast(tree):
+        return jax.tree_util.tree_map_with_path(
+            lambda path, x: x if path[-1].key == 'scale' else x.astype(dtype), tree
+        )
+
+    same = jax.tree.map(lambda x, y: x.dtype == y.dtype, params, jax.eval_shape(cast, params))
+    return params if all(jax.tree.leaves(same)) else jax.jit(cast)(params)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'group_size', 'max_tokens', 'width', 'mesh'))
+def _first_block(
+    model, params, prompts, seed, step, sampling, eos_ids, stops, *, group_size: int,
+    max_tokens: int, width: int, mesh: Mesh | None,
+) -> tuple[Any, _State]:  # fmt: skip
+    """Reads the prompts and decodes columns up to `width`."""
+    with sharding.use(mesh):
+        keys = row_keys(seed, step, prompts.index, group_size)
+        prompt, last = apply(model, params, prompts.tokens, prompts.length, method='prefill')
+        given = _Given(params, prompts, prompt, sampling, eos_ids, stops)
+        rows = _Rows(
+            place=jnp.broadcast_to(jnp.arange(group_size), keys.shape),
+            key=keys,
+            token=jnp.zeros(keys.shape, jnp.int32),
+            done=jnp.zeros(keys.shape, bool),
+            matched=jnp.zeros(keys.shape, jnp.int32),
+            own=_no_cache(model, keys.shape),
+        )
+        hidden = jnp.broadcast_to(last[:, None], (*keys.shape, last.shape[-1]))
+        rows, column = _pick(model, given, hidden, jnp.int32(0), rows)
+        state = _State(
+            t=jnp.int32(1),
+            rows=rows,
+            drawn=jax.tree.map(lambda x: _padded(x, max_tokens), column),
+            ended=rows.done,
+            live=jnp.int32(group_size),
+        )
+        return given._replace(params=None), _decode(model, given, state, 0, width)
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'width', 'mesh'))
+def _next_block(model, params, given, state, width: int, mesh: Mesh | None) -> _State:
+    """Decodes on to column `width`."""
+    with sharding.use(mesh):
+        start = state.rows.own.k.shape[-2]
+        return _decode(model, given._replace(params=params), state, start, width)
+
+
+@functools.partial(jax.jit, static_argnames=('size', 'mesh'))
+def _leave_out(state: _State, size: int, mesh: Mesh | None) -> _State:
+    """Keeps `size` rows of each group, those that go on among them."""
+    kept = jnp.argsort(state.rows.done, axis=1, stable=True)[:, :size]
+
+    def take(x):
+        return jax.vmap(lambda x, i: x[i])(x, kept)
+
+    nothing: Any = None
+    with sharding.use(mesh):
+        few = jax.tree.map(take, state.rows._replace(own=nothing))
+        own = jax.tree.map(jax.vmap(take), state.rows.own)
+        return state._replace(rows=few._replace(own=own))
+
+
+def _decode(model, given: _Given, state: _State, start: int, width: int) -> _State:
+    """Columns from state.t on, to the end of the block [start, width) or of all rows."""
+    rows = state.rows
+    rows = rows._replace(own=jax.tree.map(lambda x: _padded(x, width, axis=-2), rows.own))
+    drawn = jax.tree.map(
+        lambda x: jax.vmap(lambda x, i: x[i, start:width])(x, rows.place), state.drawn
     )
 
-
-def _sample(
-    model, params, prompts: Prompts, keys, sampling, eos_ids, stops, max_tokens: int
-) -> Rollout:
-    shape = (*keys.shape, max_tokens)
-
-    def pick(hidden, t, carry: _Carry) -> _Carry:
-        """Draws column t from hidden states [B, G, D] and writes it down."""
-        logits = apply(model, params, hidden, method='logits')
-        folded = jax.vmap(lambda key: jax.random.fold_in(key, t))(keys.reshape(-1))
-        token, logprob = draw(folded, logits.reshape(len(folded), -1), sampling)
-        live = ~carry.done
-        token = jnp.where(live, token.reshape(keys.shape), 0)
-        logprob = jnp.where(live, logprob.reshape(keys.shape), 0.0)
-        ends = (token[..., None] == eos_ids).any(-1)
-        matched = carry.matched
-        if stops is not None:
-            matched = stops[matched, token].astype(jnp.int32)
-            ends |= matched == len(stops) - 1
-        return carry._replace(
-            t=t + 1,
-            token=token,
-            done=carry.done | (live & ends),
-            matched=matched,
-            tokens=carry.tokens.at[:, :, t].set(token),
-            mask=carry.mask.at[:, :, t].set(live),
-            logprobs=carry.logprobs.at[:, :, t].set(logprob),
-        )
-
-    prompt, last = apply(model, params, prompts.tokens, prompts.length, method='prefill')
-
-    def advance(carry: _Carry) -> _Carry:
-        t = carry.t - 1
-        hidden, column = apply(
-            model, params, carry.token, t, prompt, prompts.length, carry.own, method='decode'
-        )
+    def advance(carry):
+        t, rows, drawn = carry
+        hidden, new = apply(
+            model, given.params, rows.token, t - 1, given.prompt, given.prompts.length, rows.own,
+            method='decode',
+        )  # fmt: skip
         own = jax.tree.map(
-            lambda cache, new: jax.lax.dynamic_update_slice_in_dim(cache, new, t, axis=4),
-            carry.own,
+            lambda cache, x: jax.lax.dynamic_update_slice_in_dim(cache, x, t - 1, axis=4),
+            rows.own,
+            new,
+        )
+        rows, column = _pick(model, given, hidden, t, rows._replace(own=own))
+        drawn = jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, t - start, axis=2),
+            drawn,
             column,
         )
-        return pick(hidden, carry.t, carry._replace(own=own))
+        return t + 1, rows, drawn
 
-    first = jnp.broadcast_to(last[:, None], (*keys.shape, last.shape[-1]))
-    carry = pick(first, jnp.int32(0), _empty(model, shape))
-    carry = jax.lax.while_loop(lambda c: (c.t < max_tokens) & ~c.done.all(), advance, carry)
-    return Rollout(prompts, carry.tokens, carry.mask, carry.logprobs, carry.done)
-
-
-def _empty(model: Transformer, shape: tuple[int, ...]) -> _Carry:
-    """The loop's state before the first token of `shape` [B, G, T]."""
-    c = model.config
-    cache = jnp.zeros((c.layers, *shape[:2], c.kv_heads, shape[2], c.head_dim), c.dtype)
-    return _Carry(
-        t=jnp.int32(0),
-        token=jnp.zeros(shape[:2], jnp.int32),
-        done=jnp.zeros(shape[:2], bool),
-        matched=jnp.zeros(shape[:2], jnp.int32),
-        own=KeyValues(cache, cache),
-        tokens=jnp.zeros(shape, jnp.int32),
-        mask=jnp.zeros(shape, bool),
-        logprobs=jnp.zeros(shape, jnp.float32),
+    t, rows, drawn = jax.lax.while_loop(
+        lambda carry: (carry[0] < width) & ~carry[1].done.all(), advance, (state.t, rows, drawn)
     )
+
+    def write(whole, new, place):
+        return whole.at[place, start:width].set(new)
+
+    return _State(
+        t=t,
+        rows=rows,
+        drawn=jax.tree.map(
+            lambda whole, new: jax.vmap(write)(whole, new, rows.place), state.drawn, drawn
+        ),
+        ended=jax.vmap(lambda x, i, done: x.at[i].set(done))(state.ended, rows.place, rows.done),
+        live=(~rows.done).sum(1).max(),
+    )
+
+
+def _pick(model, given: _Given, hidden, t, rows: _Rows) -> tuple[_Rows, _Columns]:
+    """Draws column t from hidden states [B, R, D]."""
+    shape = rows.done.shape
+    logits = apply(model, given.params, hidden, method='logits')
+    folded = jax.vmap(lambda key: jax.random.fold_in(key, t))(rows.key.reshape(-1))
+    token, logprob = draw(folded, logits.reshape(len(folded), -1), given.sampling)
+    live = ~rows.done
+    token = jnp.where(live, token.reshape(shape), 0)
+    logprob = jnp.where(live, logprob.reshape(shape), 0.0)
+    ends = (token[..., None] == given.eos_ids).any(-1)
+    matched = rows.matched
+    if given.stops is not None:
+        matched = given.stops[matched, token].astype(jnp.int32)
+        ends |= matched == len(given.stops) - 1
+    rows = rows._replace(token=token, done=rows.done | (live & ends), matched=matched)
+    return rows, _Columns(token[..., None], live[..., None], logprob[..., None])
+
+
+def _padded(x: jax.Array, size: int, axis: int = 2) -> jax.Array:
+    """Zeros behind the end of an axis."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths)
+
+
+def _no_cache(model: Transformer, shape: tuple[int, ...]) -> KeyValues:
+    """Keys and values of no columns of `shape` [B, G] rows."""
+    c = model.config
+    empty = jnp.zeros((c.layers, *shape, c.kv_heads, 0, c.head_dim), c.dtype)
+    return KeyValues(empty, empty)

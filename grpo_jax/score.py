@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from grpo_jax.distribution import filter_logits
 from grpo_jax.models import Transformer, apply, completion_hidden
-from grpo_jax.sample import filter_logits
 from grpo_jax.types import Params, Rollout, Sampling
 
 AGGREGATIONS = ('sequence_mean', 'token_mean', 'microbatch_token_mean', 'constant')
@@ -44,8 +44,24 @@ def completion_logprobs(
       log-probs f32[B, G, T], and entropies f32[B, G, T] in nats or None. Values behind the mask
       are finite and mean nothing.
     """
-    prompts, tokens = rollout.prompts, rollout.tokens
-    hidden = completion_hidden(model, params, prompts.tokens, prompts.length, tokens)
+    prompts = rollout.prompts
+    hidden = completion_hidden(model, params, prompts.tokens, prompts.length, rollout.tokens)
+    return hidden_logprobs(
+        model, params, hidden, rollout.tokens, sampling, chunk=chunk, entropy=entropy
+    )
+
+
+def hidden_logprobs(
+    model: Transformer,
+    params: Params,
+    hidden: jax.Array,
+    tokens: jax.Array,
+    sampling: Sampling,
+    *,
+    chunk: int,
+    entropy: bool = False,
+) -> tuple[jax.Array, jax.Array | None]:
+    """`completion_logprobs` from hidden states [B, G, T, D] that predict tokens [B, G, T]."""
 
     def piece(states, targets):
         logits = apply(model, params, states, method='logits')
@@ -115,7 +131,7 @@ def completion_kl(
 
 
 def _by_chunks(piece: Callable[..., Any], arrays: tuple[jax.Array, ...], chunk: int) -> Any:
-    """`piece(*arrays)` for `chunk` positions at a time, computed again in the backward pass.
+    """`piece(*arrays)` for `chunk` positions at a time, several computed again going backward.
 
     Args:
       piece: from arrays [B, G, chunk, ...] to a tree of [B, G, chunk].
@@ -126,7 +142,8 @@ def _by_chunks(piece: Callable[..., Any], arrays: tuple[jax.Array, ...], chunk: 
       A tree of [B, G, T].
     """
     length = arrays[0].shape[2]
-    chunk = min(chunk, length)
+    if length <= chunk:  # the piece's logits are at hand in the backward pass that follows
+        return piece(*arrays)
     pieces = -(-length // chunk)
 
     def cut(x):

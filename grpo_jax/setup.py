@@ -23,7 +23,8 @@ log = logging.getLogger('grpo_jax')
 
 Sampler = Callable[..., Rollout]  # (params, prompts, *, step, sampling, group_size) -> Rollout
 
-_COMPUTED = ('dtype', 'param_dtype', 'remat', 'lora')  # keys of `model` a checkpoint leaves open
+# Keys of `model` that a checkpoint leaves open.
+_COMPUTED = ('dtype', 'param_dtype', 'attention', 'remat', 'lora')
 
 
 class Problems(NamedTuple):
@@ -202,15 +203,15 @@ def heldout_problems(setup: Setup) -> Problems:
     """The held-out problems; says how many prompts were too long and dropped."""
     config = setup.config
     sharding.check_batch(config.eval.batch_size, config.eval.batch_size, setup.mesh)
-    rows = load_rows(config, setup.workdir, config.data.heldout_split)
+    rows = list(load_rows(config, setup.workdir, config.data.heldout_split))
     return _problems(setup, rows, config.data.heldout_split, 0)
 
 
 def training_problems(setup: Setup, heldout: Problems) -> Problems:
     """The training problems without those that are held out; says what was dropped."""
     config = setup.config
-    rows = load_rows(config, setup.workdir, config.data.train_split)
-    rows, leaked = data.without_leaks(rows, heldout.rows)
+    found = list(load_rows(config, setup.workdir, config.data.train_split))  # read once
+    rows, leaked = data.without_leaks(found, heldout.rows)
     return _problems(setup, rows, config.data.train_split, leaked)
 
 

@@ -16,13 +16,13 @@ from grpo_jax import data, judging, models, reward_model, rewards, setup, shardi
 from grpo_jax.advantages import check_group_options
 from grpo_jax.algorithm import Algorithm
 from grpo_jax.collect import Collected
+from grpo_jax.distribution import check_sampling
 from grpo_jax.methods import Parts, parts_of
 from grpo_jax.optimizer import adamw
 from grpo_jax.preferences import PAIRWISE
 from grpo_jax.replay import Replay
-from grpo_jax.sample import check_sampling
 from grpo_jax.setup import Problems, Setup
-from grpo_jax.types import Objective, Params, Prompts, Rollout, Sampling, TrainState
+from grpo_jax.types import Objective, Params, Rollout, Sampling, TrainState
 from grpo_jax.verdicts import Judge
 
 log = logging.getLogger('grpo_jax')
@@ -50,12 +50,17 @@ class Stage:
     schedule: optax.Schedule | None  # of the learning rate; None: there is none
     start: Callable[[Models], TrainState]  # may take the policy's memory over
     step: Callable[[TrainState, Models, Collected], tuple[TrainState, dict[str, jax.Array]]]
-    collect: Callable[[int, Params, Models], Collected]  # (step, policy, what the stage began with)
+    # Dispatches the sampling of a step: (step, policy, what the stage began with).
+    sample: Callable[[int, Params, Models], list[Rollout]]
+    # Waits for it and judges it: (step, what was sampled, policy, what the stage began with).
+    collect: Callable[[int, list[Rollout], Params, Models], Collected]
     policy: Callable[[TrainState, Models], Params]  # that samples and is evaluated
     finish: Callable[[Models, TrainState], Models]
     heldout: Callable[[Params], judging.Evaluation] | None = None  # asked every eval_every steps
     eval_every: int = 1
     parts: Any = None  # algorithm, sampling and objective of a policy's stage
+    ahead: bool = False  # step k + 1 is sampled before the update of step k
+    stale: bool = False  # by a policy that this update changes
 
 
 def sft_stage(made: Setup, training: Problems, heldout: Problems | None = None) -> Stage:
@@ -75,12 +80,17 @@ def sft_stage(made: Setup, training: Problems, heldout: Problems | None = None) 
         log.warning('demonstrations: %s', table.prompts.summary())
     batches = data.batches(table, c.batch_size, seed=config.seed)
 
-    def collect(step: int, policy: Params, began: Models) -> Collected:
-        return Collected(batches[step], ones, {}, [])
+    def sample(step: int, policy: Params, began: Models) -> list[Rollout]:
+        return [sharding.put_groups(batches[step], made.mesh)]
+
+    def collect(step: int, sampled: list[Rollout], policy: Params, began: Models) -> Collected:
+        return Collected(sampled[0], ones, {}, [])
 
     optimizer, schedule = adamw(steps=c.steps, **c.optimizer)
     parts = Parts(algorithm, Objective(), Sampling())
-    stage = _policy_stage(made, 'sft', c.steps, parts, optimizer, schedule, collect, heldout)
+    stage = _policy_stage(
+        made, 'sft', c.steps, parts, optimizer, schedule, sample, collect, heldout
+    )
     # Demonstrations have no sampler, rewards or lengths to speak of.
     kept = ('loss', 'grad_norm', 'num_tokens', 'skipped_updates')
 
@@ -88,7 +98,7 @@ def sft_stage(made: Setup, training: Problems, heldout: Problems | None = None) 
         state, metrics = stage.step(state, began, collected)
         return state, {name: metrics[name] for name in kept}
 
-    return dataclasses.replace(stage, step=step)
+    return dataclasses.replace(stage, step=step, ahead=True)
 
 
 def grpo_stage(made: Setup, training: Problems, heldout: Problems, iteration: int = 1) -> Stage:
@@ -103,22 +113,36 @@ def grpo_stage(made: Setup, training: Problems, heldout: Problems, iteration: in
         sharding.check_batch(c.batch_size, c.sample_batch, made.mesh, name='sample_batch')
     judge = _judge(made, training, algorithm)
     batches = data.batches(training.table, c.batch_size, seed=config.seed)
+    prompts = collecting.Prefetched(
+        lambda number: collecting.cut(batches[number], c.sample_batch, made.mesh)
+    )
     scale = config.reward_model.weight
 
-    def collect(step: int, policy: Params, began: Models) -> Collected:
+    def draw(step: int, policy: Params, began: Models) -> collecting.Draw:
         policy = began.policy if c.source == 'reference' else policy
         first = ((iteration - 1) * c.steps + step) * (1 + c.refill)
 
-        def sample(batch: int, prompts: Prompts) -> Rollout:
-            return made.sampler(
-                policy, prompts, step=first + batch, sampling=sampling, group_size=c.group_size
-            )
+        def drawn(number: int) -> list[Rollout]:
+            return [
+                made.sampler(
+                    policy, part, step=first + number, sampling=sampling, group_size=c.group_size
+                )
+                for part in prompts(first + number)
+            ]
 
+        return drawn
+
+    def sample(step: int, policy: Params, began: Models) -> list[Rollout]:
+        sampled = draw(step, policy, began)(0)
+        prompts.prepare(((iteration - 1) * c.steps + step + 1) * (1 + c.refill))
+        return sampled
+
+    def collect(step: int, sampled: list[Rollout], policy: Params, began: Models) -> Collected:
         rollout, verdict, metrics = collecting.gather(
-            sample,
+            sampled,
+            draw(step, policy, began),
             functools.partial(judge, reward_params=began.reward),
-            [batches[first + i] for i in range(1 + c.refill)],
-            part=c.sample_batch,
+            refill=c.refill,
         )
         metrics |= rewards.statistics(verdict.judged.scores)
         parts = verdict.judged.scores.parts
@@ -142,11 +166,12 @@ def grpo_stage(made: Setup, training: Problems, heldout: Problems, iteration: in
     if algorithm.step == 'trust_region':
         optimizer, schedule = optax.identity(), None
     name = _numbered('grpo', iteration)
-    return _policy_stage(made, name, c.steps, parts, optimizer, schedule, collect, heldout)
+    stage = _policy_stage(made, name, c.steps, parts, optimizer, schedule, sample, collect, heldout)
+    return dataclasses.replace(stage, ahead=c.ahead, stale=c.ahead)
 
 
 def _policy_stage(
-    made: Setup, name: str, steps: int, parts: Parts, optimizer, schedule, collect, heldout
+    made: Setup, name: str, steps: int, parts: Parts, optimizer, schedule, sample, collect, heldout
 ) -> Stage:
     """A stage that trains the policy by the update program."""
     algorithm, objective, sampling = parts
@@ -200,8 +225,8 @@ def _policy_stage(
             judging.evaluate, made.sampler, problems=heldout, **judging.settings(config.eval)
         )
     return Stage(
-        name, steps, algorithm.inner_updates, schedule, start, step, collect, policy, finish, ask,
-        config.eval.every, parts,
+        name, steps, algorithm.inner_updates, schedule, start, step, sample, collect, policy,
+        finish, ask, config.eval.every, parts,
     )  # fmt: skip
 
 
@@ -232,7 +257,7 @@ def reward_stage(made: Setup, training: Problems, iteration: int = 1) -> Stage:
     def program():
         return reward_model.make_step(model, optimizer, c.loss, mesh, microbatch=c.microbatch)
 
-    def collect(step: int, policy: Params, began: Models) -> Collected:
+    def sample(step: int, policy: Params, began: Models) -> list[Rollout]:
         number = (iteration - 1) * c.steps + step
         rollout = made.sampler(
             began.policy,
@@ -241,7 +266,10 @@ def reward_stage(made: Setup, training: Problems, iteration: int = 1) -> Stage:
             sampling=sampling,
             group_size=c.group_size,
         )
-        host = jax.device_get(rollout)
+        return [rollout]
+
+    def collect(step: int, sampled: list[Rollout], policy: Params, began: Models) -> Collected:
+        host = jax.device_get(sampled[0])
         verdict = judge(host, None)
         right = verdict.judged.scores.parts[config.eval.correct]
         given: Any = right.reshape(host.ended.shape) if labels is None else verdict.steps
@@ -267,7 +295,7 @@ def reward_stage(made: Setup, training: Problems, iteration: int = 1) -> Stage:
         return began._replace(reward=state.params)
 
     return Stage(
-        _numbered('reward', iteration), c.steps, 1, schedule, start, step, collect,
+        _numbered('reward', iteration), c.steps, 1, schedule, start, step, sample, collect,
         lambda state, began: began.policy, finish,
     )  # fmt: skip
 

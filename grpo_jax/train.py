@@ -9,23 +9,19 @@ unbroken one.
 """
 
 import logging
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from grpo_jax import checkpoint, report, setup
-from grpo_jax.collect import Collected
+from grpo_jax import checkpoint, compiled, report, setup
 from grpo_jax.config import run_command
+from grpo_jax.progress import Progress
 from grpo_jax.setup import Problems, Setup
 from grpo_jax.stages import Models, Stage, grpo_stage, reward_stage, sft_stage
-from grpo_jax.types import TrainState
-
-log = logging.getLogger('grpo_jax')
+from grpo_jax.types import Rollout, TrainState
 
 
 def train(config: ConfigDict, workdir: str) -> dict[str, float]:
@@ -46,14 +42,16 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     heldout = setup.heldout_problems(made)
     training = setup.training_problems(made, heldout)
     stages = _stages(made, training, heldout)
-    carried = Models(setup.initial_params(made), reward=setup.initial_reward_params(made))
-    checkpoint.claim_workdir(made.workdir, config)
-    setup.keep_description(made)
-    for stage in stages:
-        if carried.adapters is not None:
-            policy = setup.merged(made, carried.policy, carried.adapters)
-            carried = carried._replace(policy=policy, adapters=None)
-        carried = _run_stage(made, stage, carried)
+    with compiled.kept_in(made.workdir / 'cache'), compiled.counted() as count:
+        carried = Models(setup.initial_params(made), reward=setup.initial_reward_params(made))
+        checkpoint.claim_workdir(made.workdir, config)
+        setup.keep_description(made)
+        for stage in stages:
+            if carried.adapters is not None:
+                policy = setup.merged(made, carried.policy, carried.adapters)
+                carried = carried._replace(policy=policy, adapters=None)
+            carried = _run_stage(made, stage, carried)
+    print(count)
     picture = report.plot(made.workdir, config.grpo.steps)
     tests = report.read_policy(made.workdir / 'heldout.jsonl', config.grpo.steps)
     before, after = (row['metrics']['eval/accuracy'] for row in (tests[0], tests[-1]))
@@ -88,73 +86,79 @@ def _run_stage(made: Setup, stage: Stage, carried: Models) -> Models:
     """
     folder = made.workdir / 'checkpoints' / stage.name
     manager = checkpoint.open_manager(folder, keep=made.config.checkpoint.keep)
-    state = stage.start(carried)
+    state, sampled = stage.start(carried), None
     start = manager.latest_step() or 0
     if start:
         state = checkpoint.restore(manager, state, made.mesh)
+        sampled = checkpoint.restore_samples(manager, made.mesh)
         print(f'{stage.name}: resumed at step {start} of {stage.steps}')
     asked = stage.heldout is None or report.has_heldout(made.workdir, stage.name, stage.steps)
     if start < stage.steps or not asked:
-        state = _steps(made, stage, manager, start, state, carried)
+        state = _steps(made, stage, manager, start, state, sampled, carried)
     manager.close()
     return stage.finish(carried, state)
 
 
 def _steps(
-    made: Setup, stage: Stage, manager: Any, start: int, state: TrainState, began: Models
+    made: Setup,
+    stage: Stage,
+    manager: Any,
+    start: int,
+    state: TrainState,
+    sampled: list[Rollout] | None,
+    began: Models,
 ) -> TrainState:
-    """The stage's steps from `start` on, with their records, evaluations and checkpoints."""
+    """The stage's steps from `start` on, with their records, evaluations and checkpoints.
+
+    Programs are dispatched without waiting for their results: the host waits where it needs one,
+    for completions to reward and, a step late, for metrics to write.
+    """
     every = made.config.checkpoint.every
     records = report.Records(made.workdir, stage.name, start)
     with _closing(manager, records), _bar(stage, start) as bar:
-        for k in range(start, stage.steps):
-            with _saving_on_failure(manager, k, state):
-                if stage.heldout and k % stage.eval_every == 0:
-                    records.heldout(k, stage.heldout(stage.policy(state, began)))
-                started = time.perf_counter()
-                collected = stage.collect(k, stage.policy(state, began), began)
-            state, metrics = _update(stage, state, began, collected, started)
-            records.metrics(k, metrics)
-            records.completions(k, collected.completions)
-            _show(bar, metrics)
-            if (k + 1) % every == 0 or k + 1 == stage.steps:
-                checkpoint.save(manager, k + 1, state)
+        progress = Progress(stage, records, bar, int(state.skipped))
+        with closing(progress):
+            for k in range(start, stage.steps):
+                policy = stage.policy(state, began)
+                with _saving_on_failure(manager, k, state, _held(stage, sampled), progress):
+                    if stage.heldout and k % stage.eval_every == 0:
+                        progress.write()
+                        records.heldout(k, stage.heldout(policy))
+                        progress.restart()
+                    if sampled is None:
+                        sampled = stage.sample(k, policy, began)
+                    if not stage.ahead:  # else the step before may still run
+                        progress.write()
+                    collected = stage.collect(k, sampled, policy, began)
+                    more = stage.ahead and k + 1 < stage.steps
+                    sampled = stage.sample(k + 1, policy, began) if more else None
+                state, metrics = stage.step(state, began, collected)
+                progress.add(k, metrics, collected)
+                if (k + 1) % every == 0 or k + 1 == stage.steps:
+                    progress.write()
+                    checkpoint.save(manager, k + 1, state, _held(stage, sampled))
+                    progress.restart()
         if stage.heldout:
             records.heldout(stage.steps, stage.heldout(stage.policy(state, began)))
     return state
 
 
-def _update(stage: Stage, state, began: Models, collected: Collected, started: float):
-    """One call of the update program, and its metrics on the host."""
-    called = time.perf_counter()
-    skipped = int(state.skipped)
-    state, device = stage.step(state, began, collected)
-    metrics = {name: float(value) for name, value in jax.device_get(device).items()}
-    now = time.perf_counter()
-    if stage.schedule:
-        updates = int(state.step) * stage.updates - int(state.skipped)
-        metrics['learning_rate'] = float(stage.schedule(max(updates - 1, 0)))
-    metrics |= collected.metrics | {
-        'timing/update': now - called,
-        'step_time': now - started,
-        'perf/tokens_per_second': metrics['num_tokens'] / (now - started),
-    }
-    if metrics['skipped_updates'] > skipped:
-        log.warning(
-            '%s step %d: the gradient was not finite, so its update was left out (%d so far)',
-            stage.name, int(state.step) - 1, int(metrics['skipped_updates']),
-        )  # fmt: skip
-    return state, metrics
+def _held(stage: Stage, sampled: list[Rollout] | None) -> list[Rollout] | None:
+    """What a checkpoint has to hold of the samples of the next step."""
+    return sampled if stage.stale else None
 
 
 @contextmanager
-def _saving_on_failure(manager: Any, k: int, state: TrainState) -> Iterator[None]:
+def _saving_on_failure(
+    manager: Any, k: int, state: TrainState, sampled: list[Rollout] | None, progress: Progress
+) -> Iterator[None]:
     """Saves the state of before step k when a reward, an interrupt or the like ends the run."""
     try:
         yield
     except BaseException:
-        if k and manager.latest_step() != k:
-            checkpoint.save(manager, k, state)
+        progress.write()
+        if k and manager.latest_step() != k and not progress.torn:
+            checkpoint.save(manager, k, state, sampled)
         raise
 
 
@@ -172,19 +176,6 @@ def _bar(stage: Stage, start: int) -> tqdm:
     return tqdm(
         total=stage.steps, initial=start, desc=stage.name, dynamic_ncols=True, mininterval=1
     )
-
-
-def _show(bar: tqdm, metrics: dict[str, float]) -> None:
-    shown = {
-        'reward': 'reward', 'accuracy': 'accuracy', 'kl': 'KL', 'loss': 'loss',
-        'perf/tokens_per_second': 'tok/s',
-    }  # fmt: skip
-    if 'reward' in metrics:
-        del shown['loss']
-    bar.set_postfix(
-        {short: f'{metrics[k]:.3g}' for k, short in shown.items() if k in metrics}, refresh=False
-    )
-    bar.update()
 
 
 def run() -> None:

@@ -19,8 +19,9 @@ from grpo_jax.advantages import check_group_options
 from grpo_jax.algorithm import Algorithm
 from grpo_jax.batch import make_batch
 from grpo_jax.metrics import reduce_terms, rollout_metrics
+from grpo_jax.microbatch import Microbatches, check_rows
 from grpo_jax.preferences import PAIRWISE
-from grpo_jax.program import Actor, Critic, Microbatches, Program
+from grpo_jax.program import Actor, Critic, Program
 from grpo_jax.types import Objective, Params, Rollout, Sampling, StepRewards, TrainState
 
 __all__ = ['Algorithm', 'Critic', 'init_state', 'make_step', 'update']
@@ -172,7 +173,8 @@ def update(
     sharding.check_batch(size, a.microbatch, mesh)
     check_group_options(group_size, baseline=a.baseline, scale=a.scale)
     actor = Actor(model, ref_params, sampling, objective, a.logprob_chunk)
-    microbatches = Microbatches(a.microbatch, mesh)
+    check_rows(a.rows, a.microbatch * group_size, mesh)
+    microbatches = Microbatches(a.microbatch, mesh, a.rows, a.widths)
     bound = Program(actor, a, optimizer, critic, microbatches)
 
     def inner(state, _):

@@ -22,9 +22,10 @@ import tiny
 
 from grpo_jax import collect, config, losses, presets, stages
 from grpo_jax.batch import make_batch
+from grpo_jax.microbatch import Microbatches
 from grpo_jax.models import Lora
 from grpo_jax.preferences import PAIRWISE
-from grpo_jax.program import Actor, Microbatches
+from grpo_jax.program import Actor
 from grpo_jax.types import Batch, Objective, Prompts, Rollout, Sampling, StepRewards, TrainState
 from grpo_jax.update import Algorithm, Critic, update
 
@@ -239,7 +240,7 @@ def compiled(algorithm):
         actor = Actor(model, None, Sampling(), objective, algorithm.logprob_chunk)
         values = critic and critic.model
         batch = make_batch(algorithm, actor, values, state, ref, rollout, rewards, pieces)
-        logprobs, _ = actor.logprobs(state.params, rollout)
+        logprobs = actor.logprobs(state.params, rollout)
         coefficient = jax.vmap(
             lambda x, group: losses.gradient_coefficient(x, group, objective, **options)
         )(logprobs, batch)

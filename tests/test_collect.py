@@ -41,19 +41,23 @@ def make_verdict(rollout, total):
     return Verdict(judged, total, None, None)
 
 
-def gather(batches, different, part=0):
+def gather(batches, different, part=None):
     """Gathers B prompts of `batches`, of which those in `different` are told apart."""
     asked = []
 
-    def sample(number, prompts):
-        asked.append((number, prompts.index.tolist()))
-        return draw(prompts)
+    def sample(number):
+        """A batch in parts."""
+        rows = batches[number]
+        cuts = range(0, len(rows), part or len(rows))
+        parts = [rows[start : start + (part or len(rows))] for start in cuts]
+        asked.extend((number, rows) for rows in parts)
+        return [draw(make_prompts(rows)) for rows in parts]
 
     def judge(rollout):
         index = np.asarray(rollout.prompts.index)
         return make_verdict(rollout, [DIFFERENT if i in different else EQUAL for i in index])
 
-    found = collect.gather(sample, judge, [make_prompts(b) for b in batches], part=part)
+    found = collect.gather(sample(0), sample, judge, refill=len(batches) - 1)
     return asked, *found
 
 

@@ -15,9 +15,11 @@ import tokenizers
 from scipy import stats
 from transformers import PreTrainedTokenizerFast
 
+from grpo_jax import sample as sample_module
 from grpo_jax import sharding, tokens
+from grpo_jax.distribution import check_sampling, draw, filter_logits, row_keys
 from grpo_jax.models import Transformer
-from grpo_jax.sample import check_sampling, draw, filter_logits, row_keys, sample
+from grpo_jax.sample import sample
 from grpo_jax.tokens import stop_table
 from grpo_jax.types import Prompts, Sampling
 
@@ -217,6 +219,13 @@ def test_sampled_logprobs_equal_naive(model, params, drawn):
 
 
 STEPS: list[int] = []
+LEAVE_OUT = sample_module._leave_out
+fewest, block_of = sample_module._fewest, sample_module._block
+
+
+def compiled():
+    """How often the program of the first block was compiled."""
+    return sample_module._first_block._cache_size()
 
 
 class Counting(Transformer):
@@ -324,9 +333,9 @@ def test_several_stop_strings(model, params, prompts):
     stopped = completions(model, params, prompts, stops=stopping(*STOPS))
     assert tiny.same(stopped._replace(logprobs=0), cut(free, STOPS)._replace(logprobs=0))
     assert 0.5 < stopped.ended.mean() < 1
-    before = sample._cache_size()
+    before = compiled()
     other = completions(model, params, prompts, seed=1, stops=stopping('ba', 'a\na', 'cc', 'db'))
-    assert sample._cache_size() == before
+    assert compiled() == before
     assert tiny.gap(other.tokens, stopped.tokens) > 0
     logits = oracle.completion_logits(oracle.float64(params), stopped, model.config)
     expected = oracle.logprobs(logits, stopped.tokens)
@@ -343,6 +352,52 @@ def test_stop_strings_on_a_mesh(model, params, prompts):
     meshed = completions(model, placed, groups, stops=table, mesh=mesh)
     for name in ('tokens', 'mask', 'ended'):
         np.testing.assert_array_equal(getattr(meshed, name), getattr(alone, name))
+
+
+# Blocks
+
+
+def test_blocks_change_no_completion(model, params, prompts, monkeypatch):
+    """Rows that have ended are left out, and those that go on are not."""
+    sizes = []
+
+    def leave_out(state, size, mesh):
+        sizes.append(size)
+        ended = np.asarray(state.ended)
+        left = LEAVE_OUT(state, size, mesh)
+        for group, kept in enumerate(np.asarray(left.rows.place)):
+            assert len(set(kept)) == size
+            assert set(np.flatnonzero(~ended[group])) <= set(kept)
+        return left
+
+    monkeypatch.setattr(sample_module, '_leave_out', leave_out)
+    third = np.arange(0, tiny.VOCAB, 3)  # of all tokens end a row
+    for seed in range(3):
+        settings = {'seed': seed, 'eos_ids': third, 'group_size': 8, 'max_tokens': 11}
+        settings['stops'] = stopping('ab')
+        whole = completions(model, params, prompts, **settings)
+        blocks = completions(model, params, prompts, block=2, **settings)
+        for name in ('tokens', 'mask', 'ended'):
+            np.testing.assert_array_equal(getattr(blocks, name), getattr(whole, name), name)
+        np.testing.assert_allclose(blocks.logprobs, whole.logprobs, atol=1e-5)
+    assert {4, 2} <= set(sizes)
+
+
+def test_no_block_begins_when_all_rows_have_ended(model, params, prompts, monkeypatch):
+    monkeypatch.setattr(sample_module, '_next_block', None)
+    every = np.arange(tiny.VOCAB)
+    out = completions(model, params, prompts, eos_ids=every, block=2)
+    assert out.ended.all()
+
+
+def test_fewest_rows():
+    assert [fewest(live, 8) for live in (8, 5, 4, 3, 2, 1)] == [8, 8, 4, 4, 2, 1]
+    assert [fewest(live, 7) for live in (7, 4, 3, 2, 1)] == [7, 4, 4, 2, 1]
+
+
+@pytest.mark.parametrize(('tokens', 'expected'), [(24, 64), (512, 64), (1024, 128), (1030, 129)])
+def test_there_are_at_most_eight_blocks(tokens, expected):
+    assert block_of(tokens) == expected
 
 
 # Randomness
@@ -396,9 +451,9 @@ def test_row_keys_are_all_different():
 
 def test_sampling_compiles_once_per_shape(model, params, prompts, drawn):
     del drawn  # compiled by now
-    before = sample._cache_size()
+    before = compiled()
     for i, sampling in enumerate(FILTERS.values()):
         completions(model, params, prompts, seed=i, step=2 * i, sampling=sampling, eos_ids=EOS + i)
-    assert sample._cache_size() == before
+    assert compiled() == before
     completions(model, params, prompts, max_tokens=2)
-    assert sample._cache_size() == before + 1
+    assert compiled() == before + 1

@@ -16,7 +16,7 @@ from grpo_jax.types import Sampling
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 
-COMPUTED = {'dtype', 'param_dtype', 'remat', 'lora'}
+COMPUTED = {'dtype', 'param_dtype', 'attention', 'remat', 'lora'}
 
 
 @pytest.fixture(scope='module')
@@ -55,14 +55,13 @@ def test_the_checkpoint_says_what_the_model_is_like(name, source, tmp_path):
 
 def test_the_config_says_how_it_is_computed(source, tmp_path):
     config = folders.get_config(source)
-    config.model.update(dtype='bfloat16', param_dtype='float16', remat=False)
+    told = {'dtype': 'bfloat16', 'param_dtype': 'float16', 'attention': 'splash', 'remat': False}
+    config.model.update(told)
     config.model.lora.update(rank=3, alpha=5.0, targets=('q_proj',))
     made = setup.prepare(config, tmp_path).model.config
-    assert (made.dtype, made.param_dtype, made.remat) == ('bfloat16', 'float16', False)
+    assert {name: getattr(made, name) for name in told} == told
     assert made.lora == models.Lora(rank=3, alpha=5.0, targets=('q_proj',))
-    assert (
-        made.base == folders.make_model(dtype='bfloat16', param_dtype='float16', remat=False).config
-    )
+    assert made.base == folders.make_model(**told).config
 
 
 def test_a_tokenizer_that_the_embedding_is_too_small_for(tmp_path):

@@ -118,7 +118,8 @@ def collect(asked, *, sampler=None, parts=2, **functions):
     with pytest.MonkeyPatch.context() as patch:
         for name, function in functions.items():
             patch.setattr(runs, name, function, raising=False)
-        return stages.grpo_stage(made, training, heldout).collect(0, params, stages.Models(params))
+        stage, began = stages.grpo_stage(made, training, heldout), stages.Models(params)
+        return stage.collect(0, stage.sample(0, params, began), params, began)
 
 
 def test_a_part_is_judged_while_the_next_is_sampled(asked):
@@ -275,7 +276,7 @@ def test_demonstrations_of_a_chat_end_with_the_turn(source, tmp_path):
     config.sft.update(steps=2, batch_size=3, microbatch=3)
     made = setup.prepare(config, tmp_path / 'run')
     stage = stages.sft_stage(made, setup.training_problems(made, setup.heldout_problems(made)))
-    batch = stage.collect(0, None, None)
+    batch = stage.collect(0, stage.sample(0, None, None), None, None)
     assert batch.rollout.tokens[:, 0, :2].tolist() == [[ord('1'), folders.IM_END]] * 3
     assert batch.rollout.mask.sum(-1).tolist() == [[2]] * 3
     assert batch.rewards.tolist() == [[1.0]] * 3

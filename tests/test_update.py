@@ -128,6 +128,8 @@ CASES = {
 NEUTRAL = {
     'entropy': {'entropy': True},
     'microbatch of 2': {'microbatch': 2},
+    'two rows at a time': {'microbatch': 2, 'rows': 2},
+    'six rows at a time': {'microbatch': 4, 'rows': 6},
     'microbatch of B': {'microbatch': 4},
     'chunk of 2': {'logprob_chunk': 2},
 }

@@ -10,6 +10,7 @@ from grpo_jax.models import rope
 DTYPES = ('float32', 'bfloat16', 'float16')
 NORMS = ('pre', 'post', 'both')
 ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh')
+ATTENTIONS = ('auto', 'einsum', 'splash', 'cudnn')
 
 # Parameter -> the name that Hugging Face and PEFT give the projection.
 PROJECTIONS = {
@@ -101,6 +102,9 @@ class ModelConfig:
     # How it is computed
     dtype: str = 'float32'  # of the computation
     param_dtype: str = 'float32'  # of the parameters; adapters are always float32
+    # Attention to several tokens: 'einsum'; by a kernel that keeps no scores in memory, 'splash' on
+    # TPUs and 'cudnn' on NVIDIA GPUs; or 'auto', the platform's kernel if it takes the model.
+    attention: str = 'auto'
     remat: bool = True  # recompute each layer in the backward pass instead of storing it
     lora: Lora = Lora()
 
@@ -151,11 +155,18 @@ class ModelConfig:
             ('norms', NORMS),
             ('activation', ACTIVATIONS),
             ('qk_norm', ('', 'head', 'projection')),
+            ('attention', ATTENTIONS),
         ):
             value = getattr(self, name)
             if value not in known:
                 choices = ', '.join(map(repr, known)) if '' in known else ', '.join(known)
                 raise ValueError(f'model {name}={value!r} is unknown: use one of {choices}')
+        obstacle = self.obstacle(self.attention)
+        if obstacle:
+            raise ValueError(
+                f'model attention={self.attention!r} does not take {obstacle}: use '
+                "attention='auto' or 'einsum'"
+            )
         if self.scalar_head and self.lora.rank:
             raise ValueError(
                 f'model scalar_head=True with lora rank={self.lora.rank}: adapters would leave the '
@@ -166,6 +177,20 @@ class ModelConfig:
                 f'lora targets={self.lora.targets}: experts have no adapters; '
                 "use targets=('q_proj', 'k_proj', 'v_proj', 'o_proj') or some of them"
             )
+
+    def obstacle(self, attention: str) -> str:
+        """The option that this form of attention does not take; '' if there is none."""
+        if attention in ('splash', 'cudnn') and self.window:
+            return f'window={self.window}'
+        if attention != 'cudnn':
+            return ''
+        if self.attention_softcap:
+            return f'attention_softcap={self.attention_softcap}'
+        if self.dtype == 'float32':
+            return f'dtype={self.dtype!r}'
+        if self.head_dim % 8 or self.head_dim > 128:  # up to 256 on some GPUs only
+            return f'head_dim={self.head_dim}, which is not 8, 16, ... or 128'
+        return ''
 
     @property
     def rope_width(self) -> int:

@@ -164,7 +164,7 @@ def model_config(raw: Json, **computed: Any) -> ModelConfig:
 
     Args:
       raw: its `config.json`, as any version of transformers wrote it.
-      **computed: dtype, param_dtype, remat and lora.
+      **computed: dtype, param_dtype, attention, remat and lora.
 
     Raises:
       ValueError: an architecture or fields that are not supported, all of them named.
@@ -288,7 +288,8 @@ def hugging_face_fields(config: ModelConfig) -> dict[str, Any]:
         }  # fmt: skip
         if config.scalar_head:
             raw |= {'id2label': {'0': 'LABEL_0'}, 'label2id': {'LABEL_0': 0}}  # one label
-        computed = {n: getattr(config, n) for n in ('dtype', 'param_dtype', 'remat', 'lora')}
+        names = ('dtype', 'param_dtype', 'attention', 'remat', 'lora')
+        computed = {name: getattr(config, name) for name in names}
         if model_config(raw, **computed) == config:
             return raw
     raise ValueError(

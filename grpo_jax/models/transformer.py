@@ -2,8 +2,8 @@
 
 RMSNorm, rotary positions, grouped-query attention and a gated MLP or experts; what distinguishes
 the families (Llama, Qwen, Gemma, ...) are the options of `ModelConfig`. Arrays lead with the B axis
-of groups, and attention is `vmap`ped over it. Parameters are a plain nested dict, the layers
-stacked along a leading L axis and run by one scan, so compile time does not grow with depth.
+of groups. Parameters are a plain nested dict, the layers stacked along a leading L axis and run by
+one scan, so compile time does not grow with depth.
 """
 
 import math
@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.models import rope
-from grpo_jax.models.attention import NOWHERE, Piece, attend
+from grpo_jax.models.attention import NOWHERE, Piece
 from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.flash import attend_groups
 from grpo_jax.models.layers import RMSNorm, experts, mlp, project
 from grpo_jax.models.lora import split
 from grpo_jax.sharding import anchor
@@ -76,18 +77,7 @@ class Block(nn.Module):
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin).swapaxes(2, 3)
         pieces = [Piece(kv.k, kv.v, at) for kv, at in zip(past, where.past, strict=True)]
         pieces.append(Piece(k, v, where.positions))
-
-        def one_group(q, pieces, positions):
-            return attend(
-                q,
-                pieces,
-                positions,
-                scale=c.attention_scale or c.head_dim**-0.5,
-                softcap=c.attention_softcap,
-                window=layer.window,
-            )
-
-        out = jax.vmap(one_group)(q, pieces, where.positions)
+        out = attend_groups(c, q, pieces, where.positions, layer.window)
         out = project(self, 'out', out, (c.width,), inputs=2, bias=c.out_bias)
         return out, KeyValues(k, v)
 
@@ -295,7 +285,19 @@ def completion_hidden(
       [B, G, T, D]; the state at t predicts tokens[:, :, t]. Gradients flow through the prompt, once
       per group.
     """
-    keys_values, last = apply(model, params, prompt, length, method='prefill')
+    start = apply(model, params, prompt, length, method='prefill')
+    return continuation_hidden(model, params, start, length, tokens)
+
+
+def continuation_hidden(
+    model: Transformer,
+    params: Params,
+    start: tuple[KeyValues, jax.Array],
+    length: jax.Array,
+    tokens: jax.Array,
+) -> jax.Array:
+    """`completion_hidden` after prompts that were read already; `start` is what `prefill` gave."""
+    keys_values, last = start
     hidden = apply(model, params, tokens[..., :-1], keys_values, length, method='extend')
     first = jnp.broadcast_to(last[:, None, None], (*tokens.shape[:2], 1, last.shape[-1]))
     return jnp.concatenate([first, hidden], axis=2)

@@ -1,0 +1,208 @@
+"""Our own step on a workload: the library calls that the benchmarks time."""
+
+import ast
+import dataclasses
+import functools
+import inspect
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks import timing, workloads
+from benchmarks.workloads import Workload
+from grpo_jax import models, update
+from grpo_jax.algorithm import Algorithm
+from grpo_jax.optimizer import adamw
+from grpo_jax.sample import sample
+from grpo_jax.score import completion_logprobs
+from grpo_jax.types import Objective, Params, Prompts, Rollout, Sampling
+
+
+class Options(NamedTuple):
+    """Keyword arguments, by what they are given to."""
+
+    algorithm: dict[str, Any]
+    model: dict[str, Any]
+    sample: dict[str, Any]
+
+
+def parse_options(pairs: Sequence[str]) -> Options:
+    """Sorts 'name=value' by whether `Algorithm`, `ModelConfig` or `sample` has the name.
+
+    Raises:
+      ValueError: a pair without '=', or a name that none of them has.
+    """
+    options = Options({}, {}, {})
+    known = [
+        {field.name for field in dataclasses.fields(Algorithm)},
+        {field.name for field in dataclasses.fields(models.ModelConfig)},
+        set(inspect.signature(sample).parameters),
+    ]
+    for pair in pairs:
+        name, _, text = pair.partition('=')
+        homes = [home for home, names in zip(options, known, strict=True) if name in names]
+        if not homes or not text:
+            raise ValueError(
+                f'option {pair!r}: give name=value, of Algorithm, ModelConfig or sample'
+            )
+        try:
+            homes[0][name] = ast.literal_eval(text)
+        except (SyntaxError, ValueError):  # a word, such as a dtype
+            homes[0][name] = text
+    return options
+
+
+def make_model(shape: workloads.Shape, **options: Any) -> models.Transformer:
+    """A Qwen2 decoder whose parameters have the dtype of its computation.
+
+    Args:
+      shape: its sizes.
+      **options: fields of `ModelConfig`; activations are kept for the backward pass by default.
+    """
+    fields = dataclasses.asdict(shape) | {'attention_bias': True, 'remat': False} | options
+    return models.Transformer(models.ModelConfig(**({'param_dtype': fields['dtype']} | fields)))
+
+
+def make_params(model: models.Transformer, seed: int = 0) -> Params:
+    """Parameters as random as those of the peers: small matrices, scales 1, biases 0."""
+
+    def make(key):
+        def fill(path, leaf):
+            name = path[-1].key
+            if name == 'scale':
+                return jnp.ones(leaf.shape, leaf.dtype)
+            if name.endswith('bias'):
+                return jnp.zeros(leaf.shape, leaf.dtype)
+            return workloads.SPREAD * jax.random.normal(next(keys), leaf.shape, leaf.dtype)
+
+        keys = iter(jax.random.split(key, 64))
+        return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(model_init, key))
+
+    def model_init(key):
+        return models.init(model, key)
+
+    return jax.jit(make)(jax.random.key(seed))
+
+
+class Ours:
+    """State, reference and programs; one method for each phase of a step."""
+
+    def __init__(self, workload: Workload, options: Options) -> None:
+        self.model = make_model(workload.shape, **options.model)
+        shape = dataclasses.replace(workload.shape, dtype=self.model.config.dtype)
+        self.workload = dataclasses.replace(workload, shape=shape)
+        self.algorithm = Algorithm(**options.algorithm)
+        self.reference = make_params(self.model)
+        optimizer, _ = adamw(
+            learning_rate=workloads.LEARNING_RATE, steps=10**6, clip_norm=workloads.CLIP_NORM
+        )
+        self.state = update.init_state(self.model, optimizer, self.reference)
+        self._sample_options = options.sample
+        self._step: Any = update.make_step(self.model, optimizer, self.algorithm)
+        self._logprobs = jax.jit(self._map_logprobs)
+        self._words = workloads.words(shape.vocab_size)
+        self._ids = {word: i for i, word in enumerate(self._words)}
+
+    def step(self, clock: timing.Clock, k: int) -> Rollout:
+        """Step k under the clock: its prompts are tokenised and rewarded on the host."""
+        wait = jax.block_until_ready
+        clock.start()
+        prompts = clock.timed('prompts', self.prompts)(k)
+        rollout: Rollout = clock.timed('sample', self.sample, wait)(prompts, k)
+        rewards = clock.timed('reward', self.rewards)(rollout)
+        clock.timed('update', self.update, lambda metrics: wait((metrics, self.state)))(
+            rollout, rewards
+        )
+        clock.cut()
+        return rollout
+
+    def prompts(self, k: int) -> Prompts:
+        """Those of step k."""
+        w = self.workload
+        tokens = workloads.encode(workloads.prompt_texts(w.groups, w.prompt, seed=k), self._ids)
+        length = np.full(w.groups, w.prompt, np.int32)
+        return Prompts(tokens, length, np.arange(w.groups, dtype=np.int32) + k * w.groups)
+
+    def sample(self, prompts: Prompts, k: int) -> Rollout:
+        """Completions of step k."""
+        return self._sample(self.state.params, prompts, k)
+
+    def _sample(self, params: Params, prompts: Prompts, k: int) -> Rollout:
+        return sample(
+            self.model,
+            params,
+            prompts,
+            seed=0,
+            step=k,
+            sampling=Sampling(),
+            eos_ids=np.asarray(self.workload.eos_ids, np.int32),
+            group_size=self.workload.group_size,
+            max_tokens=self.workload.completion,
+            **self._sample_options,
+        )
+
+    def rewards(self, rollout: Rollout) -> np.ndarray:
+        """f32[B, G], computed on the host."""
+        tokens, mask = np.asarray(rollout.tokens), np.asarray(rollout.mask)
+        scored = [
+            workloads.reward(workloads.decode(row[real], self._words))
+            for row, real in zip(
+                tokens.reshape(-1, tokens.shape[-1]), mask.reshape(-1, mask.shape[-1]), strict=True
+            )
+        ]
+        return np.asarray(scored, np.float32).reshape(tokens.shape[:2])
+
+    def update(self, rollout: Rollout, rewards: np.ndarray) -> dict[str, jax.Array]:
+        """Scores the reference, updates the state and returns the metrics."""
+        self.state, metrics = self._step(
+            self.state,
+            self.reference,
+            rollout,
+            rewards,
+            Sampling(),
+            Objective(beta=workloads.BETA),
+        )
+        return metrics
+
+    def score(self, rollout: Rollout) -> jax.Array:
+        """Log-probs f32[B, G, T] of the reference alone, which `update` computes as well."""
+        return self._logprobs(self.reference, rollout)
+
+    def _map_logprobs(self, params: Params, rollout: Rollout) -> jax.Array:
+        a = self.algorithm
+        parts = jax.tree.map(lambda x: x.reshape(-1, a.microbatch, *x.shape[1:]), rollout)
+
+        def one(part):
+            return completion_logprobs(self.model, params, part, Sampling(), chunk=a.logprob_chunk)[
+                0
+            ]
+
+        return jax.lax.map(one, parts).reshape(rollout.tokens.shape)
+
+    def temporaries(self) -> dict[str, int]:
+        """Bytes that the compiled programs need beside their arguments and results.
+
+        For completions of one block of the sampler, which is what it can be traced for.
+        """
+        w, prompts = self.workload, self.prompts(0)
+        draw = jax.jit(functools.partial(self._sample, k=0))
+        rollout = jax.eval_shape(draw, self.state.params, prompts)
+        programs = {
+            'sample': draw.lower(self.state.params, prompts),
+            'update': self._step.lower(
+                self.state,
+                self.reference,
+                rollout,
+                np.zeros((w.groups, w.group_size), np.float32),
+                Sampling(),
+                Objective(beta=workloads.BETA),
+            ),
+        }
+        quick = {'xla_backend_optimization_level': 0}  # does not change what lies where
+        return {
+            name: int(program.compile(quick).memory_analysis().temp_size_in_bytes)
+            for name, program in programs.items()
+        }

@@ -1,0 +1,132 @@
+"""The distribution of the next token, and drawing from it.
+
+Sampler and scorer must agree on it: the log-probs that `sample.sample` returns are those that
+`score.completion_logprobs` computes for the same tokens.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from grpo_jax.types import Array, Sampling
+
+_BLOCK = 64  # tokens per block of the two-level inverse distribution function
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Raises ValueError for values from which no policy can be trained; call it outside of jit."""
+    ranges = {
+        'temperature': (sampling.temperature > 0, 'above 0 (greedy completions are all the same)'),
+        'top_k': (sampling.top_k >= 0, 'at least 0 (0 keeps all tokens)'),
+        'top_p': (0 < sampling.top_p <= 1, 'above 0 and at most 1'),
+        'min_p': (0 <= sampling.min_p < 1, 'at least 0 and below 1'),
+    }
+    for name, (valid, remedy) in ranges.items():
+        if not valid:
+            raise ValueError(f'sampling {name}={getattr(sampling, name)}: make it {remedy}')
+
+
+def filter_logits(
+    logits: jax.Array, sampling: Sampling, keep: jax.Array | None = None
+) -> jax.Array:
+    """Logits of the distribution to sample from: scaled by temperature, cut to its support.
+
+    Tokens tied with the last one kept are kept too. The sort that top-k and top-p need runs only
+    when one of them is active.
+
+    Args:
+      logits: f32[..., V].
+      sampling: temperature 0 leaves the scale at 1 (greedy decoding only picks, it does not
+        rescale).
+      keep: i32[...], a token that stays in the support whatever the filters say: a scorer names the
+        sampled token, which must not get probability 0 when the policy has moved since.
+
+    Returns:
+      f32[..., V], -inf outside the support; not normalised.
+    """
+    temperature = jnp.asarray(sampling.temperature, jnp.float32)
+    logits = logits / jnp.where(temperature > 0, temperature, 1.0)
+    fixed = jax.lax.stop_gradient(logits)
+    top_k, top_p = jnp.asarray(sampling.top_k), jnp.asarray(sampling.top_p)
+    threshold = jax.lax.cond(
+        (top_k > 0) | (top_p < 1),
+        functools.partial(_rank_threshold, top_k=top_k, top_p=top_p),
+        lambda x: jnp.full(x.shape[:-1], -jnp.inf),
+        fixed,
+    )
+    min_p = fixed.max(-1) + jnp.log(jnp.asarray(sampling.min_p, jnp.float32))
+    inside = fixed >= jnp.maximum(threshold, min_p)[..., None]
+    if keep is not None:
+        inside |= jnp.arange(logits.shape[-1]) == keep[..., None]
+    return jnp.where(inside, logits, -jnp.inf)
+
+
+def _rank_threshold(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The smallest logit that top-k, then top-p among what it left, keep."""
+    ordered = -jnp.sort(-logits, axis=-1)
+    size = logits.shape[-1]
+    count = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
+    ordered = jnp.where(jnp.arange(size) < count, ordered, -jnp.inf)
+    probability = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    kept = ((before < top_p) & (ordered > -jnp.inf)).at[..., 0].set(True)
+    return jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1)
+
+
+def _inverse_cdf(mass: jax.Array, u: jax.Array) -> jax.Array:
+    """Index i32[N] drawn by mass f32[N, n] (unnormalised) and uniforms f32[N]; never of mass 0."""
+    cumulative = jnp.cumsum(mass, axis=-1)
+    hit = (cumulative > (u * cumulative[:, -1])[:, None]) & (mass > 0)
+    return jnp.where(hit.any(-1), hit.argmax(-1), mass.argmax(-1))
+
+
+def draw(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> tuple[jax.Array, jax.Array]:
+    """Draws one token per row from `filter_logits` of its logits.
+
+    Inverse distribution function in two levels, first a block of tokens by its mass and then the
+    token in it: exact, and two uniforms per row in place of noise for the whole vocabulary.
+
+    Args:
+      keys: a random key for each of N rows.
+      logits: f32[N, V].
+      sampling: the distribution; temperature 0 takes the largest logit.
+
+    Returns:
+      token i32[N], and its log-prob f32[N] under the distribution drawn from (at temperature 0:
+      under the filtered softmax at temperature 1).
+    """
+    rows, size = logits.shape
+    filtered = filter_logits(logits, sampling)
+    peak = filtered.max(-1, keepdims=True)
+    mass = jnp.exp(filtered - peak)
+    blocks = jnp.pad(mass, ((0, 0), (0, -size % _BLOCK))).reshape(rows, -1, _BLOCK)
+    u = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
+    block_mass = blocks.sum(-1)
+    block = _inverse_cdf(block_mass, u[:, 0])
+    inside = _inverse_cdf(jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0], u[:, 1])
+    token = jnp.where(
+        jnp.asarray(sampling.temperature) > 0, block * _BLOCK + inside, filtered.argmax(-1)
+    )
+    chosen = jnp.take_along_axis(filtered - peak, token[:, None], 1)[:, 0]
+    return token, chosen - jnp.log(block_mass.sum(-1))
+
+
+def row_keys(seed: Array, step: Array, index: Array, group_size: int) -> jax.Array:
+    """Random keys [B, G] from (seed, step, prompt index, completion index).
+
+    Token t of a row uses fold_in(key, t). Nothing depends on where in the batch, on which device or
+    beside which other prompts a row is sampled.
+
+    Args:
+      seed: i32[].
+      step: i32[], the training step, so that the same prompt is sampled anew each time.
+      index: i32[B], rows of the data set.
+      group_size: G.
+    """
+    base = jax.random.fold_in(jax.random.key(seed), step)
+
+    def row(prompt, completion):
+        return jax.random.fold_in(jax.random.fold_in(base, prompt), completion)
+
+    return jax.vmap(lambda i: jax.vmap(lambda g: row(i, g))(jnp.arange(group_size)))(index)

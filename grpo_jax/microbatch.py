@@ -1,0 +1,254 @@
+"""Cutting a batch so that its work is that of its real tokens.
+
+A microbatch is a number of groups, over all devices, that are computed at a time; arrays cut into
+them have shape [microbatches, m, ...]. Its prompts are read once. Its completions may be read a few
+rows at a time, the longest first, and none in more columns than its longest row fills: each width
+of a short list is compiled, and the one that fits is chosen on the device.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from grpo_jax import models, sharding
+from grpo_jax.types import Batch, Params, Prompts
+
+NARROWEST = 32  # columns from which on a halving is not worth its compilation
+
+Start = tuple[models.KeyValues, jax.Array]  # what `prefill` gives
+Take = Callable[[Start], Start]
+
+
+class Reader(NamedTuple):
+    """What reads completions: a decoder, and what becomes of its hidden states.
+
+    `head(params, hidden, part)` gives a loss f32[] and outputs {name: [b, g, w]} from hidden states
+    [b, g, w, D] and the part of a batch that they belong to, its columns cut to w as well.
+    """
+
+    model: models.Transformer
+    params: Callable[[Params], Params]  # all parameters from the trained ones
+    head: Callable[[Params, jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Microbatches:
+    """How a batch is cut."""
+
+    size: int  # groups
+    mesh: Mesh | None = None
+    rows: int = 0  # completions read at a time; 0: all of the microbatch, group by group
+    widths: int = 1  # how many are compiled: T, T / 2, T / 4, ...
+
+    def cut(self, tree: Any) -> Any:
+        """[B, ...] -> [microbatches, m, ...], strided so that devices keep the groups they hold."""
+
+        def one(x):
+            x = x.reshape(self.size, -1, *x.shape[1:]).swapaxes(0, 1)
+            if self.mesh is None:
+                return x
+            return jax.lax.with_sharding_constraint(
+                x, NamedSharding(self.mesh, PartitionSpec(None, 'fsdp'))
+            )
+
+        return jax.tree.map(one, tree)
+
+    def sum(self, function: Callable[[Any], Any], tree: Any, *, like: Any) -> tuple[Any, Any]:
+        """Adds up (total, terms) = `function(microbatch)`: the sum of totals, the terms stacked."""
+
+        def add(total, microbatch):
+            part, terms = function(microbatch)
+            return jax.tree.map(jnp.add, total, part), terms
+
+        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, like), self.cut(tree))
+
+    def outputs(self, reader: Reader, params: Params, batch: Batch) -> dict[str, jax.Array]:
+        """The head's outputs [B, G, T] for all of a batch, without gradient."""
+        params = reader.params(params)
+
+        def microbatch(part: Batch):
+            start = _prefill(reader.model, params, part)
+
+            def read(some: Batch, take: Take):
+                return (), _read(reader, params, take(start), some)[1]
+
+            return self._in_bundles(read, part, total=())[1]
+
+        return jax.lax.stop_gradient(_joined(jax.lax.map(microbatch, self.cut(batch))))
+
+    def gradient(self, reader: Reader, params: Params, batch: Batch) -> tuple[Params, Any]:
+        """The sum of the losses' gradients by the trained `params`, and the outputs [B, G, T].
+
+        A prompt's forward and backward pass are computed once, however many bundles read it.
+        """
+
+        def microbatch(part: Batch):
+            start, pull = jax.vjp(lambda p: _prefill(reader.model, reader.params(p), part), params)
+
+            def read(some: Batch, take: Take):
+                def loss(p, start):
+                    return _read(reader, reader.params(p), take(start), some)
+
+                return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, start)
+
+            wide = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), start)
+            total = jax.tree.map(jnp.zeros_like, params), wide
+            (direct, through), out = self._in_bundles(read, part, total)
+            (prompts,) = pull(jax.tree.map(lambda x, y: x.astype(y.dtype), through, start))
+            return jax.tree.map(jnp.add, direct, prompts), out
+
+        total, out = self.sum(microbatch, batch, like=params)
+        return total, _joined(out)
+
+    def _in_bundles(self, read: Callable[[Batch, Take], Any], part: Batch, total: Any):
+        """Adds up the totals of `read(bundle, take)`, and puts its outputs [m, G, T] together.
+
+        Args:
+          read: gives totals, added to `total`, and outputs [b, g, w]; `take` picks the bundle's
+            prompts out of what `_prefill` made of the microbatch.
+          part: the microbatch.
+          total: zeros.
+        """
+        mask = part.rollout.mask
+
+        def add(total, some: Batch, take: Take):
+            found, out = _in_width(lambda cut: read(cut, take), some, self.widths)
+            return jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, found), out
+
+        if not self.rows:
+            return add(total, part, lambda start: start)
+        shards = 1 if self.mesh is None else self.mesh.shape['fsdp']
+        order = _by_length(mask, shards, self.rows)
+
+        def bundle(total, index):
+            groups = index // mask.shape[1]
+            some = _take_rows(part, index, groups)
+            return add(total, some, lambda start: _take_prompts(start, groups))
+
+        total, out = jax.lax.scan(bundle, total, order)
+        return total, jax.tree.map(lambda x: _put_back(x, order, mask.shape), out)
+
+
+def check_rows(rows: int, total: int, mesh: Mesh | None = None) -> None:
+    """Raises ValueError, with the numbers that work, where rows cannot be bundled as asked.
+
+    Args:
+      rows: completions read at a time; 0: all.
+      total: completions of a microbatch.
+      mesh: each bundle is spread over its fsdp axis.
+    """
+    shards = 1 if mesh is None else mesh.shape['fsdp']
+    works = [n for n in range(shards, total + 1, shards) if total % n == 0]
+    if rows and rows not in works:
+        raise ValueError(
+            f'rows={rows} does not cut the {total} completions of a microbatch over fsdp={shards} '
+            f'into equal bundles: use 0 (all at once), or one of {", ".join(map(str, works))}'
+        )
+
+
+def _prefill(model: models.Transformer, params: Params, part: Batch) -> Start:
+    prompts = part.rollout.prompts
+    return models.apply(model, params, prompts.tokens, prompts.length, method='prefill')
+
+
+def _read(reader: Reader, params: Params, start: Start, part: Batch):
+    """The head's loss and outputs of completions over their prompts."""
+    rollout = part.rollout
+    hidden = models.continuation_hidden(
+        reader.model, params, start, rollout.prompts.length, rollout.tokens
+    )
+    return reader.head(params, hidden, part)
+
+
+def widths_of(longest: int, count: int) -> tuple[int, ...]:
+    """Up to `count` numbers of columns, the smallest first: T, T / 2, T / 4, ... (rounded up)."""
+    widths = [longest]
+    while len(widths) < count and widths[-1] > NARROWEST:
+        widths.append(-(-widths[-1] // 2))
+    return tuple(reversed(widths))
+
+
+def _in_width(function: Callable[[Batch], Any], part: Batch, count: int):
+    """`function(part)`, computed in the fewest columns that hold all its tokens.
+
+    Outputs [b, g, w] are filled up with zeros again.
+    """
+    mask = part.rollout.mask
+    longest = mask.shape[-1]
+
+    def within(width: int):
+        def run(part: Batch):
+            rows, prompts = _apart(part)
+            rows = jax.tree.map(lambda x: x[:, :, :width] if x.ndim > 2 else x, rows)
+            total, out = function(_together(rows, prompts))
+            behind = ((0, 0), (0, 0), (0, longest - width))
+            return total, jax.tree.map(lambda x: jnp.pad(x, behind), out)
+
+        return run
+
+    widths = widths_of(longest, count)
+    if len(widths) == 1:
+        return within(longest)(part)
+    needed = jnp.where(mask, jnp.arange(1, longest + 1), 0).max()
+    choice = jnp.searchsorted(jnp.asarray(widths), needed)
+    return jax.lax.switch(choice, [within(width) for width in widths], part)
+
+
+# Rows of a microbatch, numbered on each device's share of the groups
+
+
+def _by_length(mask: jax.Array, shards: int, rows: int) -> jax.Array:
+    """i32[bundles, shards, rows / shards], the longest completions first.
+
+    Each shard sorts its own, so none has to move.
+    """
+    lengths = mask.sum(-1).reshape(shards, -1)
+    order = jnp.argsort(-lengths, axis=1, stable=True)
+    return order.reshape(shards, -1, rows // shards).swapaxes(0, 1)
+
+
+def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Entries [shards * k, ...] of x [shards * n, ...], `index` i32[shards, k] of each share."""
+    shares = x.reshape(len(index), -1, *x.shape[1:])
+    taken = jax.vmap(lambda share, i: share[i])(shares, index)
+    return sharding.anchor(taken.reshape(-1, *x.shape[1:]))
+
+
+def _take_rows(part: Batch, index: jax.Array, groups: jax.Array) -> Batch:
+    """A batch of groups of one."""
+    rows, prompts = _apart(part)
+    rows = jax.tree.map(lambda x: _take(x.reshape(-1, *x.shape[2:]), index)[:, None], rows)
+    return _together(rows, jax.tree.map(lambda x: _take(x, groups), prompts))
+
+
+def _apart(part: Batch) -> tuple[Batch, Prompts]:
+    """What a batch holds for each row, and its prompts."""
+    nothing: Any = None
+    return part._replace(rollout=part.rollout._replace(prompts=nothing)), part.rollout.prompts
+
+
+def _together(rows: Batch, prompts: Prompts) -> Batch:
+    return rows._replace(rollout=rows.rollout._replace(prompts=prompts))
+
+
+def _take_prompts(start: Start, groups: jax.Array) -> Start:
+    keys_values, last = start
+    taken = jax.tree.map(lambda x: _take(x.swapaxes(0, 1), groups).swapaxes(0, 1), keys_values)
+    return taken, _take(last, groups)
+
+
+def _put_back(x: jax.Array, order: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """[bundles, rows, 1, T] in the places that `order` took them from: [m, G, T]."""
+    shards = order.shape[1]
+    x = x.reshape(*order.shape, -1).swapaxes(0, 1).reshape(shards, -1, shape[-1])
+    place = jnp.argsort(order.swapaxes(0, 1).reshape(shards, -1), axis=1)
+    return sharding.anchor(jax.vmap(lambda x, i: x[i])(x, place).reshape(shape))
+
+
+def _joined(out: Any) -> Any:
+    """[microbatches, m, ...] -> [B, ...], undoing `Microbatches.cut`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), out)

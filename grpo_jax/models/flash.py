@@ -1,0 +1,210 @@
+"""Attention of all groups, by kernels that keep no scores in memory where there is one.
+
+`attention.attend` is the reference and what CPUs run. On TPUs it is splash attention, on NVIDIA
+GPUs that of cuDNN (both after Dao, arXiv 2307.08691), for several tokens at a time; a single one,
+as in decoding, is the einsum form's everywhere.
+
+The kernels attend once, to the prompt and the completion behind it, so that each group's prompt is
+repeated for its completions while a layer runs. Attending to both apart and merging by log-sum-exp
+would not repeat it, but has no gradient through the kernels' public functions: splash attention
+cannot be differentiated when asked for its log-sum-exp, and `jax.nn.dot_product_attention` drops
+the gradient through it (and rounds it to the queries' dtype: in bfloat16 by up to 3% of a weight).
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from grpo_jax.models.attention import Piece, attend
+from grpo_jax.models.config import ModelConfig
+
+# (q [B, G, S, H, h], own keys and values [B, G, K, S, h], those of the prompt [B, K, P, h], start
+# i32[B], *, scale, softcap) -> [B, G, S, H, h]: row s stands at start + s, the prompt before start.
+Kernel = Callable[..., jax.Array]
+KeysValues = tuple[jax.Array, jax.Array]
+
+_LANES = 128  # sequences are padded to multiples of it
+_BLOCK = 512  # queries, and keys, that splash attention works on at a time; if they divide so
+
+
+def choose(config: ModelConfig) -> str:
+    """The name of the kernel that `config.attention` stands for on this process's devices."""
+    if config.attention != 'auto':
+        return config.attention
+    device = jax.devices()[0]
+    name = {'tpu': 'splash', 'gpu': 'cudnn'}.get(device.platform, 'einsum')
+    # Other makers' GPUs have no cuDNN, and it has no such kernel before compute capability 8.
+    if name == 'cudnn' and float(getattr(device, 'compute_capability', '0')) < 8:
+        name = 'einsum'
+    return 'einsum' if config.obstacle(name) else name
+
+
+def attend_groups(
+    config: ModelConfig,
+    q: jax.Array,
+    pieces: Sequence[Piece],
+    positions: jax.Array,
+    window: jax.Array | None = None,
+) -> jax.Array:
+    """`attention.attend` for B groups at once, in the form that config and platform call for.
+
+    Args:
+      config: how attention is computed; also its scale and soft cap.
+      q: [B, G, S, H, h] rotated queries.
+      pieces: with a leading B axis. With S > 1 they are the prompt's, if any, whose columns stand
+        at 0, 1, ... up to the queries, and last the queries' own.
+      positions: i32[B, S], where the queries stand; one after another.
+      window: i32[], see `attend`.
+
+    Returns:
+      [B, G, S, H, h] in the dtype of q.
+    """
+    scale = config.attention_scale or config.head_dim**-0.5
+    softcap = config.attention_softcap
+    name = choose(config)
+    if name == 'einsum' or q.shape[2] < 2:
+        form = functools.partial(attend, scale=scale, softcap=softcap, window=window)
+        return jax.vmap(form)(q, pieces, positions)
+    k, v = pieces[-1].k, pieces[-1].v
+    prompt = k[:, 0, :, :0], v[:, 0, :, :0]  # one without columns
+    if len(pieces) > 1:
+        prompt = pieces[0].k, pieces[0].v
+    kernel = functools.partial(KERNELS[name], scale=scale, softcap=softcap)
+    return _spread(kernel, q, (k, v), prompt, positions[:, 0])
+
+
+def _spread(
+    kernel: Kernel, q: jax.Array, own: KeysValues, prompt: KeysValues, start: jax.Array
+) -> jax.Array:
+    """Runs a kernel on each device's groups and heads: the compiler cannot cut it itself."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel(q, own, prompt, start)
+    groups = 'fsdp' if q.shape[0] % mesh.shape['fsdp'] == 0 else None
+    heads = 'tensor' if own[0].shape[2] % mesh.shape['tensor'] == 0 else None
+    rows = PartitionSpec(groups, None, None, heads)
+    of_own, of_prompt = PartitionSpec(groups, None, heads), PartitionSpec(groups, heads)
+    specs = rows, of_own, of_prompt, PartitionSpec(groups)
+    spread = jax.shard_map(kernel, in_specs=specs, out_specs=rows, check_vma=False)
+    return spread(q, own, prompt, start)
+
+
+def splash(
+    q: jax.Array,
+    own: KeysValues,
+    prompt: KeysValues,
+    start: jax.Array,
+    *,
+    scale: float,
+    softcap: float,
+    interpret: bool = False,
+) -> jax.Array:
+    """The TPU's `Kernel`: it skips what lies ahead of the queries; segments mask the padding.
+
+    Keys are the prompt's columns, then the row's own, each padded to whole blocks. A completion
+    thus stands at the same column in every group, as the kernel's mask of blocks has to be static.
+
+    `interpret` runs it on any platform, slowly; the rest is that of any `Kernel`.
+    """
+    # Here, as importing it takes part of a second.
+    from jax.experimental.pallas.ops.tpu import splash_attention as tpu
+
+    rows, length, heads = q.shape[1:4]
+    columns = prompt[0].shape[2]
+    size, past = (-(-n // _LANES) * _LANES for n in (length, columns))
+    block = math.gcd(_BLOCK, size, past)
+    q = _pad((q * jnp.asarray(scale, q.dtype)).swapaxes(2, 3), size)
+    k, v = (
+        jnp.concatenate([_repeat(_pad(p, past), rows), _pad(o, size)], axis=3)
+        for p, o in zip(prompt, own, strict=True)
+    )
+    seen = (jnp.arange(past) < start[:, None]).astype(jnp.int32)
+    seen = jnp.pad(seen, ((0, 0), (0, size)), constant_values=1)
+    attention = tpu.make_splash_mha_single_device(
+        tpu.MultiHeadMask([tpu.CausalMask((size, past + size), offset=past)] * heads),
+        block_sizes=tpu.BlockSizes(
+            block_q=block,
+            block_kv=block,
+            block_q_dkv=block,
+            block_kv_dkv=block,
+            block_q_dq=block,
+            block_kv_dq=block,
+        ),
+        attn_logits_soft_cap=softcap or None,
+        interpret=interpret,
+    )
+
+    def one(q, k, v, seen):  # a query reads the keys whose segment is its own, 1
+        return attention(q, k, v, tpu.SegmentIds(jnp.ones(size, jnp.int32), seen))
+
+    out = jax.vmap(jax.vmap(one, in_axes=(0, 0, 0, None)))(q, k, v, seen)
+    return out[..., :length, :].swapaxes(2, 3)
+
+
+def _pad(x: jax.Array, size: int) -> jax.Array:
+    """[..., N, h] to [..., size, h]."""
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, size - x.shape[-2]), (0, 0)])
+
+
+def _repeat(x: jax.Array, rows: int) -> jax.Array:
+    """[B, ...] to [B, G, ...]."""
+    return jnp.broadcast_to(x[:, None], (x.shape[0], rows, *x.shape[1:]))
+
+
+def cudnn(
+    q: jax.Array,
+    own: KeysValues,
+    prompt: KeysValues,
+    start: jax.Array,
+    *,
+    scale: float,
+    softcap: float = 0.0,
+    implementation: Literal['xla', 'cudnn'] = 'cudnn',
+) -> jax.Array:
+    """The NVIDIA GPU's `Kernel`, without soft caps.
+
+    `implementation` is that of `jax.nn.dot_product_attention`; 'xla' runs on any platform.
+
+    It knows one causal mask, that of queries and keys which both begin at position 0. So everything
+    is laid where it stands: a completion over its prompt's padding, its queries behind others that
+    nobody reads. These cost P^2 / 2 products of a query and a key on top of P T + T^2 / 2. A mask
+    for the padding would cost more: it is a bias [B, 1, T, P + T], and with it nothing is skipped.
+
+    Raises:
+      ValueError: a soft cap.
+    """
+    if softcap:
+        raise ValueError(f"cudnn attention has no softcap={softcap}: use attention='einsum'")
+    rows, length = q.shape[1:3]
+    empty = jnp.zeros((*q.shape[:2], prompt[0].shape[2], *q.shape[3:]), q.dtype)
+    q = _lay(q, empty, start)
+    k, v = (
+        _lay(o.swapaxes(2, 3), _repeat(p, rows).swapaxes(2, 3), start)
+        for p, o in zip(prompt, own, strict=True)
+    )
+    of_rows = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
+    out = jax.nn.dot_product_attention(
+        of_rows[0],
+        of_rows[1],
+        of_rows[2],
+        scale=scale,
+        is_causal=True,
+        implementation=implementation,
+    )
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=length, axis=1)
+    return jax.vmap(take)(out.reshape(q.shape), start)
+
+
+def _lay(x: jax.Array, before: jax.Array, start: jax.Array) -> jax.Array:
+    """[B, G, P + S, ...]: x [B, G, S, ...] from start i32[B] on, before [B, G, P, ...] up to it."""
+    whole = jnp.concatenate([before, jnp.zeros_like(x)], axis=2)
+    lay = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
+    return jax.vmap(lay)(whole, x, start)
+
+
+KERNELS: dict[str, Kernel] = {'splash': splash, 'cudnn': cudnn}

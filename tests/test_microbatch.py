@@ -1,0 +1,144 @@
+"""Cutting a batch: no cut changes a number, and no cut reads columns that nothing stands in."""
+
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from grpo_jax import microbatch, sharding
+from grpo_jax.microbatch import Microbatches, Reader, check_rows, widths_of
+from grpo_jax.models import apply
+from grpo_jax.types import Batch
+
+MODEL = tiny.make_model()
+PARAMS = tiny.make_params(MODEL)
+COLUMNS = 11
+
+
+@pytest.fixture(autouse=True)
+def narrow(monkeypatch):
+    """Widths 2, 3, 6 and 11 are worth their compilation."""
+    monkeypatch.setattr(microbatch, 'NARROWEST', 2)
+
+
+def make_batch(seed=0, groups=4):
+    """Weights are random numbers, also behind the mask, where nothing may depend on them."""
+    rollout = tiny.make_rollout(seed, groups=groups, group_size=4, max_tokens=COLUMNS)
+    rollout = rollout._replace(logprobs=None)
+    weights = np.random.default_rng(seed).standard_normal(rollout.mask.shape, np.float32)
+    return Batch(rollout, advantages=None, weights=weights)
+
+
+def head(params, hidden, part):
+    """A loss of every token's logits, and what shows which columns were computed."""
+    logits = jax.nn.log_softmax(apply(MODEL, params, hidden, method='logits'))
+    chosen = jnp.take_along_axis(logits, part.rollout.tokens[..., None], -1)[..., 0]
+    chosen = jnp.where(part.rollout.mask, chosen, 0.0)
+    width = jnp.full(chosen.shape, chosen.shape[-1])
+    return (part.weights * chosen).sum(), {'logprobs': chosen, 'width': width}
+
+
+READER = Reader(MODEL, lambda params: params, head)
+
+
+@functools.cache
+def programs(cut):
+    """Gradient with outputs, and outputs alone."""
+    return (
+        tiny.jit(functools.partial(cut.gradient, READER)),
+        tiny.jit(functools.partial(cut.outputs, READER)),
+    )
+
+
+CUTS = {
+    'trimmed': Microbatches(2, widths=4),
+    'rows': Microbatches(4, rows=2, widths=4),
+    'rows of several microbatches': Microbatches(2, rows=4),
+    'row by row': Microbatches(1, rows=1, widths=4),
+}
+
+
+@pytest.mark.parametrize('name', CUTS)
+def test_a_cut_changes_no_number(name):
+    for seed in range(3):
+        batch = make_batch(seed)
+        expected, plain = programs(Microbatches(1))[0](PARAMS, batch)
+        gradient, read = programs(CUTS[name])[0](PARAMS, batch)
+        assert tiny.largest(expected) > 1
+        assert tiny.gap(gradient, expected) < 1e-5 * tiny.largest(expected)
+        np.testing.assert_allclose(read['logprobs'], plain['logprobs'], atol=1e-5)
+        alone = programs(CUTS[name])[1](PARAMS, batch)
+        np.testing.assert_allclose(alone['logprobs'], plain['logprobs'], atol=1e-5)
+
+
+def test_rows_are_read_in_the_columns_that_their_bundle_needs():
+    """Bundles are made of the microbatch's rows by length; 0 stands behind the columns read."""
+    batch = make_batch()
+    lengths = batch.rollout.mask.sum(-1)
+    width = np.asarray(programs(CUTS['rows'])[1](PARAMS, batch)['width'])
+    order = np.argsort(-lengths.reshape(-1), kind='stable')
+    for pair in order.reshape(-1, 2):
+        longest = lengths.reshape(-1)[pair[0]]
+        expected = next(n for n in (2, 3, 6, 11) if n >= longest)
+        for row in pair:
+            shown = width.reshape(-1, COLUMNS)[row]
+            np.testing.assert_array_equal(shown, np.where(np.arange(11) < expected, expected, 0))
+    assert len(np.unique(width)) > 3
+
+
+def test_widths():
+    assert widths_of(11, 4) == (2, 3, 6, 11)
+    assert widths_of(11, 2) == (6, 11)
+    assert widths_of(11, 1) == (11,)
+    assert widths_of(2, 4) == (2,)
+
+
+@hypothesis.given(data=st.data(), shards=st.sampled_from([1, 2, 4]))
+@hypothesis.settings(max_examples=50)
+def test_rows_come_back_to_their_places(data, shards):
+    """Each shard keeps its own rows, the longest of them first."""
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    mask = np.arange(5) < rng.integers(0, 6, (4, 3, 1))
+    rows = shards * data.draw(st.sampled_from([n for n in (1, 3, 12) if 12 // shards % n == 0]))
+    order = microbatch._by_length(jnp.asarray(mask), shards, rows)
+    values = jnp.asarray(rng.standard_normal(mask.shape))
+    bundles = [microbatch._take(values.reshape(12, 5), index)[:, None] for index in order]
+    assert bundles[0].shape == (rows, 1, 5)
+    back = microbatch._put_back(jnp.stack(bundles), order, mask.shape)
+    np.testing.assert_array_equal(back, values)
+    lengths = mask.sum(-1).reshape(shards, -1)
+    for shard in range(shards):
+        read = lengths[shard][np.asarray(order)[:, shard].reshape(-1)]
+        assert (np.diff(read) <= 0).all()
+
+
+@pytest.mark.parametrize('shape', [(2, 2), (4, 1)], ids=str)
+def test_rows_on_a_mesh(shape):
+    mesh = sharding.make_mesh(fsdp=shape[0], tensor=shape[1])
+    batch = make_batch(groups=8)
+    expected, plain = programs(Microbatches(1))[0](PARAMS, batch)
+    cut = Microbatches(8, mesh, rows=8, widths=2)
+
+    @tiny.jit
+    def run(params, batch):
+        with sharding.use(mesh):
+            return cut.gradient(READER, params, batch)
+
+    params = jax.device_put(PARAMS, sharding.shardings(PARAMS, mesh))
+    gradient, read = run(params, sharding.put_groups(batch, mesh))
+    assert tiny.gap(gradient, expected) < 1e-5 * tiny.largest(expected)
+    np.testing.assert_allclose(read['logprobs'], plain['logprobs'], atol=1e-5)
+
+
+def test_rows_that_do_not_divide():
+    check_rows(0, 12)
+    check_rows(6, 12)
+    with pytest.raises(ValueError, match=r'rows=5 .* 12 completions .* one of 1, 2, 3, 4, 6, 12'):
+        check_rows(5, 12)
+    with pytest.raises(ValueError, match=r'rows=3 .* fsdp=2 .* one of 2, 4, 6, 12'):
+        check_rows(3, 12, sharding.make_mesh(fsdp=2))
