@@ -115,7 +115,8 @@ def sample(
         if fewer < size:
             state = _leave_out(state, fewer, mesh)
         state = _next_block(model, params, given, state, min(width, max_tokens), mesh)
-    return Rollout(prompts, *state.drawn, state.ended)
+    drawn = state.drawn
+    return Rollout(prompts, drawn.tokens, drawn.mask, drawn.logprobs, state.ended)
 
 
 def _block(max_tokens: int) -> int:
