@@ -11,7 +11,14 @@ from typing import Any
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, jaxprs_in_params
 
-_UNCOUNTED = ('conv_general_dilated', 'pallas_call', 'ragged_dot', 'ragged_dot_general')
+_UNCOUNTED = (
+    'conv_general_dilated',
+    'pallas_call',
+    'ragged_dot',
+    'ragged_dot_general',
+    'dot_product_attention_fwd_wrapper',  # cuDNN's
+    'dot_product_attention_bwd_wrapper',
+)
 
 
 def count_flops(fn: Callable[..., Any], *args: Any, while_trips: int = 1, **kwargs: Any) -> int:

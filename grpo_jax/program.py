@@ -148,11 +148,12 @@ class Program:
         """TRPO's step inside the KL ball around `params`, see `trust_region.natural_step`."""
         o, rollout = self.actor.objective, batch.rollout
         tokens = jnp.maximum(rollout.mask.sum(), 1)
+        model = _twice_differentiable(self.actor.model)
 
         def divergence(new, part):
             old = jax.lax.stop_gradient(params)
             kl = completion_kl(
-                self.actor.model, self.actor.params(old), self.actor.params(new), part,
+                model, self.actor.params(old), self.actor.params(new), part,
                 self.actor.sampling, chunk=self.actor.chunk,
             )  # fmt: skip
             return jnp.where(part.mask, kl, 0.0).sum() / tokens
@@ -235,6 +236,13 @@ class Program:
     def _group_value_terms(self, values, group: Batch) -> dict[str, jax.Array]:
         loss = self._group_value_loss(values, group)
         return critic_terms(values, group) | {'critic_loss': loss}
+
+
+def _twice_differentiable(model: models.Transformer) -> models.Transformer:
+    """The model without kernels, whose gradients have no derivative of their own."""
+    if getattr(model.config, 'attention', 'einsum') == 'einsum':
+        return model
+    return model.clone(config=dataclasses.replace(model.config, attention='einsum'))
 
 
 def _with_old(logprobs: jax.Array, group: Batch) -> Batch:
