@@ -1,8 +1,9 @@
 """What one training step learns from: prompts are sampled, judged, refilled and chosen from."""
 
+import itertools
 import operator
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -58,14 +59,20 @@ def cut(prompts: Prompts, size: int, mesh: Mesh) -> list[Prompts]:
     return [sharding.put_groups(jax.tree.map(operator.itemgetter(c), prompts), mesh) for c in cuts]
 
 
-Draw = Callable[[int], list[Rollout]]  # the number of a batch, from 0, to its parts as dispatched
+def eager_first(parts: Iterator[Rollout]) -> Iterator[Rollout]:
+    """The same parts, the first of which is made now."""
+    return itertools.chain([next(parts)], parts)
+
+
+Draw = Callable[[int], Iterable[Rollout]]  # the number of a batch, from 0, to its parts
 
 
 def gather(
-    sampled: list[Rollout],
+    sampled: Iterable[Rollout],
     draw: Draw,
     judge: Callable[[Rollout], Verdict],
     *,
+    parts: int = 1,
     refill: int = 0,
 ) -> tuple[Rollout, Verdict, dict[str, float]]:
     """Judges a batch; groups that teach nothing are replaced from further batches.
@@ -75,9 +82,10 @@ def gather(
     where there are too few, groups without differences fill the rest.
 
     Args:
-      sampled: the batch of B prompts in parts, as they were dispatched.
-      draw: dispatches the others, numbered from 1.
+      sampled: the batch of B prompts in parts, each judged while the next is sampled.
+      draw: samples the others, numbered from 1.
       judge: what is said of a part.
+      parts: how many.
       refill: most further batches.
 
     Returns:
@@ -87,9 +95,10 @@ def gather(
     """
     began, sampling = time.perf_counter(), 0.0
     rollouts, verdicts = [], []
-    wanted = sum(len(part.ended) for part in sampled)
     for number in range(1 + refill):
-        rollout, verdict, seconds = wait_and_judge(draw(number) if number else sampled, judge)
+        some = draw(number) if number else sampled
+        rollout, verdict, seconds = wait_and_judge(some, judge, parts)
+        wanted = len(rollout.ended)
         rollouts.append(rollout)
         verdicts.append(verdict)
         sampling += seconds
@@ -108,9 +117,9 @@ def gather(
 
 
 def wait_and_judge(
-    parts: list[Rollout], judge: Callable[[Rollout], Verdict]
+    parts: Iterable[Rollout], judge: Callable[[Rollout], Verdict], count: int
 ) -> tuple[Rollout, Verdict, float]:
-    """Rewards each part while the next is sampled.
+    """Rewards each of `count` parts while the next is sampled.
 
     Returns:
       the whole rollout on the devices, what the rewards say of it, and the seconds that sampling
@@ -124,14 +133,19 @@ def wait_and_judge(
         finished.append(time.perf_counter())
         return judge(part)
 
-    if len(parts) == 1:  # in the main thread, where an interrupt or a signal can end a reward
-        return parts[0], one(parts[0]), finished[0] - began
-    with ThreadPoolExecutor(max_workers=len(parts)) as threads:
-        verdict = together(list(threads.map(one, parts)))
+    if count == 1:  # in the main thread, where an interrupt or a signal can end a reward
+        (part,) = parts
+        return part, one(part), finished[0] - began
+    drawn, judged = [], []
+    with ThreadPoolExecutor(max_workers=count) as threads:
+        for part in parts:
+            drawn.append(part)
+            judged.append(threads.submit(one, part))
+        verdict = together([future.result() for future in judged])
     # The parts were judged at once, so each has counted the others' timeouts too.
     scores = verdict.judged.scores._replace(timeouts=pool.timeouts() - before)
     verdict = verdict._replace(judged=verdict.judged._replace(scores=scores))
-    rollout = jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+    rollout = jax.tree.map(lambda *x: jnp.concatenate(x), *drawn)
     return rollout, verdict, max(finished) - began
 
 

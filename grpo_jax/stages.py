@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -51,9 +51,9 @@ class Stage:
     start: Callable[[Models], TrainState]  # may take the policy's memory over
     step: Callable[[TrainState, Models, Collected], tuple[TrainState, dict[str, jax.Array]]]
     # Dispatches the sampling of a step: (step, policy, what the stage began with).
-    sample: Callable[[int, Params, Models], list[Rollout]]
+    sample: Callable[[int, Params, Models], Iterable[Rollout]]
     # Waits for it and judges it: (step, what was sampled, policy, what the stage began with).
-    collect: Callable[[int, list[Rollout], Params, Models], Collected]
+    collect: Callable[[int, Iterable[Rollout], Params, Models], Collected]
     policy: Callable[[TrainState, Models], Params]  # that samples and is evaluated
     finish: Callable[[Models, TrainState], Models]
     heldout: Callable[[Params], judging.Evaluation] | None = None  # asked every eval_every steps
@@ -83,8 +83,9 @@ def sft_stage(made: Setup, training: Problems, heldout: Problems | None = None) 
     def sample(step: int, policy: Params, began: Models) -> list[Rollout]:
         return [sharding.put_groups(batches[step], made.mesh)]
 
-    def collect(step: int, sampled: list[Rollout], policy: Params, began: Models) -> Collected:
-        return Collected(sampled[0], ones, {}, [])
+    def collect(step: int, sampled: Iterable[Rollout], policy: Params, began: Models) -> Collected:
+        (demonstrations,) = sampled
+        return Collected(demonstrations, ones, {}, [])
 
     optimizer, schedule = adamw(steps=c.steps, **c.optimizer)
     parts = Parts(algorithm, Objective(), Sampling())
@@ -122,26 +123,28 @@ def grpo_stage(made: Setup, training: Problems, heldout: Problems, iteration: in
         policy = began.policy if c.source == 'reference' else policy
         first = ((iteration - 1) * c.steps + step) * (1 + c.refill)
 
-        def drawn(number: int) -> list[Rollout]:
-            return [
+        def drawn(number: int) -> Iterator[Rollout]:
+            """The first part is dispatched at once, the others when they are asked for."""
+            return collecting.eager_first(
                 made.sampler(
                     policy, part, step=first + number, sampling=sampling, group_size=c.group_size
                 )
                 for part in prompts(first + number)
-            ]
+            )
 
         return drawn
 
-    def sample(step: int, policy: Params, began: Models) -> list[Rollout]:
+    def sample(step: int, policy: Params, began: Models) -> Iterable[Rollout]:
         sampled = draw(step, policy, began)(0)
         prompts.prepare(((iteration - 1) * c.steps + step + 1) * (1 + c.refill))
-        return sampled
+        return list(sampled) if c.ahead else sampled
 
-    def collect(step: int, sampled: list[Rollout], policy: Params, began: Models) -> Collected:
+    def collect(step: int, sampled: Iterable[Rollout], policy: Params, began: Models) -> Collected:
         rollout, verdict, metrics = collecting.gather(
             sampled,
             draw(step, policy, began),
             functools.partial(judge, reward_params=began.reward),
+            parts=c.batch_size // (c.sample_batch or c.batch_size),
             refill=c.refill,
         )
         metrics |= rewards.statistics(verdict.judged.scores)
@@ -268,8 +271,9 @@ def reward_stage(made: Setup, training: Problems, iteration: int = 1) -> Stage:
         )
         return [rollout]
 
-    def collect(step: int, sampled: list[Rollout], policy: Params, began: Models) -> Collected:
-        host = jax.device_get(sampled[0])
+    def collect(step: int, sampled: Iterable[Rollout], policy: Params, began: Models) -> Collected:
+        (rollout,) = sampled
+        host = jax.device_get(rollout)
         verdict = judge(host, None)
         right = verdict.judged.scores.parts[config.eval.correct]
         given: Any = right.reshape(host.ended.shape) if labels is None else verdict.steps

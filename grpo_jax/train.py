@@ -9,7 +9,7 @@ unbroken one.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from typing import Any
 
@@ -105,7 +105,7 @@ def _steps(
     manager: Any,
     start: int,
     state: TrainState,
-    sampled: list[Rollout] | None,
+    sampled: Iterable[Rollout] | None,
     began: Models,
 ) -> TrainState:
     """The stage's steps from `start` on, with their records, evaluations and checkpoints.
@@ -143,9 +143,9 @@ def _steps(
     return state
 
 
-def _held(stage: Stage, sampled: list[Rollout] | None) -> list[Rollout] | None:
+def _held(stage: Stage, sampled: Iterable[Rollout] | None) -> list[Rollout] | None:
     """What a checkpoint has to hold of the samples of the next step."""
-    return sampled if stage.stale else None
+    return list(sampled) if stage.stale and sampled is not None else None
 
 
 @contextmanager
