@@ -7,7 +7,7 @@ no optimizer, loss, mask, end of sequence, filter or metric: floors, not trainer
 `benchmarks/floors.py` times and checks them.
 """
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from benchmarks.workloads import Shape
 from grpo_jax.types import Params
 
 _BLOCK = 64  # tokens per block of the two-level draw
-Pick = Callable[[jax.Array, jax.Array], jax.Array]  # key, logits [N, V] -> tokens [N]
+_COLUMNS = 64  # by which the rows' keys and values grow
 
 
 def arrange(params: Params, c: Shape) -> dict[str, Any]:
@@ -82,22 +82,42 @@ def _product(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
+def _read(scores: list[jax.Array], values: list[jax.Array], equations: list[str]) -> jax.Array:
+    """Softmax over several pieces of scores, times their values; divided by the sum at the end."""
+    peaks = [x.max(-1, keepdims=True) for x in scores]
+    peak = jax.lax.stop_gradient(functools.reduce(jnp.maximum, peaks))
+    weights = [jnp.exp(x - peak) for x in scores]
+    total = functools.reduce(jnp.add, [x.sum(-1, keepdims=True) for x in weights])
+    parts = [
+        _product(equation, x.astype(v.dtype), v)
+        for equation, x, v in zip(equations, weights, values, strict=True)
+    ]
+    return (functools.reduce(jnp.add, parts) / total).astype(values[0].dtype)
+
+
+def _heads_first(c: Shape, x: jax.Array) -> jax.Array:
+    """[..., S, heads, h] -> [K, ..., S, R, h], the R heads of each key/value head together."""
+    x = x.reshape(*x.shape[:-2], c.kv_heads, -1, c.head_dim)
+    return jnp.moveaxis(x, -3, 0)
+
+
 def _causal(c: Shape, q, k, v):
-    """Self-attention of rows q [B, S, H, h] with k, v [B, S, K, h]."""
-    b, s, _, h = q.shape
-    q = q.reshape(b, s, c.kv_heads, -1, h)
-    scores = _product('bskrh,bnkh->bkrsn', q * h**-0.5, k)
-    weights = jax.nn.softmax(jnp.where(jnp.tril(jnp.ones((s, s), bool)), scores, -1e30))
-    return jnp.einsum('bkrsn,bnkh->bskrh', weights.astype(v.dtype), v).reshape(b, s, -1)
+    """Self-attention [B, S, H * h] of q [B, S, H, h]; keys and values are [K, B, S, h]."""
+    b, s = q.shape[:2]
+    q = _heads_first(c, q) * c.head_dim**-0.5
+    scores = _product('kbsrh,kbnh->kbsrn', q, k)
+    scores = jnp.where(jnp.tril(jnp.ones((s, s), bool))[:, None], scores, -1e30)
+    return jnp.moveaxis(_read([scores], [v], ['kbsrn,kbnh->kbsrh']), 0, 2).reshape(b, s, -1)
 
 
 def prefill(c: Shape, w: dict[str, Any], prompts: jax.Array):
-    """Last states [B, D] of prompts [B, P], and per layer keys and values [B, K, P, h]."""
+    """Last states [B, D] of prompts [B, P], and per layer keys and values [K, B, P, h]."""
     b, p = prompts.shape
 
     def attend(_, q, k, v):
         q, k, v = (x.reshape(b, p, -1, c.head_dim) for x in (q, k, v))
-        return _causal(c, q, k, v), (k.swapaxes(1, 2), v.swapaxes(1, 2))
+        k, v = jnp.moveaxis(k, 2, 0), jnp.moveaxis(v, 2, 0)
+        return _causal(c, q, k, v), (k, v)
 
     positions = jnp.tile(jnp.arange(p), b)
     hidden, caches = _run(c, w, prompts.reshape(-1), positions, attend)
@@ -117,7 +137,7 @@ def draw(key: jax.Array, logits: jax.Array) -> jax.Array:
 
 
 def generate(
-    c: Shape, w: dict[str, Any], prompts, key, *, group_size: int, length: int, pick: Pick = draw
+    c: Shape, w: dict[str, Any], prompts, key, *, group_size: int, length: int
 ) -> jax.Array:
     """Tokens i32[B, G, T] sampled over prompts [B, P] of T = `length` columns."""
     (b, p), rows = prompts.shape, prompts.shape[0] * group_size
@@ -125,34 +145,38 @@ def generate(
 
     def choose(hidden, i):
         logits = jnp.matmul(hidden, w['head'], preferred_element_type=jnp.float32)
-        return pick(jax.random.fold_in(key, i), logits)
+        return draw(jax.random.fold_in(key, i), logits)
 
     def step(i, carry):
         token, caches, out = carry
 
         def attend(n, q, k, v):
-            q = q.reshape(b, group_size, c.kv_heads, -1, c.head_dim) * c.head_dim**-0.5
-            own = tuple(
-                jax.lax.dynamic_update_slice_in_dim(cache, new[:, :, None], i - 1, axis=2)
-                for cache, new in zip(caches[n], (k, v), strict=True)
+            q = _heads_first(c, q.reshape(b, group_size, -1, c.head_dim)) * c.head_dim**-0.5
+            new = (jnp.moveaxis(x.reshape(b, group_size, 1, *x.shape[1:]), 3, 0) for x in (k, v))
+            keys, values = (
+                jax.lax.dynamic_update_slice_in_dim(cache, column, i - 1, axis=3)
+                for cache, column in zip(caches[n], new, strict=True)
             )
-            keys, values = (x.reshape(b, group_size, *x.shape[1:]) for x in own)
-            there = _product('bgkrh,bknh->bgkrn', q, prompt[n][0])
-            here = _product('bgkrh,bgknh->bgkrn', q, keys)
-            here = jnp.where(jnp.arange(length) < i, here, -1e30)
-            weights = jax.nn.softmax(jnp.concatenate([there, here], -1)).astype(v.dtype)
-            read = jnp.einsum('bgkrn,bknh->bgkrh', weights[..., :p], prompt[n][1])
-            read += jnp.einsum('bgkrn,bgknh->bgkrh', weights[..., p:], values)
-            return read, own
+            there = _product('kbgrh,kbnh->kbgrn', q, prompt[n][0])
+            here = _product('kbgrh,kbgnh->kbgrn', q, keys)
+            here = jnp.where(jnp.arange(keys.shape[3]) < i, here, -1e30)
+            products = ['kbgrn,kbnh->kbgrh', 'kbgrn,kbgnh->kbgrh']
+            read = _read([there, here], [prompt[n][1], values], products)
+            return jnp.moveaxis(read, 0, 2).reshape(rows, -1), (keys, values)
 
         hidden, caches = _run(c, w, token, jnp.full(rows, p + i - 1), attend)
         token = choose(hidden, i)
         return token, caches, out.at[i].set(token)
 
     token = choose(jnp.repeat(last, group_size, 0), 0)
-    empty = jnp.zeros((rows, c.kv_heads, length, c.head_dim), w['embedding'].dtype)
-    carry = (token, [(empty, empty)] * c.layers, jnp.zeros((length, rows), jnp.int32))
-    carry = jax.lax.fori_loop(1, length, step, (*carry[:2], carry[2].at[0].set(token)))
+    empty = jnp.zeros((c.kv_heads, b, group_size, 0, c.head_dim), w['embedding'].dtype)
+    out = jnp.zeros((length, rows), jnp.int32).at[0].set(token)
+    carry = token, [(empty, empty)] * c.layers, out
+    for start in range(0, length, _COLUMNS):
+        end = min(start + _COLUMNS, length)
+        wider = ((0, 0), (0, 0), (0, 0), (0, end - start), (0, 0))
+        caches = jax.tree.map(lambda cache, wider=wider: jnp.pad(cache, wider), carry[1])
+        carry = jax.lax.fori_loop(max(start, 1), end, step, (carry[0], caches, carry[2]))
     return carry[2].T.reshape(b, group_size, length)
 
 
@@ -164,16 +188,18 @@ def group_logits(c: Shape, w: dict[str, Any], prompt: jax.Array, tokens: jax.Arr
     positions = jnp.concatenate([jnp.arange(p), jnp.tile(p + jnp.arange(s), g)])
 
     def attend(_, q, k, v):
-        read = _causal(c, q[None, :p], k[None, :p], v[None, :p])[0]
-        own_q = q[p:].reshape(g, s, c.kv_heads, -1, c.head_dim) * c.head_dim**-0.5
-        own_k, own_v = (x[p:].reshape(g, s, c.kv_heads, -1) for x in (k, v))
-        there = _product('gskrh,nkh->kgsrn', own_q, k[:p])
-        here = _product('gskrh,gnkh->kgsrn', own_q, own_k)
+        k, v = k.swapaxes(0, 1), v.swapaxes(0, 1)
+        (prompt_k, own_k), (prompt_v, own_v) = (
+            (x[:, :p], x[:, p:].reshape(-1, g, s, c.head_dim)) for x in (k, v)
+        )
+        read = _causal(c, q[None, :p], prompt_k[:, None], prompt_v[:, None])[0]
+        q = _heads_first(c, q[p:].reshape(g, s, -1, c.head_dim)) * c.head_dim**-0.5
+        there = _product('kgsrh,knh->kgsrn', q, prompt_k)
+        here = _product('kgsrh,kgnh->kgsrn', q, own_k)
         here = jnp.where(jnp.tril(jnp.ones((s, s), bool))[:, None], here, -1e30)
-        weights = jax.nn.softmax(jnp.concatenate([there, here], -1)).astype(v.dtype)
-        own = jnp.einsum('kgsrn,nkh->gskrh', weights[..., :p], v[:p])
-        own += jnp.einsum('kgsrn,gnkh->gskrh', weights[..., p:], own_v)
-        return jnp.concatenate([read, own.reshape(g * s, -1)]), None
+        products = ['kgsrn,knh->kgsrh', 'kgsrn,kgnh->kgsrh']
+        own = _read([there, here], [prompt_v, own_v], products)
+        return jnp.concatenate([read, jnp.moveaxis(own, 0, 2).reshape(g * s, -1)]), None
 
     hidden, _ = _run(c, w, ids, positions, attend)
     first = jnp.broadcast_to(hidden[p - 1], (g, 1, c.width))

@@ -49,7 +49,7 @@ def main(arguments: list[str]) -> None:
     for _ in range(ROUNDS.value):
         for workload in WORKLOADS.value:
             for framework, command in commands().items():
-                run(framework, [*command, '--workload', workload, '--output', str(output)])
+                run(framework, [*command, '--workload', workload, '--record', str(output)])
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     print('\n'.join([*table(rows), '', *ratios(rows)]))
 

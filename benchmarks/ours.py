@@ -66,8 +66,8 @@ def make_model(shape: workloads.Shape, **options: Any) -> models.Transformer:
     return models.Transformer(models.ModelConfig(**({'param_dtype': fields['dtype']} | fields)))
 
 
-def make_params(model: models.Transformer, seed: int = 0) -> Params:
-    """Parameters as random as those of the peers: small matrices, scales 1, biases 0."""
+def make_params(model: models.Transformer, spread: float = workloads.SPREAD) -> Params:
+    """Random matrices of a standard deviation, by default that of the peers; scales 1, biases 0."""
 
     def make(key):
         def fill(path, leaf):
@@ -76,7 +76,7 @@ def make_params(model: models.Transformer, seed: int = 0) -> Params:
                 return jnp.ones(leaf.shape, leaf.dtype)
             if name.endswith('bias'):
                 return jnp.zeros(leaf.shape, leaf.dtype)
-            return workloads.SPREAD * jax.random.normal(next(keys), leaf.shape, leaf.dtype)
+            return spread * jax.random.normal(next(keys), leaf.shape, leaf.dtype)
 
         keys = iter(jax.random.split(key, 64))
         return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(model_init, key))
@@ -84,7 +84,7 @@ def make_params(model: models.Transformer, seed: int = 0) -> Params:
     def model_init(key):
         return models.init(model, key)
 
-    return jax.jit(make)(jax.random.key(seed))
+    return jax.jit(make)(jax.random.key(0))
 
 
 class Ours:

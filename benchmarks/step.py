@@ -1,14 +1,14 @@
 """Times our own GRPO step on a workload: sample, reward, update, and the reference's score alone.
 
     python -m benchmarks.step --workload=W1
-    python -m benchmarks.step --workload=W1 --microbatch=2 --set=entropy=True --output=a.jsonl
+    python -m benchmarks.step --workload=W1 --microbatch=2 --set=entropy=True --record=a.jsonl
     python -m benchmarks.step --workload=W1 --floors
     python -m benchmarks.step --workload=qwen2.5-1.5b --remat
 
 Prints medians and extremes, tokens and model FLOPs per second and their share of what a matrix
 product and a stream of bytes reach in the same process. With `--floors` every call alternates with
 a bare JAX loop that does the same work without a framework (`benchmarks/floors.py`). With
-`--output` a line of JSON is added to a file.
+`--record` a line of JSON is added to a file.
 """
 
 import statistics
@@ -34,7 +34,7 @@ OPTIONS = (
 SET = flags.DEFINE_multi_string('set', [], 'name=value for Algorithm, ModelConfig or sample')
 FLOORS = flags.DEFINE_bool('floors', False, 'alternate with bare loops')
 CHECK = flags.DEFINE_bool('check', False, 'compare the bare loops with our programs, time nothing')
-OUTPUT = flags.DEFINE_string('output', '', 'file that a line of JSON is added to')
+RECORD = flags.DEFINE_string('record', '', 'file that a line of JSON is added to')
 
 
 def main(arguments: list[str]) -> None:
@@ -46,7 +46,10 @@ def main(arguments: list[str]) -> None:
     if CHECK.value:
         found = floors.check(ours)
         print(found)
-        if found['logprob_difference'] > floors.TOLERANCE or found['greedy_agreement'] < 1:
+        if (
+            found['logprob_difference'] > floors.TOLERANCE
+            or found['same_draws'] < floors.SAME_DRAWS
+        ):
             raise SystemExit('the bare loops do not compute what our programs do')
         return
     row = measure(
@@ -56,7 +59,7 @@ def main(arguments: list[str]) -> None:
         warmup=WARMUP.value,
         with_floors=FLOORS.value,
     )
-    timing.write(row, OUTPUT.value)
+    timing.write(row, RECORD.value)
     for line in describe(row):
         print(line)
 

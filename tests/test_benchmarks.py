@@ -62,7 +62,7 @@ def test_record_of_a_run(ours, tmp_path, capsys):
 def test_bare_programs_compute_what_ours_do(ours):
     found = floors.check(ours)
     assert found['logprob_difference'] < floors.TOLERANCE
-    assert found['greedy_agreement'] == 1
+    assert found['same_draws'] > floors.SAME_DRAWS
 
 
 def test_bare_draw_follows_the_softmax():

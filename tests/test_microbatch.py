@@ -56,10 +56,10 @@ def programs(cut):
 
 
 CUTS = {
-    'trimmed': Microbatches(2, widths=4),
+    'trimmed': Microbatches(2, widths=2),
     'rows': Microbatches(4, rows=2, widths=4),
     'rows of several microbatches': Microbatches(2, rows=4),
-    'row by row': Microbatches(1, rows=1, widths=4),
+    'row by row': Microbatches(1, rows=1),
 }
 
 

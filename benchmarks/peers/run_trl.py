@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument('--warmup', type=int, default=2)
     parser.add_argument('--micro', type=int, default=8, help='completions per backward pass')
     parser.add_argument('--checkpointing', action='store_true', help="TRL's default")
-    parser.add_argument('--output', default='', help='file that a line of JSON is added to')
+    parser.add_argument('--record', default='', help='file that a line of JSON is added to')
     options = parser.parse_args()
     workload = workloads.WORKLOADS[options.workload]
     transformers.set_seed(0)
@@ -71,7 +71,7 @@ def main() -> None:
         },
         peak_bytes=torch.cuda.max_memory_allocated() if on_gpu else None,
     )
-    timing.write(row, options.output)
+    timing.write(row, options.record)
 
 
 def make_trainer(workload: Workload, folder: str, options, reward, callback) -> Any:

@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument('--warmup', type=int, default=2)
     parser.add_argument('--micro', type=int, default=1, help='prompts per backward pass')
     parser.add_argument('--rollout-micro', type=int, default=8, help='prompts sampled at a time')
-    parser.add_argument('--output', default='', help='file that a line of JSON is added to')
+    parser.add_argument('--record', default='', help='file that a line of JSON is added to')
     options = parser.parse_args()
     workload = workloads.WORKLOADS[options.workload]
     clock = timing.Clock()
@@ -68,7 +68,7 @@ def main() -> None:
         },
         peak_bytes=memory.get('peak_bytes_in_use'),
     )
-    timing.write(row, options.output)
+    timing.write(row, options.record)
 
 
 def make_learner(workload: Workload, steps: int, options: Any) -> Any:
