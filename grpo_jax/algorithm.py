@@ -12,6 +12,7 @@ from grpo_jax.preferences import PAIRWISE
 from grpo_jax.score import AGGREGATIONS
 
 RATIOS = ('token', 'sequence', 'sequence_token')
+_OF_TOKENS = ('none', 'token', 'token_mask')
 IMPORTANCES = ('none', 'token', 'sequence', 'token_mask', 'sequence_mask')
 KL_ESTIMATORS = ('k1', 'k2', 'k3', 'none')
 KL_PLACES = ('loss', 'reward')
@@ -40,6 +41,7 @@ class Algorithm:
     inner_updates: int = 1  # optimizer updates per rollout (the paper's mu)
     microbatch: int = 1  # groups whose gradient is computed at a time
     rows: int = 0  # completions of a microbatch read at a time, longest first; 0: all of them
+    packed: bool = False  # `rows` are sequences of T columns that completions are packed into
     widths: int = 4  # numbers of columns that are compiled: T, T / 2, ..., see `microbatch`
     logprob_chunk: int = 128  # completion positions whose logits exist at a time
     entropy: bool = False  # compute the policy's entropy: a metric, and what its bonus needs
@@ -75,6 +77,8 @@ class Algorithm:
             if getattr(self, name) < least:
                 raise ValueError(f'{name}={getattr(self, name)} must be at least {least}')
         self._check_kl()
+        if self.packed:
+            self._require_tokens()
         if self.supervision == 'process' and self.baseline == 'leave_one_out':
             raise ValueError(
                 "supervision='process' has no baseline='leave_one_out': use 'mean', 'none' or "
@@ -100,6 +104,18 @@ class Algorithm:
                 "kl_place='reward' with supervision='process' would need a KL for each step: "
                 "use kl_place='loss', or baseline='critic', whose rewards are per token"
             )
+
+    def _require_tokens(self) -> None:
+        """In a packed sequence no loss finds the end of a completion, and nothing is trimmed."""
+        if not self.rows:
+            raise ValueError('packed=True with rows=0: say how many sequences are read at a time')
+        for name, known in (('ratio', ('token',)), ('widths', (1,)), ('importance', _OF_TOKENS)):
+            value = getattr(self, name)
+            if value not in known:
+                raise ValueError(
+                    f'packed=True with {name}={value!r}: use packed=False, or {name} of '
+                    f'{", ".join(map(repr, known))}'
+                )
 
     def _require_pairs(self) -> None:
         """A preference loss reads the order of its two rewards and nothing else of these."""

@@ -105,8 +105,12 @@ def draw(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> tuple[jax.Ar
     block_mass = blocks.sum(-1)
     block = _inverse_cdf(block_mass, u[:, 0])
     inside = _inverse_cdf(jnp.take_along_axis(blocks, block[:, None, None], 1)[:, 0], u[:, 1])
-    token = jnp.where(
-        jnp.asarray(sampling.temperature) > 0, block * _BLOCK + inside, filtered.argmax(-1)
+    token = jax.lax.cond(  # the search for the largest logit costs as much as the draw
+        jnp.asarray(sampling.temperature) > 0,
+        lambda drawn, _: drawn,
+        lambda _, filtered: filtered.argmax(-1).astype(jnp.int32),
+        (block * _BLOCK + inside).astype(jnp.int32),
+        filtered,
     )
     chosen = jnp.take_along_axis(filtered - peak, token[:, None], 1)[:, 0]
     return token, chosen - jnp.log(block_mass.sum(-1))

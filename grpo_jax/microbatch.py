@@ -3,7 +3,8 @@
 A microbatch is a number of groups, over all devices, that are computed at a time; arrays cut into
 them have shape [microbatches, m, ...]. Its prompts are read once. Its completions may be read a few
 rows at a time, the longest first, and none in more columns than its longest row fills: each width
-of a short list is compiled, and the one that fits is chosen on the device.
+of a short list is compiled, and the one that fits is chosen on the device. Or they are packed into
+sequences behind each other, see `packing`.
 """
 
 import dataclasses
@@ -14,13 +15,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from grpo_jax import models, sharding
+from grpo_jax import models, packing, sharding
 from grpo_jax.types import Batch, Params, Prompts
 
 NARROWEST = 32  # columns from which on a halving is not worth its compilation
 
 Start = tuple[models.KeyValues, jax.Array]  # what `prefill` gives
-Take = Callable[[Start], Start]
+# States [b, g, w, D] that predict a bundle's tokens, from what prefill gave for its microbatch.
+Hidden = Callable[[models.Transformer, Params, Start], jax.Array]
 
 
 class Reader(NamedTuple):
@@ -43,6 +45,7 @@ class Microbatches:
     mesh: Mesh | None = None
     rows: int = 0  # completions read at a time; 0: all of the microbatch, group by group
     widths: int = 1  # how many are compiled: T, T / 2, T / 4, ...
+    packed: bool = False  # rows are sequences of T columns, see `packing`
 
     def cut(self, tree: Any) -> Any:
         """[B, ...] -> [microbatches, m, ...], strided so that devices keep the groups they hold."""
@@ -73,8 +76,8 @@ class Microbatches:
         def microbatch(part: Batch):
             start = _prefill(reader.model, params, part)
 
-            def read(some: Batch, take: Take):
-                return (), _read(reader, params, take(start), some)[1]
+            def read(some: Batch, hidden: Hidden):
+                return (), reader.head(params, hidden(reader.model, params, start), some)[1]
 
             return self._in_bundles(read, part, total=())[1]
 
@@ -89,9 +92,10 @@ class Microbatches:
         def microbatch(part: Batch):
             start, pull = jax.vjp(lambda p: _prefill(reader.model, reader.params(p), part), params)
 
-            def read(some: Batch, take: Take):
+            def read(some: Batch, hidden: Hidden):
                 def loss(p, start):
-                    return _read(reader, reader.params(p), take(start), some)
+                    p = reader.params(p)
+                    return reader.head(p, hidden(reader.model, p, start), some)
 
                 return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, start)
 
@@ -104,33 +108,71 @@ class Microbatches:
         total, out = self.sum(microbatch, batch, like=params)
         return total, _joined(out)
 
-    def _in_bundles(self, read: Callable[[Batch, Take], Any], part: Batch, total: Any):
-        """Adds up the totals of `read(bundle, take)`, and puts its outputs [m, G, T] together.
+    def _in_bundles(self, read: Callable[[Batch, Hidden], Any], part: Batch, total: Any):
+        """Adds up the totals of `read(bundle, hidden)`, and puts its outputs [m, G, T] together.
 
         Args:
-          read: gives totals, added to `total`, and outputs [b, g, w]; `take` picks the bundle's
-            prompts out of what `_prefill` made of the microbatch.
+          read: gives totals, added to `total`, and outputs [b, g, w]; `hidden` are the bundle's
+            states.
           part: the microbatch.
           total: zeros.
         """
-        mask = part.rollout.mask
-
-        def add(total, some: Batch, take: Take):
-            found, out = _in_width(lambda cut: read(cut, take), some, self.widths)
-            return jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, found), out
-
         if not self.rows:
-            return add(total, part, lambda start: start)
+            return self._add(read, total, part, lambda start: start)
         shards = 1 if self.mesh is None else self.mesh.shape['fsdp']
+        if self.packed:
+            return self._in_sequences(read, part, total, shards)
+        mask = part.rollout.mask
         order = _by_length(mask, shards, self.rows)
 
         def bundle(total, index):
             groups = index // mask.shape[1]
             some = _take_rows(part, index, groups)
-            return add(total, some, lambda start: _take_prompts(start, groups))
+            return self._add(read, total, some, lambda start: _take_prompts(start, groups))
 
         total, out = jax.lax.scan(bundle, total, order)
         return total, jax.tree.map(lambda x: _put_back(x, order, mask.shape), out)
+
+    def _add(self, read, total, some: Batch, take: Callable[[Start], Start]):
+        """`total` and what `read` gives for rows whose prompts `take` picks."""
+
+        def within(cut: Batch):
+            rollout = cut.rollout
+
+            def hidden(model, params, start):
+                return models.continuation_hidden(
+                    model, params, take(start), rollout.prompts.length, rollout.tokens
+                )
+
+            return read(cut, hidden)
+
+        found, out = _in_width(within, some, self.widths)
+        return _plus(total, found), out
+
+    def _in_sequences(self, read, part: Batch, total: Any, shards: int):
+        """`_in_bundles` of packed completions: as many bundles as their tokens fill."""
+        mask = part.rollout.mask
+        packed = packing.pack(mask, shards, self.rows // shards)
+
+        def bundle(source):
+            some = packing.take(part, source)
+            return read(some.part, lambda model, p, start: packing.hidden(model, p, start[0], some))
+
+        _, shapes = jax.eval_shape(bundle, packed.source[0])
+        empty = jax.tree.map(lambda x: jnp.zeros(mask.shape, x.dtype), shapes)
+
+        def add(i, carry):
+            total, out = carry
+            source = packed.source[i]
+            found, new = bundle(source)
+            out = jax.tree.map(lambda x, y: packing.put_back(x, y, source), out, new)
+            return _plus(total, found), out
+
+        return jax.lax.fori_loop(0, packed.used, add, (total, empty))
+
+
+def _plus(total: Any, found: Any) -> Any:
+    return jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, found)
 
 
 def check_rows(rows: int, total: int, mesh: Mesh | None = None) -> None:
@@ -153,15 +195,6 @@ def check_rows(rows: int, total: int, mesh: Mesh | None = None) -> None:
 def _prefill(model: models.Transformer, params: Params, part: Batch) -> Start:
     prompts = part.rollout.prompts
     return models.apply(model, params, prompts.tokens, prompts.length, method='prefill')
-
-
-def _read(reader: Reader, params: Params, start: Start, part: Batch):
-    """The head's loss and outputs of completions over their prompts."""
-    rollout = part.rollout
-    hidden = models.continuation_hidden(
-        reader.model, params, start, rollout.prompts.length, rollout.tokens
-    )
-    return reader.head(params, hidden, part)
 
 
 def widths_of(longest: int, count: int) -> tuple[int, ...]:

@@ -160,7 +160,8 @@ def update(
 
     Raises:
       ValueError: the batch does not divide by the microbatch or the mesh, the group is too small,
-        or rewards, critic or reference are not what the algorithm needs.
+        attention cannot read packed sequences, or rewards, critic or reference are not what the
+        algorithm needs.
     """
     a = algorithm
     _check_rewards(a, rollout, rewards)
@@ -174,7 +175,7 @@ def update(
     check_group_options(group_size, baseline=a.baseline, scale=a.scale)
     actor = Actor(model, ref_params, sampling, objective, a.logprob_chunk)
     check_rows(a.rows, a.microbatch * group_size, mesh)
-    microbatches = Microbatches(a.microbatch, mesh, a.rows, a.widths)
+    microbatches = Microbatches(a.microbatch, mesh, a.rows, a.widths, a.packed)
     bound = Program(actor, a, optimizer, critic, microbatches)
 
     def inner(state, _):

@@ -110,7 +110,7 @@ CASES = {
     ('form', 'case'),
     [
         (form, case)
-        for form in ('einsum', *HERE)
+        for form in ('einsum', 'recomputed', *HERE)
         for case in CASES
         if (form, case) != ('cudnn', 'soft cap')  # it has none
     ],
@@ -265,19 +265,19 @@ def test_compiled_for_a_tpu(monkeypatch):
 @pytest.mark.parametrize(
     ('device', 'options', 'expected'),
     [
-        ({'platform': 'cpu'}, {}, 'einsum'),
+        ({'platform': 'cpu'}, {}, 'recomputed'),
         ({'platform': 'tpu'}, {'dtype': 'float32'}, 'splash'),
         ({'platform': 'tpu'}, {'attention_softcap': 30.0}, 'splash'),
-        ({'platform': 'tpu'}, {'window': 4, 'window_layers': (1,)}, 'einsum'),
+        ({'platform': 'tpu'}, {'window': 4, 'window_layers': (1,)}, 'recomputed'),
         ({'platform': 'tpu'}, {'attention': 'einsum'}, 'einsum'),
         ({'platform': 'cpu'}, {'attention': 'splash'}, 'splash'),
         ({'platform': 'gpu', 'compute_capability': '9.0'}, {'head_dim': 128}, 'cudnn'),
         ({'platform': 'gpu', 'compute_capability': '10.0'}, {'dtype': 'float16'}, 'cudnn'),
-        ({'platform': 'gpu', 'compute_capability': '7.5'}, {}, 'einsum'),
-        ({'platform': 'gpu'}, {}, 'einsum'),
-        ({'platform': 'gpu', 'compute_capability': '9.0'}, {'dtype': 'float32'}, 'einsum'),
-        ({'platform': 'gpu', 'compute_capability': '9.0'}, {'head_dim': 136}, 'einsum'),
-        ({'platform': 'gpu', 'compute_capability': '9.0'}, {'head_dim': 12}, 'einsum'),
+        ({'platform': 'gpu', 'compute_capability': '7.5'}, {}, 'recomputed'),
+        ({'platform': 'gpu'}, {}, 'recomputed'),
+        ({'platform': 'gpu', 'compute_capability': '9.0'}, {'dtype': 'float32'}, 'recomputed'),
+        ({'platform': 'gpu', 'compute_capability': '9.0'}, {'head_dim': 136}, 'recomputed'),
+        ({'platform': 'gpu', 'compute_capability': '9.0'}, {'head_dim': 12}, 'recomputed'),
     ],
 )
 def test_the_platform_chooses(device, options, expected, monkeypatch):
@@ -298,7 +298,10 @@ def test_no_kernel_for_less_than_two_tokens(tokens, monkeypatch):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'attention': 'flash'}, r"attention='flash' is unknown: use one of auto, einsum, splash"),
+        (
+            {'attention': 'flash'},
+            r"attention='flash' is unknown: use one of auto, einsum, r",
+        ),
         (
             {'attention': 'splash', 'window': 4, 'window_layers': (1,)},
             r"attention='splash' does not take window=4: use attention='auto' or 'einsum'",

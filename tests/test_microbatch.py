@@ -74,6 +74,8 @@ CUTS = {
     'rows': Microbatches(4, rows=2, widths=4),
     'rows of several microbatches': Microbatches(2, rows=4),
     'row by row': Microbatches(1, rows=1),
+    'packed': Microbatches(4, rows=2, packed=True),
+    'packed, of several microbatches': Microbatches(2, rows=4, packed=True),
 }
 
 
@@ -131,12 +133,14 @@ def test_rows_come_back_to_their_places(data, shards):
         assert (np.diff(read) <= 0).all()
 
 
-@pytest.mark.parametrize('shape', [(2, 2), (4, 1)], ids=str)
-def test_rows_on_a_mesh(shape):
+@pytest.mark.parametrize(
+    ('shape', 'options'), [((2, 2), {'widths': 2}), ((4, 1), {'packed': True})], ids=str
+)
+def test_rows_on_a_mesh(shape, options):
     mesh = sharding.make_mesh(fsdp=shape[0], tensor=shape[1])
     batch = make_batch(groups=8)
     expected, plain = whole(PARAMS, batch)
-    cut = Microbatches(8, mesh, rows=8, widths=2)
+    cut = Microbatches(8, mesh, rows=8, **options)
 
     @tiny.jit
     def run(params, batch):

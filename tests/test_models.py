@@ -277,6 +277,42 @@ def test_attention_over_pieces_is_attention_over_their_union(shown, scale):
     np.testing.assert_allclose(ours, softmax_attention(q, k, v, visible), atol=2e-5 * scale**0.5)
 
 
+@pytest.mark.parametrize('window', [None, 3])
+def test_keys_are_read_by_whom_they_belong_to(window):
+    """Two sequences of 3 and 2 behind each other, over a prompt of 4 and one of 2 (5 columns)."""
+    rng = np.random.default_rng(1)
+    shared, own = pieces_of(rng, 1, 2, 6, (9, 5))
+    q = jnp.asarray(rng.standard_normal((1, 5, 4, 6)), jnp.float32)
+    weights = rng.standard_normal(q.shape)
+    sequence, place = jnp.array([0, 0, 0, 1, 1]), jnp.array([4, 5, 6, 2, 3])
+    prompt = jnp.repeat(jnp.array([0, 1]), jnp.array([4, 5]), total_repeat_length=9)
+    stands = jnp.array([0, 1, 2, 3, 0, 1, NOWHERE, NOWHERE, NOWHERE])
+    limit = None if window is None else jnp.int32(window)
+
+    def together(q, shared, own, recompute):
+        pieces = [Piece(*shared, stands, prompt, sequence), Piece(*own, place, sequence, sequence)]
+        return attend(q, pieces, place, scale=0.5, window=limit, recompute=recompute)
+
+    def apart(q, shared, own):
+        parts = []
+        for columns, tokens in ((slice(0, 4), slice(0, 3)), (slice(4, 6), slice(3, 5))):
+            pieces = [
+                Piece(*(x[:, columns] for x in shared), stands[columns]),
+                Piece(*(x[:, :, tokens] for x in own), place[tokens]),
+            ]
+            parts.append(attend(q[:, tokens], pieces, place[tokens], scale=0.5, window=limit))
+        return jnp.concatenate(parts, axis=1)
+
+    def gradient(form):
+        return jax.grad(lambda arrays: (weights * form(*arrays)).sum())((q, shared, own))
+
+    expected = apart(q, shared, own), gradient(apart)
+    for recompute in (False, True):
+        form = functools.partial(together, recompute=recompute)
+        found = form(q, shared, own), gradient(form)
+        jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found, expected)
+
+
 def turn(x, position, theta):
     at = jnp.array([position])
     tables = rope.tables(at, at + 1, width=x.shape[-1], theta=theta, scaling={})

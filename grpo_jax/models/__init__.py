@@ -4,6 +4,7 @@ from grpo_jax.models.config import Lora, ModelConfig, with_scalar_head
 from grpo_jax.models.lora import join, merge, split
 from grpo_jax.models.transformer import (
     KeyValues,
+    Owner,
     Transformer,
     apply,
     completion_hidden,
@@ -17,6 +18,7 @@ __all__ = [
     'KeyValues',
     'Lora',
     'ModelConfig',
+    'Owner',
     'Transformer',
     'apply',
     'completion_hidden',

@@ -23,6 +23,9 @@ class Piece(NamedTuple):
     k: jax.Array  # [G, K, N, h], or [K, N, h] when shared
     v: jax.Array  # like k
     positions: jax.Array  # i32[N], where they stand; NOWHERE where there is none
+    # Where several sequences lie behind each other, query s reads keys of the owner that it names.
+    owner: jax.Array | None = None  # i32[N]
+    read_by: jax.Array | None = None  # i32[S]
 
     @property
     def shared(self) -> bool:
@@ -37,6 +40,7 @@ def attend(
     scale: float,
     softcap: float = 0.0,
     window: jax.Array | None = None,
+    recompute: bool = False,
 ) -> jax.Array:
     """Causal softmax attention over the union of the pieces, scores and sums in float32.
 
@@ -48,6 +52,8 @@ def attend(
       softcap: scores are softcap * tanh(score / softcap), unless it is 0 (Gemma 2, arXiv
         2408.00118, section 2).
       window: i32[], how many positions a query sees, its own counted; None is all.
+      recompute: the gradient computes the scores again instead of keeping them, as Dao et al.
+        (arXiv 2205.14135, algorithm 4) do; it has no derivative of its own.
 
     Returns:
       [G, S, H, h] in the dtype of q.
@@ -57,41 +63,110 @@ def attend(
     # [G, K, S, R, h]: the R query heads that read one key/value head become rows of its product.
     q = q.reshape(rows, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 1, 3, 4)
     q = q * jnp.asarray(scale, q.dtype)
-    scores = []
-    for piece in pieces:
-        visible = piece.positions <= positions[:, None]
-        if window is not None:
-            visible &= piece.positions > positions[:, None] - window
-        scores.append(_scores(q, piece, visible, softcap))
-    peaks = [s.max(-1, initial=_MASKED) for s in scores]
-    peak = functools.reduce(jnp.maximum, map(_row_major, peaks, pieces))
-    peak = jax.lax.stop_gradient(peak)
-    weights = [
-        jnp.exp(s - _row_major(peak, p)[..., None]) for s, p in zip(scores, pieces, strict=True)
-    ]
-    sums = [w.sum(-1) for w in weights]
-    total = functools.reduce(jnp.add, map(_row_major, sums, pieces))
-    out = functools.reduce(jnp.add, map(_read, weights, pieces))
-    out = (out / total[..., None]).astype(q.dtype)
+    keys_values = tuple((piece.k, piece.v) for piece in pieces)
+    visible = tuple(_visible(piece, positions, window) for piece in pieces)
+    form = _recomputed if recompute else _softmax
+    form = _recomputed if recompute else _softmax
+    out = form(softcap, q, keys_values, visible)[0].astype(q.dtype)
     return out.transpose(0, 2, 1, 3, 4).reshape(rows, length, heads, width)
 
 
-def _scores(q: jax.Array, piece: Piece, visible: jax.Array, softcap: float) -> jax.Array:
-    """f32[G, K, S, R, N], or [K, G, S, R, N] for a shared piece: its product's natural order."""
-    product = 'gksrh,knh->kgsrn' if piece.shared else 'gksrh,gknh->gksrn'
-    scores = jnp.einsum(product, q, piece.k, preferred_element_type=jnp.float32)
-    if softcap:
-        scores = softcap * jnp.tanh(scores / softcap)
-    return jnp.where(visible[:, None, :], scores, _MASKED)
+def _visible(piece: Piece, positions: jax.Array, window: jax.Array | None) -> jax.Array:
+    """bool[S, N]."""
+    visible = piece.positions <= positions[:, None]
+    if window is not None:
+        visible &= piece.positions > positions[:, None] - window
+    if piece.owner is not None and piece.read_by is not None:
+        visible &= piece.owner == piece.read_by[:, None]
+    return visible
 
 
-def _read(weights: jax.Array, piece: Piece) -> jax.Array:
-    product = 'kgsrn,knh->kgsrh' if piece.shared else 'gksrn,gknh->gksrh'
-    weights = weights.astype(piece.v.dtype)
-    out = jnp.einsum(product, weights, piece.v, preferred_element_type=jnp.float32)
-    return _row_major(out, piece)
+# Below, a piece's keys and values are [G, K, N, h] or shared, [K, N, h], and its scores
+# f32[G, K, S, R, N] or [K, G, S, R, N]: the natural order of its product.
 
 
-def _row_major(x: jax.Array, piece: Piece) -> jax.Array:
+def _softmax(softcap: float, q, keys_values, visible) -> tuple[jax.Array, jax.Array]:
+    """What queries [G, K, S, R, h] read, f32, and the logarithms [G, K, S, R] of their sums."""
+    scores = [
+        jnp.where(seen[:, None, :], _cap(_scores(q, k), softcap), _MASKED)
+        for (k, _), seen in zip(keys_values, visible, strict=True)
+    ]
+    shared = [_shared(k) for k, _ in keys_values]
+    peaks = [s.max(-1, initial=_MASKED) for s in scores]
+    peak = functools.reduce(jnp.maximum, map(_row_major, peaks, shared))
+    peak = jax.lax.stop_gradient(peak)
+    weights = [
+        jnp.exp(s - _row_major(peak, is_shared)[..., None])
+        for s, is_shared in zip(scores, shared, strict=True)
+    ]
+    total = functools.reduce(jnp.add, map(_row_major, [w.sum(-1) for w in weights], shared))
+    read = [_read(w, v) for w, (_, v) in zip(weights, keys_values, strict=True)]
+    return functools.reduce(jnp.add, read) / total[..., None], peak + jnp.log(total)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _recomputed(softcap: float, q, keys_values, visible):
+    return _softmax(softcap, q, keys_values, visible)
+
+
+def _forward(softcap: float, q, keys_values, visible):
+    out, log_sum = _softmax(softcap, q, keys_values, visible)
+    return (out, log_sum), (q, keys_values, visible, out, log_sum)
+
+
+def _backward(softcap: float, kept, cotangents):
+    """Products keep the scores' axes in their place, whose reordering costs more than they do."""
+    q, keys_values, visible, out, log_sum = kept
+    slope, _ = cotangents  # nothing reads the logarithms
+    mean = (slope * out).sum(-1)
+    to_q, to_keys_values = jnp.zeros_like(out), []
+    for (k, v), seen in zip(keys_values, visible, strict=True):
+        shared = _shared(k)
+        plain = _scores(q, k)
+        capped = _cap(plain, softcap)
+        weights = jnp.exp(capped - _row_major(log_sum, shared)[..., None])
+        weights = jnp.where(seen[:, None, :], weights, 0.0)
+        change = _scores(slope.astype(v.dtype), v) - _row_major(mean, shared)[..., None]
+        change = change * weights
+        if softcap:
+            change = change * (1 - jnp.square(capped / softcap))
+        to_q += _read(change, k)
+        to_keys_values.append((_columns(q, change, k), _columns(slope, weights, v)))
+    return to_q.astype(q.dtype), tuple(to_keys_values), None
+
+
+_recomputed.defvjp(_forward, _backward)
+
+
+def _shared(k: jax.Array) -> bool:
+    return k.ndim == 3
+
+
+def _cap(scores: jax.Array, softcap: float) -> jax.Array:
+    return softcap * jnp.tanh(scores / softcap) if softcap else scores
+
+
+def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
+    """Products of each row with each key."""
+    product = 'gksrh,knh->kgsrn' if _shared(k) else 'gksrh,gknh->gksrn'
+    return jnp.einsum(product, q, k, preferred_element_type=jnp.float32)
+
+
+def _read(weights: jax.Array, v: jax.Array) -> jax.Array:
+    """Sums f32[G, K, S, R, h] of values by their weights."""
+    product = 'kgsrn,knh->kgsrh' if _shared(v) else 'gksrn,gknh->gksrh'
+    out = jnp.einsum(product, weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return _row_major(out, _shared(v))
+
+
+def _columns(rows: jax.Array, weights: jax.Array, like: jax.Array) -> jax.Array:
+    """Sums of rows [G, K, S, R, h] by the weights of each key, in its shape and dtype."""
+    product = 'gksrh,kgsrn->khn' if _shared(like) else 'gksrh,gksrn->gkhn'
+    rows, weights = rows.astype(like.dtype), weights.astype(like.dtype)
+    out = jnp.einsum(product, rows, weights, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(out).swapaxes(-1, -2).astype(like.dtype)
+
+
+def _row_major(x: jax.Array, shared: bool) -> jax.Array:
     """Swaps the leading G and K axes of a shared piece's array; its own inverse."""
-    return x.swapaxes(0, 1) if piece.shared else x
+    return x.swapaxes(0, 1) if shared else x

@@ -10,7 +10,7 @@ from grpo_jax.models import rope
 DTYPES = ('float32', 'bfloat16', 'float16')
 NORMS = ('pre', 'post', 'both')
 ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh')
-ATTENTIONS = ('auto', 'einsum', 'splash', 'cudnn')
+ATTENTIONS = ('auto', 'einsum', 'recomputed', 'splash', 'cudnn')
 
 # Parameter -> the name that Hugging Face and PEFT give the projection.
 PROJECTIONS = {
@@ -102,8 +102,9 @@ class ModelConfig:
     # How it is computed
     dtype: str = 'float32'  # of the computation
     param_dtype: str = 'float32'  # of the parameters; adapters are always float32
-    # Attention to several tokens: 'einsum'; by a kernel that keeps no scores in memory, 'splash' on
-    # TPUs and 'cudnn' on NVIDIA GPUs; or 'auto', the platform's kernel if it takes the model.
+    # Attention to several tokens: 'einsum'; 'recomputed', whose gradient computes the scores again;
+    # by a kernel that never has them in memory, 'splash' on TPUs and 'cudnn' on NVIDIA GPUs; or
+    # 'auto', the platform's kernel if it takes the model and else 'recomputed'.
     attention: str = 'auto'
     remat: bool = True  # recompute each layer in the backward pass instead of storing it
     lora: Lora = Lora()

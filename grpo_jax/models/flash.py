@@ -37,11 +37,11 @@ def choose(config: ModelConfig) -> str:
     if config.attention != 'auto':
         return config.attention
     device = jax.devices()[0]
-    name = {'tpu': 'splash', 'gpu': 'cudnn'}.get(device.platform, 'einsum')
+    name = {'tpu': 'splash', 'gpu': 'cudnn'}.get(device.platform, 'recomputed')
     # Other makers' GPUs have no cuDNN, and it has no such kernel before compute capability 8.
     if name == 'cudnn' and float(getattr(device, 'compute_capability', '0')) < 8:
-        name = 'einsum'
-    return 'einsum' if config.obstacle(name) else name
+        name = 'recomputed'
+    return 'recomputed' if config.obstacle(name) else name
 
 
 def attend_groups(
@@ -63,13 +63,23 @@ def attend_groups(
 
     Returns:
       [B, G, S, H, h] in the dtype of q.
+
+    Raises:
+      ValueError: pieces with owners for a kernel.
     """
     scale = config.attention_scale or config.head_dim**-0.5
     softcap = config.attention_softcap
     name = choose(config)
-    if name == 'einsum' or q.shape[2] < 2:
-        form = functools.partial(attend, scale=scale, softcap=softcap, window=window)
+    if name in ('einsum', 'recomputed') or q.shape[2] < 2:
+        form = functools.partial(
+            attend, scale=scale, softcap=softcap, window=window, recompute=name == 'recomputed'
+        )
         return jax.vmap(form)(q, pieces, positions)
+    if pieces[-1].owner is not None:
+        raise ValueError(
+            f'packed completions with attention={name!r}, which reads one at a time: use '
+            "algorithm.packed=False, or attention='recomputed'"
+        )
     k, v = pieces[-1].k, pieces[-1].v
     prompt = k[:, 0, :, :0], v[:, 0, :, :0]  # one without columns
     if len(pieces) > 1:

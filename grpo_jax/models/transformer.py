@@ -31,11 +31,19 @@ class KeyValues(NamedTuple):
     v: jax.Array
 
 
+class Owner(NamedTuple):
+    """Whose keys are whose, see `attention.Piece`."""
+
+    owner: jax.Array  # i32[B, N]
+    read_by: jax.Array  # i32[B, S]
+
+
 class _Where(NamedTuple):
     """Where the new tokens stand and what they may read; the same for all layers."""
 
     positions: jax.Array  # i32[B, S]
     past: tuple[jax.Array, ...]  # i32[B, N] for each piece of keys and values that came before
+    owners: tuple[Owner, ...]  # of each piece and of the new tokens; empty: all is everyone's
     cos: jax.Array  # f32[kinds, B, S, n], see `_rotations`
     sin: jax.Array
 
@@ -77,6 +85,11 @@ class Block(nn.Module):
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin).swapaxes(2, 3)
         pieces = [Piece(kv.k, kv.v, at) for kv, at in zip(past, where.past, strict=True)]
         pieces.append(Piece(k, v, where.positions))
+        if where.owners:
+            pieces = [
+                piece._replace(**owner._asdict())
+                for piece, owner in zip(pieces, where.owners, strict=True)
+            ]
         out = attend_groups(c, q, pieces, where.positions, layer.window)
         out = project(self, 'out', out, (c.width,), inputs=2, bias=c.out_bias)
         return out, KeyValues(k, v)
@@ -146,6 +159,31 @@ class Transformer(nn.Module):
         past = (_prompt_positions(prompt, length),)
         return self._run(tokens, (prompt,), positions, positions + 1, past)[0]
 
+    def extend_packed(
+        self,
+        tokens: jax.Array,
+        positions: jax.Array,
+        prompts: KeyValues,
+        prompt_positions: jax.Array,
+        owners: tuple[Owner, Owner],
+    ) -> jax.Array:
+        """Reads sequences in which completions of several prompts lie behind each other.
+
+        Args:
+          tokens: i32[N, S].
+          positions: i32[N, S], of each token behind its prompt's start.
+          prompts: [L, N, K, M, h], the keys and values of all prompts that a sequence reads.
+          prompt_positions: i32[N, M], NOWHERE where there is no token.
+          owners: which prompt key is read by whom, and which key of the sequence.
+
+        Returns:
+          Hidden states [N, S, D]; each has read its token.
+        """
+        hidden, _ = self._run(
+            tokens[:, None], (prompts,), positions, positions + 1, (prompt_positions,), owners
+        )
+        return hidden[:, 0]
+
     def decode(
         self, token: jax.Array, t: jax.Array, prompt: KeyValues, length: jax.Array, own: KeyValues
     ) -> tuple[jax.Array, KeyValues]:
@@ -196,7 +234,7 @@ class Transformer(nn.Module):
         scores = jnp.matmul(rows, self.score.astype(c.dtype), preferred_element_type=jnp.float32)
         return scores.reshape(hidden.shape[:-1])
 
-    def _run(self, tokens, past, positions, seen, past_positions):
+    def _run(self, tokens, past, positions, seen, past_positions, owners=()):
         """Hidden states [B, G, S, D] of tokens [B, G, S], and their keys and values of all layers.
 
         positions, seen: i32[B, S], see `rope.tables`.
@@ -206,7 +244,7 @@ class Transformer(nn.Module):
         if c.embedding_scaled:
             x = x * jnp.asarray(math.sqrt(c.width), x.dtype)
         cos, sin = _rotations(c, positions, seen)
-        where = _Where(positions, past_positions, cos, sin)
+        where = _Where(positions, past_positions, owners, cos, sin)
         x, own = self.blocks(anchor(x), past, _layers(c), where)
         return self.final_norm(x), own
 

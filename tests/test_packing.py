@@ -1,0 +1,110 @@
+"""Packed completions: each token once, rows whole, and only as many sequences as they need."""
+
+import hypothesis
+import hypothesis.strategies as st
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from grpo_jax import packing
+from grpo_jax.algorithm import Algorithm
+from grpo_jax.models import apply
+from grpo_jax.types import Batch
+
+COLUMNS = 7
+PARAMS = tiny.make_params(tiny.make_model())
+
+
+def masks(lengths):
+    return np.arange(COLUMNS) < np.asarray(lengths)[..., None]
+
+
+def first_fit(lengths):
+    """Places (sequence, start) of rows, the longest first."""
+    filled, places = [0] * len(lengths), {}
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        fits = next(i for i, n in enumerate(filled) if n + lengths[row] <= COLUMNS)
+        places[row] = fits, filled[fits]
+        filled[fits] += lengths[row]
+    return places, sum(n > 0 for n in filled)
+
+
+@hypothesis.given(
+    lengths=st.lists(st.integers(0, COLUMNS), min_size=12, max_size=12),
+    shards=st.sampled_from([1, 2, 4]),
+    sequences=st.sampled_from([1, 2, 3]),
+)
+@hypothesis.settings(max_examples=60)
+def test_rows_lie_where_they_first_fit(lengths, shards, sequences):
+    packed = packing.pack(jnp.asarray(masks(lengths).reshape(4, 3, COLUMNS)), shards, sequences)
+    rows = 12 // shards
+    source = np.asarray(packed.source).swapaxes(0, 1).reshape(shards, -1, COLUMNS)
+    most = 0
+    for shard in range(shards):
+        expected = np.full(source[shard].shape, rows * COLUMNS)
+        here = lengths[shard * rows : (shard + 1) * rows]
+        places, used = first_fit(here)
+        for row, (sequence, start) in places.items():
+            tokens = row * COLUMNS + np.arange(here[row])
+            expected[sequence, start : start + here[row]] = tokens
+        np.testing.assert_array_equal(source[shard], expected)
+        most = max(most, used)
+    assert packed.used == -(-most // sequences)
+
+
+def test_what_a_sequence_holds():
+    """Two groups of two rows; the sequence of row 3 (length 5) and row 0 (length 2), by hand."""
+    rollout = tiny.make_rollout(groups=2, group_size=2, max_tokens=COLUMNS)
+    mask = jnp.asarray(masks([[2, 6], [3, 5]]))
+    rollout = rollout._replace(mask=mask, logprobs=None)
+    weights = jnp.arange(28.0).reshape(2, 2, 7)
+    source = jnp.array([[[21, 22, 23, 24, 25, 0, 1], [7, 8, 9, 10, 11, 12, 28]]])
+    some = packing.take(Batch(rollout, None, weights), source)
+    tokens, prompts = np.asarray(rollout.tokens), rollout.prompts
+    last = [int(prompts.tokens[i, prompts.length[i] - 1]) for i in range(2)]
+    np.testing.assert_array_equal(
+        some.tokens[0], [last[1], *tokens[1, 1, :4], last[0], tokens[0, 0, 0]]
+    )
+    np.testing.assert_array_equal(some.tokens[1, :6], [last[0], *tokens[0, 1, :5]])
+    start = np.asarray(prompts.length) - 1
+    expected = [*(start[1] + np.arange(5)), start[0], start[0] + 1]
+    np.testing.assert_array_equal(some.positions[0], expected)
+    np.testing.assert_array_equal(some.row, [[3] * 5 + [0] * 2, [1] * 6 + [packing.NOBODY]])
+    np.testing.assert_array_equal(some.group, [[1] * 5 + [0] * 2, [0] * 6 + [packing.NOBODY]])
+    np.testing.assert_array_equal(some.part.rollout.tokens[0, 0, :5], tokens[1, 1, :5])
+    np.testing.assert_array_equal(some.part.weights[0, 0], [21, 22, 23, 24, 25, 0, 1])
+    np.testing.assert_array_equal(some.part.rollout.mask[1, 0], [True] * 6 + [False])
+    whole = packing.put_back(jnp.zeros((2, 2, 7)), some.part.weights, source)
+    np.testing.assert_array_equal(whole[0, 1], [*range(7, 13), 0])
+    np.testing.assert_array_equal(whole[1, 1], [21, 22, 23, 24, 25, 0, 0])
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'widths': 1}, r'packed=True with rows=0: say how many sequences'),
+        ({'rows': 2}, r'packed=True with widths=4: use packed=False, or widths of 1'),
+        ({'rows': 2, 'widths': 1, 'ratio': 'sequence'}, r"ratio='sequence': .* ratio of 'token'"),
+        (
+            {'rows': 2, 'widths': 1, 'importance': 'sequence'},
+            r"importance='sequence': .* of 'none', 'token', 'token_mask'",
+        ),
+        ({'rows': 2, 'widths': 1, 'loss': 'dpo', 'scale': 'none', 'kl': 'none'}, r'with rows=2'),
+    ],
+)
+def test_what_cannot_be_packed(options, message):
+    with pytest.raises(ValueError, match=message):
+        Algorithm(packed=True, **options)
+    Algorithm(packed=True, rows=2, widths=1, importance='token_mask')
+
+
+def test_a_kernel_reads_no_packed_completions():
+    rollout = tiny.make_rollout(groups=2, group_size=2, max_tokens=COLUMNS)
+    model = tiny.make_model(attention='splash')
+    packed = packing.pack(rollout.mask, 1, 2)
+    some = packing.take(Batch(rollout._replace(logprobs=None), None, None), packed.source[0])
+    prompts = rollout.prompts
+    start, _ = apply(tiny.make_model(), PARAMS, prompts.tokens, prompts.length, method='prefill')
+    with pytest.raises(ValueError, match=r"packed completions with attention='splash'"):
+        packing.hidden(model, PARAMS, start, some)
