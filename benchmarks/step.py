@@ -19,7 +19,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import floors, roofline, timing, workloads
-from benchmarks.ours import Ours, parse_options
+from benchmarks.ours import SUITED, Ours, parse_options
 from grpo_jax.types import Rollout
 
 WORKLOAD = flags.DEFINE_enum('workload', 'W1', [*workloads.WORKLOADS], 'what to compute')
@@ -32,6 +32,7 @@ OPTIONS = (
     flags.DEFINE_string('dtype', None, "of the computation and parameters in the workload's place"),
 )
 SET = flags.DEFINE_multi_string('set', [], 'name=value for Algorithm, ModelConfig or sample')
+SUITED_TOO = flags.DEFINE_bool('suited', True, 'begin with the options of `ours.SUITED`')
 FLOORS = flags.DEFINE_bool('floors', False, 'alternate with bare loops')
 CHECK = flags.DEFINE_bool('check', False, 'compare the bare loops with our programs, time nothing')
 RECORD = flags.DEFINE_string('record', '', 'file that a line of JSON is added to')
@@ -41,7 +42,8 @@ def main(arguments: list[str]) -> None:
     """Measures the workload that the flags name."""
     if arguments[1:]:
         raise app.UsageError(f'unexpected arguments: {arguments[1:]}')
-    pairs = [f'{flag.name}={flag.value}' for flag in OPTIONS if flag.value is not None] + SET.value
+    given = [f'{flag.name}={flag.value}' for flag in OPTIONS if flag.value is not None]
+    pairs = [*(SUITED.get(WORKLOAD.value, ()) if SUITED_TOO.value else ()), *given, *SET.value]
     ours = Ours(workloads.WORKLOADS[WORKLOAD.value], parse_options(pairs))
     if CHECK.value:
         found = floors.check(ours)

@@ -9,8 +9,8 @@ import contextlib
 import functools
 import io
 import json
+import os
 import re
-import tempfile
 import zlib
 
 import jax
@@ -50,7 +50,7 @@ def bonus(prompts, completions, **columns):
     return [-0.125 * abs(len(text) - 3) for text in completions]
 
 
-# What a run compiles is kept for the next one in this process, and compiled fast.
+# What a run compiles is kept for the next one.
 _adamw, _make_step, _init = functools.cache(adamw), functools.cache(update.make_step), models.init
 _made = {}
 
@@ -72,22 +72,15 @@ def compiled_once():
         patch.setattr(update, 'make_step', _make_step)
         patch.setattr(models, 'init', _init_once)
         try:
-            set_up_compiler(fast=True, folder=programs().name)
+            set_cache(os.environ['GRPO_JAX_TEST_PROGRAMS'])
             yield
         finally:
-            set_up_compiler(fast=False, folder=folder)
+            set_cache(folder)
 
 
-def set_up_compiler(*, fast, folder):
-    jax.config.update('jax_disable_most_optimizations', fast)
+def set_cache(folder):
     jax.config.update('jax_compilation_cache_dir', folder)
     compilation_cache.reset_cache()
-
-
-@functools.cache
-def programs():
-    """A folder of compiled programs, for other processes that run the same."""
-    return tempfile.TemporaryDirectory()
 
 
 def train(config, workdir):

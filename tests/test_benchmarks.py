@@ -18,16 +18,8 @@ from grpo_jax.flops import count_flops
 ROOT = pathlib.Path(__file__).parents[1]
 
 
-@pytest.fixture(scope='module', autouse=True)
-def quick_compilation():
-    """These programs run once or twice: compile fast, run as slowly as they like."""
-    jax.config.update('jax_disable_most_optimizations', True)
-    yield
-    jax.config.update('jax_disable_most_optimizations', False)
-
-
 @pytest.fixture(scope='module')
-def ours(quick_compilation):
+def ours():
     shape = workloads.Shape(
         vocab_size=2048, width=16, layers=2, heads=2, kv_heads=1, head_dim=8, mlp_width=24
     )

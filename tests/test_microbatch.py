@@ -72,8 +72,7 @@ def whole(params, batch):
 CUTS = {
     'trimmed': Microbatches(2, widths=2),
     'rows': Microbatches(4, rows=2, widths=4),
-    'rows of several microbatches': Microbatches(2, rows=4),
-    'row by row': Microbatches(1, rows=1),
+    'rows of several microbatches': Microbatches(2, rows=1),
     'packed': Microbatches(4, rows=2, packed=True),
     'packed, of several microbatches': Microbatches(2, rows=4, packed=True),
 }
@@ -133,9 +132,7 @@ def test_rows_come_back_to_their_places(data, shards):
         assert (np.diff(read) <= 0).all()
 
 
-@pytest.mark.parametrize(
-    ('shape', 'options'), [((2, 2), {'widths': 2}), ((4, 1), {'packed': True})], ids=str
-)
+@pytest.mark.parametrize(('shape', 'options'), [((2, 2), {}), ((4, 1), {'packed': True})], ids=str)
 def test_rows_on_a_mesh(shape, options):
     mesh = sharding.make_mesh(fsdp=shape[0], tensor=shape[1])
     batch = make_batch(groups=8)

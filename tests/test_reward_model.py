@@ -328,7 +328,7 @@ BIG_LABELS = tiny.make_rewards(groups=8)
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason='needs eight devices')
-@pytest.mark.parametrize('shape', [(8, 1), (4, 2)], ids=str)
+@pytest.mark.parametrize('shape', [pytest.param((8, 1), marks=pytest.mark.slow), (4, 2)], ids=str)
 def test_on_a_mesh(shape):
     """The same scores and gradient as on one device; scores lie with their groups."""
     mesh = sharding.make_mesh(fsdp=shape[0], tensor=shape[1])

@@ -20,7 +20,8 @@ from grpo_jax.update import Algorithm, init_state, make_step, update
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason='needs eight devices')
 
-MESHES = [(8, 1), (4, 2), (2, 4)]
+SLOW = pytest.mark.slow
+MESHES = [pytest.param((8, 1), marks=SLOW), (4, 2), pytest.param((2, 4), marks=SLOW)]
 # Sizes that every mesh divides, but for the 2 key/value heads and a tensor axis of 4.
 MODEL = tiny.make_model(vocab_size=72, attention_bias=True, tied_head=False)
 ROLLOUT = tiny.make_rollout(vocab=72, groups=8)

@@ -86,7 +86,7 @@ def killed(tmp_path_factory):
         'PYTHONPATH': f'{ROOT}:{ROOT}/tests',
         'JAX_NUM_CPU_DEVICES': str(jax.device_count()),
         'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-        'JAX_COMPILATION_CACHE_DIR': runs.programs().name,
+        'JAX_COMPILATION_CACHE_DIR': os.environ['GRPO_JAX_TEST_PROGRAMS'],
     }
     command = [sys.executable, '-m', 'grpo_jax.train']
     with (folder / 'printed').open('w') as printed:
@@ -567,6 +567,7 @@ def test_heldout_problems_are_not_trained_on(tmp_path):
     assert training.isdisjoint(heldout)
 
 
+@pytest.mark.slow
 def test_gsm8k_takes_three_steps(tmp_path):
     folder = os.environ.get('GRPO_JAX_DATA_DIR', '')
     if not pathlib.Path(folder, 'gsm8k', 'train.jsonl').is_file():
