@@ -89,7 +89,7 @@ class Microbatches:
         A prompt's forward and backward pass are computed once, however many bundles read it.
         """
 
-        def microbatch(part: Batch):
+        def add(total, part: Batch):
             start, pull = jax.vjp(lambda p: _prefill(reader.model, reader.params(p), part), params)
 
             def read(some: Batch, hidden: Hidden):
@@ -100,12 +100,11 @@ class Microbatches:
                 return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, start)
 
             wide = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), start)
-            total = jax.tree.map(jnp.zeros_like, params), wide
-            (direct, through), out = self._in_bundles(read, part, total)
+            (total, through), out = self._in_bundles(read, part, (total, wide))
             (prompts,) = pull(jax.tree.map(lambda x, y: x.astype(y.dtype), through, start))
-            return jax.tree.map(jnp.add, direct, prompts), out
+            return _plus(total, prompts), out
 
-        total, out = self.sum(microbatch, batch, like=params)
+        total, out = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), self.cut(batch))
         return total, _joined(out)
 
     def _in_bundles(self, read: Callable[[Batch, Hidden], Any], part: Batch, total: Any):
@@ -115,7 +114,7 @@ class Microbatches:
           read: gives totals, added to `total`, and outputs [b, g, w]; `hidden` are the bundle's
             states.
           part: the microbatch.
-          total: zeros.
+          total: what to add to.
         """
         if not self.rows:
             return self._add(read, total, part, lambda start: start)
