@@ -72,7 +72,6 @@ def whole(params, batch):
 CUTS = {
     'trimmed': Microbatches(2, widths=2),
     'rows': Microbatches(4, rows=2, widths=4),
-    'rows of several microbatches': Microbatches(2, rows=1),
     'packed': Microbatches(4, rows=2, packed=True),
     'packed, of several microbatches': Microbatches(2, rows=4, packed=True),
 }

@@ -27,10 +27,6 @@ class Piece(NamedTuple):
     owner: jax.Array | None = None  # i32[N]
     read_by: jax.Array | None = None  # i32[S]
 
-    @property
-    def shared(self) -> bool:
-        return self.k.ndim == 3
-
 
 def attend(
     q: jax.Array,
@@ -65,7 +61,6 @@ def attend(
     q = q * jnp.asarray(scale, q.dtype)
     keys_values = tuple((piece.k, piece.v) for piece in pieces)
     visible = tuple(_visible(piece, positions, window) for piece in pieces)
-    form = _recomputed if recompute else _softmax
     form = _recomputed if recompute else _softmax
     out = form(softcap, q, keys_values, visible)[0].astype(q.dtype)
     return out.transpose(0, 2, 1, 3, 4).reshape(rows, length, heads, width)
