@@ -23,7 +23,8 @@ class Piece(NamedTuple):
     k: jax.Array  # [G, K, N, h], or [K, N, h] when shared
     v: jax.Array  # like k
     positions: jax.Array  # i32[N], where they stand; NOWHERE where there is none
-    # Where several sequences lie behind each other, query s reads keys of the owner that it names.
+    # Where several sequences lie behind each other, query s reads keys of the owner that it names:
+    # both or neither.
     owner: jax.Array | None = None  # i32[N]
     read_by: jax.Array | None = None  # i32[S]
 
@@ -71,7 +72,8 @@ def _visible(piece: Piece, positions: jax.Array, window: jax.Array | None) -> ja
     visible = piece.positions <= positions[:, None]
     if window is not None:
         visible &= piece.positions > positions[:, None] - window
-    if piece.owner is not None and piece.read_by is not None:
+    if piece.owner is not None:
+        assert piece.read_by is not None
         visible &= piece.owner == piece.read_by[:, None]
     return visible
 
