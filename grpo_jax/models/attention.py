@@ -115,7 +115,7 @@ def _backward(softcap: float, kept, cotangents):
     """Products keep the scores' axes in their place, whose reordering costs more than they do."""
     q, keys_values, visible, out, log_sum = kept
     slope, _ = cotangents  # nothing reads the logarithms
-    mean = (slope * out).sum(-1)
+    mean = jnp.einsum('gksrh,gksrh->gksr', slope, out)
     to_q, to_keys_values = jnp.zeros_like(out), []
     for (k, v), seen in zip(keys_values, visible, strict=True):
         shared = _shared(k)
