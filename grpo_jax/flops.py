@@ -26,8 +26,9 @@ def count_flops(fn: Callable[..., Any], *args: Any, while_trips: int = 1, **kwar
 
     A product of [m, k] and [k, n] is 2 m k n. The body of a scan counts `length` times, that of a
     while loop `while_trips` times, a cond as its most expensive branch, the body of a shard_map
-    once for each device. Norms, softmax, sorting and the optimizer count as nothing. What the
-    backward pass computes again counts again: the figure is the hardware's work, not the model's.
+    once for each device. Norms, softmax, sorting, the optimizer and products of numbers or rows that
+    match one to one count as nothing. What the backward pass computes again counts again: the
+    figure is the hardware's work, not the model's.
 
     Args:
       fn: a function, or what `jax.jit` made of one.
@@ -54,7 +55,9 @@ def _count_equation(equation: JaxprEqn, while_trips: int) -> int:
     name, params = equation.primitive.name, equation.params
     if name == 'dot_general':
         lhs, out = _shape(equation.invars[0]), _shape(equation.outvars[0])
-        (contracted, _), _ = params['dimension_numbers']
+        (contracted, _), (batch, _) = params['dimension_numbers']
+        if not contracted or len(out) == len(batch):  # numbers times rows, or rows times rows
+            return 0
         return 2 * math.prod(lhs[axis] for axis in contracted) * math.prod(out)
     if name in _UNCOUNTED:
         raise ValueError(f'the program holds {name}, whose work is not counted: leave it out')

@@ -35,6 +35,12 @@ def test_products():
     assert count_flops(lambda x: x + jnp.sort(x).sum(), floats(4)) == 0
 
 
+def test_rows_that_match_one_to_one_are_no_matrix_product():
+    rows, scale = jnp.ones((5, 7)), jnp.ones(5)
+    assert count_flops(lambda x, s: jnp.einsum('nd,n->nd', x, s), rows, scale) == 0
+    assert count_flops(lambda x: jnp.einsum('nd,nd->n', x, x), rows) == 0
+
+
 def test_loops_count_their_trips():
     def scan(x):
         return jax.lax.scan(lambda c, _: (c @ c, None), x, length=5)[0]
