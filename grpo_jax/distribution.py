@@ -32,8 +32,8 @@ def filter_logits(
 ) -> jax.Array:
     """Logits of the distribution to sample from: scaled by temperature, cut to its support.
 
-    Tokens tied with the last one kept are kept too. The sort that top-k and top-p need runs only
-    when one of them is active.
+    Tokens tied with the last one kept are kept too. What the filters cost is spent only when one of
+    them is active.
 
     Args:
       logits: f32[..., V].
@@ -48,30 +48,50 @@ def filter_logits(
     temperature = jnp.asarray(sampling.temperature, jnp.float32)
     logits = logits / jnp.where(temperature > 0, temperature, 1.0)
     fixed = jax.lax.stop_gradient(logits)
-    top_k, top_p = jnp.asarray(sampling.top_k), jnp.asarray(sampling.top_p)
-    threshold = jax.lax.cond(
-        (top_k > 0) | (top_p < 1),
-        functools.partial(_rank_threshold, top_k=top_k, top_p=top_p),
-        lambda x: jnp.full(x.shape[:-1], -jnp.inf),
-        fixed,
-    )
-    min_p = fixed.max(-1) + jnp.log(jnp.asarray(sampling.min_p, jnp.float32))
-    inside = fixed >= jnp.maximum(threshold, min_p)[..., None]
+    top_k, top_p, min_p = map(jnp.asarray, (sampling.top_k, sampling.top_p, sampling.min_p))
+
+    def where(active, smallest_kept):
+        return jax.lax.cond(
+            active, smallest_kept, lambda logits: jnp.full(logits.shape[:-1], -jnp.inf), fixed
+        )
+
+    ranked = where((top_k > 0) | (top_p < 1), functools.partial(_ranked, top_k=top_k, top_p=top_p))
+    likely = where(min_p > 0, lambda logits: logits.max(-1) + jnp.log(min_p.astype(jnp.float32)))
+    least = jnp.maximum(ranked, likely)[..., None]
+    inside = fixed >= least
     if keep is not None:
         inside |= jnp.arange(logits.shape[-1]) == keep[..., None]
     return jnp.where(inside, logits, -jnp.inf)
 
 
-def _rank_threshold(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+def _ranked(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
     """The smallest logit that top-k, then top-p among what it left, keep."""
-    ordered = -jnp.sort(-logits, axis=-1)
-    size = logits.shape[-1]
-    count = jnp.where(top_k > 0, jnp.minimum(top_k, size), size)
-    ordered = jnp.where(jnp.arange(size) < count, ordered, -jnp.inf)
-    probability = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    kept = ((before < top_p) & (ordered > -jnp.inf)).at[..., 0].set(True)
-    return jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1)
+    count = jnp.where(top_k > 0, top_k, logits.shape[-1])
+    kth = _cut(logits, jnp.ones_like(logits), count)
+    mass = jnp.exp(logits - logits.max(-1, keepdims=True))
+    mass = jnp.where(logits >= kth[..., None], mass, 0.0)
+    return jnp.where(top_p < 1, _cut(logits, mass, top_p * mass.sum(-1)), kth)
+
+
+def _cut(logits: jax.Array, mass: jax.Array, enough: jax.Array) -> jax.Array:
+    """The largest logit f32[...] such that it and those above it have `enough` mass; else -inf.
+
+    It is found bit by bit, the highest first, as floats are ordered like their bits if those of
+    negative ones are flipped: no sort, and nothing of the size of the vocabulary beside the sums'
+    terms.
+    """
+
+    def number(code):
+        bits = jnp.where(code >> 31 == 1, code ^ jnp.uint32(1 << 31), ~code)
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    def narrow(i, code):
+        larger = code | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        reached = jnp.where(logits >= number(larger)[..., None], mass, 0.0).sum(-1)
+        return jnp.where(reached >= enough, larger, code)
+
+    code = jax.lax.fori_loop(0, 32, narrow, jnp.zeros(logits.shape[:-1], jnp.uint32))
+    return jnp.where(code > 0, number(code), -jnp.inf)
 
 
 def _inverse_cdf(mass: jax.Array, u: jax.Array) -> jax.Array:
