@@ -136,6 +136,11 @@ class Algorithm:
                 )
 
     @property
+    def of_tokens(self) -> bool:
+        """Whether the loss is a sum over tokens that know nothing of each other."""
+        return self.ratio == 'token' and self.importance in _OF_TOKENS and self.loss not in PAIRWISE
+
+    @property
     def reads_reference(self) -> bool:
         """Whether log-probs of the reference are part of the program."""
         return self.kl != 'none' or self.loss in PAIRWISE

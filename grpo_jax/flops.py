@@ -26,9 +26,9 @@ def count_flops(fn: Callable[..., Any], *args: Any, while_trips: int = 1, **kwar
 
     A product of [m, k] and [k, n] is 2 m k n. The body of a scan counts `length` times, that of a
     while loop `while_trips` times, a cond as its most expensive branch, the body of a shard_map
-    once for each device. Norms, softmax, sorting, the optimizer and products of numbers or rows that
-    match one to one count as nothing. What the backward pass computes again counts again: the
-    figure is the hardware's work, not the model's.
+    once for each device. Norms, softmax, sorting, the optimizer and products of rows that match one
+    to one count as nothing. What the backward pass computes again counts again: the figure is the
+    hardware's work, not the model's.
 
     Args:
       fn: a function, or what `jax.jit` made of one.

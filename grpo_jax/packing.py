@@ -103,9 +103,8 @@ def take(part: Batch, source: jax.Array) -> Sequences:
         return from_shares(x, group)
 
     nothing: Any = None
-    held = part._replace(
-        rollout=rollout._replace(prompts=nothing, ended=nothing, kept=nothing, mask=nothing)
-    )
+    held = part.per_token()
+    held = held._replace(rollout=held.rollout._replace(mask=nothing))
     held = jax.tree.map(of_tokens, held)
     here = anchor(there.reshape(-1, 1, columns))
     held = held._replace(rollout=held.rollout._replace(mask=here))

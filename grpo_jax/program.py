@@ -13,10 +13,16 @@ import optax
 
 from grpo_jax import losses, models, trust_region
 from grpo_jax.algorithm import Algorithm
+from grpo_jax.head import Head, by_chunks
 from grpo_jax.metrics import critic_terms, group_terms, pair_terms
 from grpo_jax.microbatch import Microbatches, Reader
 from grpo_jax.preferences import PAIRWISE
-from grpo_jax.score import completion_kl, completion_logprobs, hidden_logprobs
+from grpo_jax.score import (
+    completion_kl,
+    completion_logprobs,
+    hidden_logprobs,
+    token_logprobs,
+)
 from grpo_jax.types import Batch, Objective, Params, Rollout, Sampling, TrainState
 
 
@@ -125,23 +131,21 @@ class Program:
         norm = optax.tree.norm(gradient[0])
         finite = jnp.isfinite(optax.tree.norm(gradient))
         terms = {'grad_norm': norm}
+        new = state._replace(skipped=state.skipped + (1 - finite.astype(jnp.int32)))
         if self.algorithm.step == 'trust_region':
             params, taken = self._natural_step(state.params, gradient[0], batch)
-            new = state._replace(params=params)
+            new = new._replace(params=_either(finite, params, state.params))
             terms |= {f'trust_region/{name}': value for name, value in taken.items()}
         else:
-            updates, moments = self.optimizer.update(gradient[0], state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-            new = state._replace(params=params, opt_state=moments)
-        if self.critic is not None:
-            updates, moments = self.critic.optimizer.update(
-                gradient[1], state.value_opt_state, state.value_params
+            params, moments = _updated(
+                self.optimizer, gradient[0], state.params, state.opt_state, finite
             )
-            value_params = optax.apply_updates(state.value_params, updates)
-            new = new._replace(value_params=value_params, value_opt_state=moments)
+            new = new._replace(params=params, opt_state=moments)
+        if self.critic is not None:
+            old = state.value_params, state.value_opt_state
+            params, moments = _updated(self.critic.optimizer, gradient[1], *old, finite)
+            new = new._replace(value_params=params, value_opt_state=moments)
             terms['critic/grad_norm'] = optax.tree.norm(gradient[1])
-        new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
-        new = new._replace(skipped=state.skipped + (1 - finite.astype(jnp.int32)))
         return new, terms | {'skipped_updates': new.skipped}
 
     def _natural_step(self, params, gradient, batch: Batch):
@@ -190,8 +194,21 @@ class Program:
         return self._loss(logprobs, None, part)
 
     def _policy_head(self, params, hidden, part: Batch):
-        found = self.actor.scores(params, hidden, part, entropy=self.algorithm.entropy)
-        return self._loss(found['logprobs'], found.get('entropy'), part), found
+        a, actor = self.algorithm, self.actor
+        if not a.of_tokens:
+            found = actor.scores(params, hidden, part, entropy=a.entropy)
+            return self._loss(found['logprobs'], found.get('entropy'), part), found
+        config = actor.model.config
+        head = Head(config, self._of_logits, a.logprob_chunk, frozen=bool(config.lora.rank))
+        matrix = models.apply(actor.model, params, method='output_matrix')
+        return by_chunks(head, matrix, hidden, part.per_token())
+
+    def _of_logits(self, logits, part: Batch):
+        found, spread = token_logprobs(
+            logits, part.rollout.tokens, self.actor.sampling, entropy=self.algorithm.entropy
+        )
+        outputs = {'logprobs': found} if spread is None else {'logprobs': found, 'entropy': spread}
+        return self._loss(found, spread, part), outputs
 
     def _value_head(self, params, hidden, part: Batch):
         assert self.critic is not None
@@ -236,6 +253,22 @@ class Program:
     def _group_value_terms(self, values, group: Batch) -> dict[str, jax.Array]:
         loss = self._group_value_loss(values, group)
         return critic_terms(values, group) | {'critic_loss': loss}
+
+
+def _updated(optimizer: optax.GradientTransformation, gradient, params, moments, finite):
+    """Parameters and moments after one update, or as they were where it is not finite.
+
+    New parameters are made of the old moments too, and all are written over the old ones. So that
+    the compiler need not copy the moments first, they wait for the parameters.
+    """
+    updates, after = optimizer.update(gradient, moments, params)
+    new = _either(finite, optax.apply_updates(params, updates), params)
+    written = [~jnp.isnan(x[(0,) * x.ndim]) for x in jax.tree.leaves(new)]
+    return new, _either(functools.reduce(jnp.logical_and, written, finite), after, moments)
+
+
+def _either(first: jax.Array, new: Params, old: Params) -> Params:
+    return jax.tree.map(lambda new, old: jnp.where(first, new, old), new, old)
 
 
 def _twice_differentiable(model: models.Transformer) -> models.Transformer:

@@ -65,17 +65,24 @@ def hidden_logprobs(
 
     def piece(states, targets):
         logits = apply(model, params, states, method='logits')
-        logits = filter_logits(logits, sampling, keep=targets)
-        norm = jax.nn.logsumexp(logits, axis=-1)
-        hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-        logprob = jnp.where(hit, logits, 0.0).sum(-1) - norm
-        if not entropy:
-            return logprob, None
-        inside = logits > -jnp.inf
-        logp = jnp.where(inside, logits, 0.0) - norm[..., None]
-        return logprob, -jnp.where(inside, jnp.exp(logp) * logp, 0.0).sum(-1)
+        return token_logprobs(logits, targets, sampling, entropy=entropy)
 
     return _by_chunks(piece, (hidden, tokens), chunk)
+
+
+def token_logprobs(
+    logits: jax.Array, targets: jax.Array, sampling: Sampling, *, entropy: bool = False
+) -> tuple[jax.Array, jax.Array | None]:
+    """`completion_logprobs` from logits f32[..., V] of the targets i32[...]."""
+    logits = filter_logits(logits, sampling, keep=targets)
+    norm = jax.nn.logsumexp(logits, axis=-1)
+    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    logprob = jnp.where(hit, logits, 0.0).sum(-1) - norm
+    if not entropy:
+        return logprob, None
+    inside = logits > -jnp.inf
+    logp = jnp.where(inside, logits, 0.0) - norm[..., None]
+    return logprob, -jnp.where(inside, jnp.exp(logp) * logp, 0.0).sum(-1)
 
 
 def completion_kl(

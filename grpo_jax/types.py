@@ -52,6 +52,12 @@ class Batch(NamedTuple):
     old_values: Array = None  # f32[B, G, T] of the critic before the first inner update
     returns: Array = None  # f32[B, G, T], what its values are trained towards
 
+    def per_token(self) -> 'Batch':
+        """Only what is [B, G, T]."""
+        nothing: Any = None
+        rollout = self.rollout._replace(prompts=nothing, ended=nothing, kept=nothing)
+        return self._replace(rollout=rollout)
+
 
 class TrainState(NamedTuple):
     """All that a training step changes."""

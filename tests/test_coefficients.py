@@ -38,7 +38,7 @@ RECORDER = optax.sgd(0.1, momentum=0.0)  # its trace is the last gradient
 class Table:
     """Logits of the next token, or a value, by the token before: a row of `table` each."""
 
-    config = SimpleNamespace(dtype='float32', lora=Lora())
+    config = SimpleNamespace(dtype='float32', lora=Lora(), logit_softcap=0.0)
 
     def apply(self, variables, *args, method):
         table = variables['params']['table']
@@ -47,6 +47,8 @@ class Table:
             return None, table[jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]]
         if method == 'extend':
             return table[args[0]]
+        if method == 'output_matrix':
+            return jnp.eye(VOCAB)  # states are logits
         return {'logits': args[0], 'scores': args[0][..., 0]}[method]
 
 

@@ -84,7 +84,7 @@ def make_rewards(seed=0, groups=4, group_size=3):
 class Bigram:
     """A policy that looks at one token: all that the update asks of a model, compiled fast."""
 
-    config = SimpleNamespace(dtype='float32', lora=Lora())
+    config = SimpleNamespace(dtype='float32', lora=Lora(), logit_softcap=0.0)
 
     def apply(self, variables, *args, method):
         params = variables['params']
@@ -96,6 +96,8 @@ class Bigram:
             return params['embedding'][args[0]]
         if method == 'logits':
             return args[0] @ params['head']
+        if method == 'output_matrix':
+            return params['head']
         raise ValueError(f'the update asks a model for nothing like {method!r}')
 
     @staticmethod

@@ -1,6 +1,7 @@
 """The policy network. Only this folder imports flax."""
 
 from grpo_jax.models.config import Lora, ModelConfig, with_scalar_head
+from grpo_jax.models.layers import capped
 from grpo_jax.models.lora import join, merge, split
 from grpo_jax.models.transformer import (
     KeyValues,
@@ -21,6 +22,7 @@ __all__ = [
     'Owner',
     'Transformer',
     'apply',
+    'capped',
     'completion_hidden',
     'continuation_hidden',
     'init',

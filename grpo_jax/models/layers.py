@@ -121,6 +121,11 @@ def _adapter_init(fan_in: int) -> nn.initializers.Initializer:
     return init
 
 
+def capped(c: ModelConfig, logits: jax.Array) -> jax.Array:
+    """What the model makes of the products of hidden states and `Transformer.output_matrix`."""
+    return c.logit_softcap * jnp.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
+
+
 def mlp(module: nn.Module, x: jax.Array) -> jax.Array:
     """act(x gate) * (x up) down (Shazeer, arXiv 2002.05202) of x [..., D].
 

@@ -18,7 +18,7 @@ from grpo_jax.models import rope
 from grpo_jax.models.attention import NOWHERE, Piece
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.flash import attend_groups
-from grpo_jax.models.layers import RMSNorm, experts, mlp, project
+from grpo_jax.models.layers import RMSNorm, capped, experts, mlp, project
 from grpo_jax.models.lora import split
 from grpo_jax.sharding import anchor
 from grpo_jax.types import Params
@@ -209,18 +209,20 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """f32[..., V] from hidden states [..., D]."""
+        c, matrix = self.config, self.output_matrix()
+        rows = hidden.reshape(-1, c.width)  # two axes: see `layers.project`
+        logits = jnp.matmul(rows, matrix, preferred_element_type=jnp.float32)
+        return capped(c, logits).reshape(*hidden.shape[:-1], -1)
+
+    def output_matrix(self) -> jax.Array:
+        """[D, V] that hidden states are multiplied with, in the computation's dtype."""
         c = self.config
         if c.scalar_head:
             raise ValueError(
                 'a model with scalar_head=True has no logits: ask for its scores, or take a '
                 'language model'
             )
-        head = self.embedding.T if c.tied_head else self.head
-        rows = hidden.reshape(-1, c.width)  # two axes: see `layers.project`
-        logits = jnp.matmul(rows, head.astype(c.dtype), preferred_element_type=jnp.float32)
-        if c.logit_softcap:
-            logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
-        return logits.reshape(*hidden.shape[:-1], -1)
+        return (self.embedding.T if c.tied_head else self.head).astype(c.dtype)
 
     def scores(self, hidden: jax.Array) -> jax.Array:
         """f32[...] from hidden states [..., D], with a scalar head."""
