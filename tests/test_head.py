@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax.extend.core import jaxprs_in_params
 
-import tiny
 from grpo_jax import models
 from grpo_jax.flops import count_flops
 from grpo_jax.head import Head, by_chunks
