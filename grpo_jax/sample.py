@@ -2,62 +2,37 @@
 
 Rows are decoded in blocks of columns. Between two blocks the keys and values grow by one block, and
 rows that have ended are left out: no step reads columns that are still empty, and the rows that
-nobody waits for any more cost nothing.
+nobody waits for any more cost nothing. Few rows of many groups are decoded one by one, each with
+its own copy of the prompt's keys, once these are no more than what was left out.
 """
 
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax import sharding
 from grpo_jax.distribution import draw, row_keys
 from grpo_jax.models import KeyValues, Transformer, apply
+from grpo_jax.rows import (
+    Columns,
+    Given,
+    Rows,
+    State,
+    devices,
+    fewest,
+    leave_out,
+    numbers,
+    put_rows,
+    shape_of,
+    take_rows,
+)
 from grpo_jax.types import Array, Params, Prompts, Rollout, Sampling
 
 BLOCK, BLOCKS = 64, 8  # least columns of a block, and most blocks
-
-
-class _Given(NamedTuple):
-    """What stays the same while completions are decoded."""
-
-    params: Params
-    prompts: Prompts
-    prompt: KeyValues  # [L, B, K, P, h]
-    sampling: Sampling
-    eos_ids: Array
-    stops: Array | None
-
-
-class _Rows(NamedTuple):
-    """The R rows of each group that are still decoded."""
-
-    place: jax.Array  # i32[B, R], which of its group's completions a row is
-    key: jax.Array  # [B, R]
-    token: jax.Array  # i32[B, R], the last one drawn
-    done: jax.Array  # bool[B, R]
-    matched: jax.Array  # i32[B, R], state in the table of stop strings
-    own: KeyValues  # [L, B, R, K, columns, h]
-
-
-class _Columns(NamedTuple):
-    """What was drawn."""
-
-    tokens: jax.Array  # i32[B, R, n]
-    mask: jax.Array  # bool[B, R, n]
-    logprobs: jax.Array  # f32[B, R, n]
-
-
-class _State(NamedTuple):
-    """Between two blocks."""
-
-    t: jax.Array  # i32[], columns drawn so far
-    rows: _Rows
-    drawn: _Columns  # [B, G, T]
-    ended: jax.Array  # bool[B, G]
-    live: jax.Array  # i32[], the most rows of a group that have not ended
 
 
 def sample(
@@ -78,9 +53,9 @@ def sample(
     """Samples `group_size` completions of each prompt.
 
     Each prompt is prefilled once, whatever the group size. Decoding ends when every row has ended.
-    After each block of columns the host looks how many rows still go on, and halves the rows of a
-    group as long as all of these remain; up to `block` columns the whole is one program that can be
-    traced.
+    After each block of columns the host looks how many rows still go on, and goes on with half of
+    them, or half of these, as long as they are among them; up to `block` columns the whole is one
+    program that can be traced.
 
     Args:
       model: the decoder.
@@ -107,28 +82,21 @@ def sample(
         max_tokens=max_tokens, width=min(block, max_tokens), mesh=mesh,
     )  # fmt: skip
     for width in range(2 * block, max_tokens + block, block):
-        live = int(state.live)
-        if not live:
+        width = min(width, max_tokens)
+        most, total = map(int, np.asarray(state.live))
+        if not most:
             break
-        size = state.rows.done.shape[1]
-        fewer = _fewest(live, group_size)
-        if fewer < size:
-            state = _leave_out(state, fewer, mesh)
-        state = _next_block(model, params, given, state, min(width, max_tokens), mesh)
+        now = shape_of(state, mesh)
+        fewer = fewest(most, total, now, prompts.tokens.shape[1], width)
+        if fewer != now:
+            given, state = leave_out(given, state, fewer, mesh)
+        state = _next_block(model, params, given, state, width, mesh)
     drawn = state.drawn
     return Rollout(prompts, drawn.tokens, drawn.mask, drawn.logprobs, state.ended)
 
 
 def _block(max_tokens: int) -> int:
     return max(BLOCK, -(-max_tokens // BLOCKS))
-
-
-def _fewest(live: int, group_size: int) -> int:
-    """The smallest of G, G / 2, G / 4, ... (rounded up) that holds `live` rows."""
-    size = group_size
-    while -(-size // 2) >= live and size > 1:
-        size = -(-size // 2)
-    return size
 
 
 def _compute_copy(params: Params, dtype: str) -> Params:
@@ -150,14 +118,14 @@ def _compute_copy(params: Params, dtype: str) -> Params:
 def _first_block(
     model, params, prompts, seed, step, sampling, eos_ids, stops, *, group_size: int,
     max_tokens: int, width: int, mesh: Mesh | None,
-) -> tuple[Any, _State]:  # fmt: skip
+) -> tuple[Any, State]:  # fmt: skip
     """Reads the prompts and decodes columns up to `width`."""
     with sharding.use(mesh):
         keys = row_keys(seed, step, prompts.index, group_size)
         prompt, last = apply(model, params, prompts.tokens, prompts.length, method='prefill')
-        given = _Given(params, prompts, prompt, sampling, eos_ids, stops)
-        rows = _Rows(
-            place=jnp.broadcast_to(jnp.arange(group_size), keys.shape),
+        given = Given(params, prompts, prompt, sampling, eos_ids, stops)
+        rows = Rows(
+            place=numbers(keys.shape, mesh),
             key=keys,
             token=jnp.zeros(keys.shape, jnp.int32),
             done=jnp.zeros(keys.shape, bool),
@@ -166,45 +134,31 @@ def _first_block(
         )
         hidden = jnp.broadcast_to(last[:, None], (*keys.shape, last.shape[-1]))
         rows, column = _pick(model, given, hidden, jnp.int32(0), rows)
-        state = _State(
+        state = State(
             t=jnp.int32(1),
             rows=rows,
             drawn=jax.tree.map(lambda x: _padded(x, max_tokens), column),
             ended=rows.done,
-            live=jnp.int32(group_size),
+            live=jnp.int32([group_size, keys.size]),
         )
-        return given._replace(params=None), _decode(model, given, state, 0, width)
+        return given._replace(params=None), _decode(model, given, state, 0, width, mesh)
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'width', 'mesh'))
-def _next_block(model, params, given, state, width: int, mesh: Mesh | None) -> _State:
+def _next_block(model, params, given, state, width: int, mesh: Mesh | None) -> State:
     """Decodes on to column `width`."""
     with sharding.use(mesh):
         start = state.rows.own.k.shape[-2]
-        return _decode(model, given._replace(params=params), state, start, width)
+        return _decode(model, given._replace(params=params), state, start, width, mesh)
 
 
-@functools.partial(jax.jit, static_argnames=('size', 'mesh'))
-def _leave_out(state: _State, size: int, mesh: Mesh | None) -> _State:
-    """Keeps `size` rows of each group, those that go on among them."""
-    kept = jnp.argsort(state.rows.done, axis=1, stable=True)[:, :size]
-
-    def take(x):
-        return jax.vmap(lambda x, i: x[i])(x, kept)
-
-    nothing: Any = None
-    with sharding.use(mesh):
-        few = jax.tree.map(take, state.rows._replace(own=nothing))
-        own = jax.tree.map(jax.vmap(take), state.rows.own)
-        return state._replace(rows=few._replace(own=own))
-
-
-def _decode(model, given: _Given, state: _State, start: int, width: int) -> _State:
+def _decode(model, given: Given, state: State, start: int, width: int, mesh: Mesh | None) -> State:
     """Columns from state.t on, to the end of the block [start, width) or of all rows."""
     rows = state.rows
     rows = rows._replace(own=jax.tree.map(lambda x: _padded(x, width, axis=-2), rows.own))
+    place = rows.place.reshape(devices(mesh), -1)
     drawn = jax.tree.map(
-        lambda x: jax.vmap(lambda x, i: x[i, start:width])(x, rows.place), state.drawn
+        lambda x: take_rows(x[..., start:width], place).reshape(*rows.done.shape, -1), state.drawn
     )
 
     def advance(carry):
@@ -230,21 +184,22 @@ def _decode(model, given: _Given, state: _State, start: int, width: int) -> _Sta
         lambda carry: (carry[0] < width) & ~carry[1].done.all(), advance, (state.t, rows, drawn)
     )
 
-    def write(whole, new, place):
-        return whole.at[place, start:width].set(new)
+    def columns(whole, new):
+        return jax.lax.dynamic_update_slice_in_dim(
+            whole, put_rows(whole[..., start:width], place, new), start, 2
+        )
 
-    return _State(
+    live = ~rows.done
+    return State(
         t=t,
         rows=rows,
-        drawn=jax.tree.map(
-            lambda whole, new: jax.vmap(write)(whole, new, rows.place), state.drawn, drawn
-        ),
-        ended=jax.vmap(lambda x, i, done: x.at[i].set(done))(state.ended, rows.place, rows.done),
-        live=(~rows.done).sum(1).max(),
+        drawn=jax.tree.map(columns, state.drawn, drawn),
+        ended=put_rows(state.ended, place, rows.done),
+        live=jnp.stack([live.sum(1).max(), live.reshape(len(place), -1).sum(1).max()]),
     )
 
 
-def _pick(model, given: _Given, hidden, t, rows: _Rows) -> tuple[_Rows, _Columns]:
+def _pick(model, given: Given, hidden, t, rows: Rows) -> tuple[Rows, Columns]:
     """Draws column t from hidden states [B, R, D]."""
     shape = rows.done.shape
     logits = apply(model, given.params, hidden, method='logits')
@@ -259,7 +214,7 @@ def _pick(model, given: _Given, hidden, t, rows: _Rows) -> tuple[_Rows, _Columns
         matched = given.stops[matched, token].astype(jnp.int32)
         ends |= matched == len(given.stops) - 1
     rows = rows._replace(token=token, done=rows.done | (live & ends), matched=matched)
-    return rows, _Columns(token[..., None], live[..., None], logprob[..., None])
+    return rows, Columns(token[..., None], live[..., None], logprob[..., None])
 
 
 def _padded(x: jax.Array, size: int, axis: int = 2) -> jax.Array:

@@ -15,8 +15,8 @@ import tokenizers
 from scipy import stats
 from transformers import PreTrainedTokenizerFast
 
+from grpo_jax import rows, sharding, tokens
 from grpo_jax import sample as sample_module
-from grpo_jax import sharding, tokens
 from grpo_jax.distribution import check_sampling, draw, filter_logits, row_keys
 from grpo_jax.models import Transformer
 from grpo_jax.sample import sample
@@ -219,8 +219,7 @@ def test_sampled_logprobs_equal_naive(model, params, drawn):
 
 
 STEPS: list[int] = []
-LEAVE_OUT = sample_module._leave_out
-fewest, block_of = sample_module._fewest, sample_module._block
+block_of = sample_module._block
 
 
 def compiled():
@@ -357,20 +356,26 @@ def test_stop_strings_on_a_mesh(model, params, prompts):
 # Blocks
 
 
-def test_blocks_change_no_completion(model, params, prompts, monkeypatch):
+@pytest.mark.parametrize('apart', [True, False])
+def test_blocks_change_no_completion(model, params, prompts, monkeypatch, apart):
     """Rows that have ended are left out, and those that go on are not."""
     sizes = []
 
-    def leave_out(state, size, mesh):
-        sizes.append(size)
-        ended = np.asarray(state.ended)
-        left = LEAVE_OUT(state, size, mesh)
-        for group, kept in enumerate(np.asarray(left.rows.place)):
-            assert len(set(kept)) == size
-            assert set(np.flatnonzero(~ended[group])) <= set(kept)
-        return left
+    def fewest(most, total, now, prompt, columns):
+        return rows.fewest(most, total, now, prompt, columns if apart else -(10**6))
 
-    monkeypatch.setattr(sample_module, '_leave_out', leave_out)
+    def leave_out(given, state, shape, mesh):
+        sizes.append(shape)
+        ended = np.asarray(state.ended).reshape(-1)
+        _, left = kept = rows.leave_out(given, state, shape, mesh)
+        places = np.asarray(left.rows.place)
+        assert places.shape == (shape.groups, shape.rows)
+        assert len(set(places.flat)) == places.size
+        assert set(np.flatnonzero(~ended)) <= set(places.flat)
+        return kept
+
+    monkeypatch.setattr(sample_module, 'fewest', fewest)
+    monkeypatch.setattr(sample_module, 'leave_out', leave_out)
     most = np.flatnonzero(np.arange(tiny.VOCAB) % 3)  # two of three tokens end a row
     for seed in range(3):
         settings = {'seed': seed, 'eos_ids': most, 'group_size': 8, 'max_tokens': 9}
@@ -380,8 +385,22 @@ def test_blocks_change_no_completion(model, params, prompts, monkeypatch):
         for name in ('tokens', 'mask', 'ended'):
             np.testing.assert_array_equal(getattr(blocks, name), getattr(whole, name), name)
         np.testing.assert_allclose(blocks.logprobs, whole.logprobs, atol=1e-5)
-    assert sizes
-    assert set(sizes) <= {4, 2, 1}
+    assert {shape.apart for shape in sizes} >= {apart}
+    assert len(sizes) > 3
+
+
+@pytest.mark.parametrize('tensor', [1, 2])
+def test_rows_are_left_out_on_a_mesh(model, params, prompts, tensor):
+    """Each device keeps its own."""
+    mesh = sharding.make_mesh(fsdp=4 // tensor, tensor=tensor)
+    most = np.flatnonzero(np.arange(tiny.VOCAB) % 3)
+    settings = {'eos_ids': most, 'group_size': 8, 'max_tokens': 9}
+    alone = completions(model, params, prompts, **settings)
+    placed = jax.device_put(params, sharding.shardings(params, mesh))
+    groups = sharding.put_groups(prompts, mesh)
+    meshed = completions(model, placed, groups, block=2, mesh=mesh, **settings)
+    for name in ('tokens', 'mask', 'ended'):
+        np.testing.assert_array_equal(getattr(meshed, name), getattr(alone, name), name)
 
 
 def test_no_block_begins_when_all_rows_have_ended(model, params, prompts, monkeypatch):
@@ -392,8 +411,34 @@ def test_no_block_begins_when_all_rows_have_ended(model, params, prompts, monkey
 
 
 def test_fewest_rows():
-    assert [fewest(live, 8) for live in (8, 5, 4, 3, 2, 1)] == [8, 8, 4, 4, 2, 1]
-    assert [fewest(live, 7) for live in (7, 4, 3, 2, 1)] == [7, 4, 4, 2, 1]
+    """With long prompts: rows of groups are halved."""
+    for size, expected in (
+        (8, {8: 8, 5: 8, 4: 4, 3: 4, 2: 2, 1: 1}),
+        (7, {7: 7, 4: 4, 3: 4, 2: 2, 1: 1}),
+    ):
+        for most, rows_left in expected.items():
+            found = rows.fewest(most, 3 * most, rows.Shape(3, size), prompt=10**6, columns=1)
+            assert found == rows.Shape(3, rows_left)
+
+
+@pytest.mark.parametrize(
+    ('most', 'total', 'prompt', 'expected'),
+    [
+        (8, 15, 64, (16, 1, True)),
+        (3, 15, 64, (16, 1, True)),
+        (2, 15, 64, (8, 2, False)),  # no fewer rows apart
+        (8, 17, 64, (32, 1, True)),
+        (4, 17, 64, (8, 4, False)),
+        (8, 33, 64, (8, 8, False)),
+        (8, 15, 768, (16, 1, True)),  # keys: 16 (768 + 128) = 8 (768 + 8 * 128)
+        (8, 15, 769, (8, 8, False)),
+        (1, 5, 64, (8, 1, False)),
+        (1, 4, 64, (4, 1, True)),
+        (1, 1, 64, (1, 1, True)),
+    ],
+)
+def test_rows_apart_from_their_groups(most, total, prompt, expected):
+    assert rows.fewest(most, total, rows.Shape(8, 8), prompt, 128) == rows.Shape(*expected)
 
 
 @pytest.mark.parametrize(('tokens', 'expected'), [(24, 64), (512, 64), (1024, 128), (1030, 129)])
