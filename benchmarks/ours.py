@@ -20,9 +20,10 @@ from grpo_jax.sample import sample
 from grpo_jax.score import completion_logprobs
 from grpo_jax.types import Objective, Params, Prompts, Rollout, Sampling
 
-# What suits a workload: one width where all completions are equally long, packing where few are.
-SUITED = dict.fromkeys(('W1', 'W2', 'W4'), ('widths=1',)) | {
-    'W3': ('widths=1', 'packed=True', 'microbatch=4', 'rows=2', 'logprob_chunk=256')
+# What suits a workload: one width where all completions are equally long, packing where few are;
+# logits that stay in the cache.
+SUITED = dict.fromkeys(('W1', 'W2', 'W4'), ('widths=1', 'logprob_chunk=32')) | {
+    'W3': ('widths=1', 'packed=True', 'microbatch=4', 'rows=2', 'logprob_chunk=64')
 }
 
 

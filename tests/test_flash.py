@@ -14,7 +14,7 @@ import pytest
 import tiny
 
 from grpo_jax import models, sharding
-from grpo_jax.models import flash
+from grpo_jax.models import attention, flash
 from grpo_jax.models.attention import NOWHERE, Piece
 
 HERE = {
@@ -124,6 +124,33 @@ def test_output_and_gradients(form, case):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), found, expected)
 
 
+@pytest.mark.parametrize('form', ['einsum', 'recomputed'])
+def test_stripes_of_queries_change_nothing(form, monkeypatch):
+    """Nor with a window and several owners of the keys."""
+    (q, own, prompt), weights = make_arrays(length=7)
+    owner = jnp.asarray([[0, 0, 1, 1, 1, 2, 2]] * 2)
+    positions = 6 + jnp.asarray([[0, 1, 0, 1, 2, 0, 1]] * 2)
+    columns = jnp.broadcast_to(jnp.arange(6), (2, 6))
+
+    def value_and_gradient(q, own, prompt):
+        def loss(arrays):
+            q, own, prompt = arrays
+            pieces = [
+                Piece(*prompt, columns, jnp.zeros((2, 6), int), jnp.zeros((2, 7), int)),
+                Piece(*own, positions, owner, owner),
+            ]
+            out = flash.attend_groups(configure(form), q, pieces, positions, jnp.int32(5))
+            return (weights * out).sum(), out
+
+        return tiny.jit(jax.value_and_grad(loss, has_aux=True))((q, own, prompt))
+
+    whole = value_and_gradient(q, own, prompt)
+    monkeypatch.setattr(attention, 'STRIPE', 2)
+    monkeypatch.setattr(attention, 'STRIPES', 100)
+    stripes = value_and_gradient(q, own, prompt)
+    assert 0 < tiny.gap(stripes, whole) < 1e-5
+
+
 @pytest.mark.usefixtures('on_cpu')
 def test_a_model_with_a_kernel_is_the_same_model(rollout):
     """Completions read over their prompts, and the gradient of it, through remat and the scan."""
@@ -226,7 +253,7 @@ def test_lowered_for_tpus_the_model_holds_the_kernel_and_no_scores():
     for name in names:
         assert name in lowered['splash'], name
         assert name not in lowered['einsum'], name
-    scores = [f'{keys}xf32' for keys in ('256x2x384', '256x2x256', '384x2x384')]  # S x R x N
+    scores = [f'{keys}xf32' for keys in ('64x2x384', '64x2x256', '64x2x64')]  # stripe x R x N
     for shape in scores:
         assert shape in lowered['einsum'], shape
         assert shape not in lowered['splash'], shape

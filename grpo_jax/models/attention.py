@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 NOWHERE = 2**30  # position of a key that no query may read: all of them stand before it
+STRIPE, STRIPES = 64, 8  # least queries that are computed together, and most parts of them
 _MASKED = -1e30  # finite, so that a fully masked piece gives weight 0 and not NaN
 
 
@@ -43,7 +44,8 @@ def attend(
 
     Args:
       q: [G, S, H, h] rotated queries of G rows, S positions each.
-      pieces: every query must see at least one position of them.
+      pieces: every query must see at least one position of them. If the last one has S positions,
+        they are the queries' own, and no query sees any of them behind its own.
       positions: i32[S], where the queries stand; a query sees keys up to its own position.
       scale: of the scores.
       softcap: scores are softcap * tanh(score / softcap), unless it is 0 (Gemma 2, arXiv
@@ -60,21 +62,46 @@ def attend(
     # [G, K, S, R, h]: the R query heads that read one key/value head become rows of its product.
     q = q.reshape(rows, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 1, 3, 4)
     q = q * jnp.asarray(scale, q.dtype)
-    keys_values = tuple((piece.k, piece.v) for piece in pieces)
-    visible = tuple(_visible(piece, positions, window) for piece in pieces)
     form = _recomputed if recompute else _softmax
-    out = form(softcap, q, keys_values, visible)[0].astype(q.dtype)
-    return out.transpose(0, 2, 1, 3, 4).reshape(rows, length, heads, width)
+    out = [
+        form(softcap, q[:, :, stripe], *_read_by(stripe, pieces, positions, window))[0]
+        for stripe in _stripes(length)
+    ]
+    out = jnp.concatenate(out, axis=2) if len(out) > 1 else out[0]
+    return out.astype(q.dtype).transpose(0, 2, 1, 3, 4).reshape(rows, length, heads, width)
 
 
-def _visible(piece: Piece, positions: jax.Array, window: jax.Array | None) -> jax.Array:
-    """bool[S, N]."""
+def _stripes(length: int) -> list[slice]:
+    """Parts of the queries, none of which is computed with keys that stand behind all of it."""
+    size = max(STRIPE, -(-length // STRIPES))
+    length = max(length, 1)  # the products of no queries have a shape too
+    return [slice(i, min(i + size, length)) for i in range(0, length, size)]
+
+
+def _read_by(stripe: slice, pieces: Sequence[Piece], positions: jax.Array, window):
+    """Keys and values (k, v) that a stripe may see, and which of them each query does, bool[S, N].
+
+    Where the last piece are the queries' own tokens, none of these that stands after the stripe.
+    """
+    *past, own = pieces
+    if len(own.positions) == len(positions):
+        owner = None if own.owner is None else own.owner[: stripe.stop]
+        cut = (x[..., : stripe.stop, :] for x in (own.k, own.v))
+        own = Piece(*cut, own.positions[: stripe.stop], owner, own.read_by)
+    seen = (*past, own)
+    visible = tuple(_visible(piece, positions, window, stripe) for piece in seen)
+    return tuple((piece.k, piece.v) for piece in seen), visible
+
+
+def _visible(piece: Piece, positions: jax.Array, window, stripe: slice) -> jax.Array:
+    """bool[S, N] of the queries of a stripe."""
+    positions = positions[stripe]
     visible = piece.positions <= positions[:, None]
     if window is not None:
         visible &= piece.positions > positions[:, None] - window
     if piece.owner is not None:
         assert piece.read_by is not None
-        visible &= piece.owner == piece.read_by[:, None]
+        visible &= piece.owner == piece.read_by[stripe, None]
     return visible
 
 
