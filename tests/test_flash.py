@@ -14,7 +14,8 @@ import pytest
 import tiny
 
 from grpo_jax import models, sharding
-from grpo_jax.models import attention, flash
+from grpo_jax.models import attention as attention_module
+from grpo_jax.models import flash
 from grpo_jax.models.attention import NOWHERE, Piece
 
 HERE = {
@@ -145,8 +146,8 @@ def test_stripes_of_queries_change_nothing(form, monkeypatch):
         return tiny.jit(jax.value_and_grad(loss, has_aux=True))((q, own, prompt))
 
     whole = value_and_gradient(q, own, prompt)
-    monkeypatch.setattr(attention, 'STRIPE', 2)
-    monkeypatch.setattr(attention, 'STRIPES', 100)
+    monkeypatch.setattr(attention_module, 'STRIPE', 2)
+    monkeypatch.setattr(attention_module, 'STRIPES', 100)
     stripes = value_and_gradient(q, own, prompt)
     assert 0 < tiny.gap(stripes, whole) < 1e-5
 
