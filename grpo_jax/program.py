@@ -49,11 +49,12 @@ class Actor:
         self, params: Params, hidden: jax.Array, part: Batch, *, entropy: bool = False
     ) -> dict[str, jax.Array]:
         """'logprobs', and on demand 'entropy', from a reader's hidden states."""
-        found, spread = hidden_logprobs(
-            self.model, params, hidden, part.rollout.tokens, self.sampling, chunk=self.chunk,
-            entropy=entropy,
+        return _named(
+            *hidden_logprobs(
+                self.model, params, hidden, part.rollout.tokens, self.sampling, chunk=self.chunk,
+                entropy=entropy,
+            )
         )  # fmt: skip
-        return {'logprobs': found} if spread is None else {'logprobs': found, 'entropy': spread}
 
     def reader(self, *, entropy: bool = False) -> Reader:
         """Reads log-probs."""
@@ -204,11 +205,10 @@ class Program:
         return by_chunks(head, matrix, hidden, part.per_token())
 
     def _of_logits(self, logits, part: Batch):
-        found, spread = token_logprobs(
+        found = token_logprobs(
             logits, part.rollout.tokens, self.actor.sampling, entropy=self.algorithm.entropy
         )
-        outputs = {'logprobs': found} if spread is None else {'logprobs': found, 'entropy': spread}
-        return self._loss(found, spread, part), outputs
+        return self._loss(*found, part), _named(*found)
 
     def _value_head(self, params, hidden, part: Batch):
         assert self.critic is not None
@@ -253,6 +253,10 @@ class Program:
     def _group_value_terms(self, values, group: Batch) -> dict[str, jax.Array]:
         loss = self._group_value_loss(values, group)
         return critic_terms(values, group) | {'critic_loss': loss}
+
+
+def _named(logprobs: jax.Array, entropy: jax.Array | None) -> dict[str, jax.Array]:
+    return {'logprobs': logprobs} | ({} if entropy is None else {'entropy': entropy})
 
 
 def _updated(optimizer: optax.GradientTransformation, gradient, params, moments, finite):

@@ -4,6 +4,7 @@ Each device has rows of its own, and none moves to another.
 """
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -130,9 +131,9 @@ def leave_out(given: Given, state: State, shape: Shape, mesh: Mesh | None) -> tu
         return given._replace(prompts=jax.tree.map(bring, given.prompts), prompt=prompt), state
 
 
-def numbers(shape: tuple[int, int], mesh: Mesh | None) -> jax.Array:
+def numbers(shape: tuple[int, ...], mesh: Mesh | None) -> jax.Array:
     """i32[B, G], each device's completions from 0."""
-    rows = shape[0] * shape[1]
+    rows = math.prod(shape)
     return (jnp.arange(rows) % (rows // devices(mesh))).reshape(shape)
 
 

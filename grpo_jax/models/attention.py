@@ -63,11 +63,11 @@ def attend(
     q = q.reshape(rows, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 1, 3, 4)
     q = q * jnp.asarray(scale, q.dtype)
     form = _recomputed if recompute else _softmax
-    out = [
+    parts = [
         form(softcap, q[:, :, stripe], *_read_by(stripe, pieces, positions, window))[0]
         for stripe in _stripes(length)
     ]
-    out = jnp.concatenate(out, axis=2) if len(out) > 1 else out[0]
+    out = jnp.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
     return out.astype(q.dtype).transpose(0, 2, 1, 3, 4).reshape(rows, length, heads, width)
 
 
@@ -86,8 +86,8 @@ def _read_by(stripe: slice, pieces: Sequence[Piece], positions: jax.Array, windo
     *past, own = pieces
     if len(own.positions) == len(positions):
         owner = None if own.owner is None else own.owner[: stripe.stop]
-        cut = (x[..., : stripe.stop, :] for x in (own.k, own.v))
-        own = Piece(*cut, own.positions[: stripe.stop], owner, own.read_by)
+        k, v = (x[..., : stripe.stop, :] for x in (own.k, own.v))
+        own = Piece(k, v, own.positions[: stripe.stop], owner, own.read_by)
     seen = (*past, own)
     visible = tuple(_visible(piece, positions, window, stripe) for piece in seen)
     return tuple((piece.k, piece.v) for piece in seen), visible

@@ -58,11 +58,11 @@ def projection(
         a = module.param(f'{name}_lora_a', _adapter_init(fan_in), (*sizes, c.lora.rank))
         b = module.param(f'{name}_lora_b', nn.initializers.zeros, (c.lora.rank, *out))
         adapter = a.astype(c.dtype).reshape(fan_in, -1), b.astype(c.dtype).reshape(-1, fan_out)
-    b = None
+    offset = None
     if bias:
-        b = module.param(f'{name}_bias', nn.initializers.zeros, out, c.param_dtype)
-        b = b.astype(c.dtype).reshape(-1)
-    return Projection(kernel.astype(c.dtype).reshape(fan_in, fan_out), adapter, b)
+        offset = module.param(f'{name}_bias', nn.initializers.zeros, out, c.param_dtype)
+        offset = offset.astype(c.dtype).reshape(-1)
+    return Projection(kernel.astype(c.dtype).reshape(fan_in, fan_out), adapter, offset)
 
 
 def multiply(c: ModelConfig, x: jax.Array, by: Projection) -> jax.Array:
