@@ -58,7 +58,7 @@ def filter_logits(
     ranked = where((top_k > 0) | (top_p < 1), functools.partial(_ranked, top_k=top_k, top_p=top_p))
     likely = where(min_p > 0, lambda logits: logits.max(-1) + jnp.log(min_p.astype(jnp.float32)))
     least = jnp.maximum(ranked, likely)[..., None]
-    inside = fixed >= least
+    inside = ~(fixed < least)  # so a NaN stays one
     if keep is not None:
         inside |= jnp.arange(logits.shape[-1]) == keep[..., None]
     return jnp.where(inside, logits, -jnp.inf)

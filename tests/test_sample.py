@@ -68,6 +68,14 @@ def test_filters_by_hand():
     assert kept(temperature=0.5, min_p=0.4) == [True, False, False, False]  # squared: a quarter
 
 
+@pytest.mark.parametrize('sampling', [Sampling(), Sampling(min_p=0.1), Sampling(top_k=2)])
+def test_no_filter_hides_a_nan(sampling):
+    """Not even that of a token which nobody has drawn."""
+    logits = np.float32([[0.0, 2.0, np.nan, 1.0]])
+    assert np.isnan(filter_logits(logits, sampling)).any()
+    assert np.isnan(filter_logits(logits, sampling, keep=np.array([1]))).any()
+
+
 def test_a_kept_token_joins_the_support():
     logits = np.random.default_rng(0).standard_normal((5, tiny.VOCAB)).astype(np.float32)
     token = np.argmin(logits, axis=-1)
