@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax import models
+from grpo_jax.score import cut_columns, join_columns
 from grpo_jax.types import Batch
 
 
@@ -49,23 +50,16 @@ def _forward(head: Head, matrix: jax.Array, hidden: jax.Array, part: Batch):
     if length <= chunk:
         found, slopes = _one(head, matrix, hidden, part)
         return found, jax.lax.optimization_barrier(slopes)
-    pieces = -(-length // chunk)
-
-    def cut(x):
-        """[b, g, w, ...] -> [pieces, b, g, chunk, ...], zeros behind the end."""
-        x = jnp.pad(x, [(0, 0)] * 2 + [(0, pieces * chunk - length)] + [(0, 0)] * (x.ndim - 3))
-        return jnp.moveaxis(x.reshape(*x.shape[:2], pieces, chunk, *x.shape[3:]), 2, 0)
-
-    def join(x):
-        return jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:])[:, :, :length]
 
     def add(total, xs):
         (loss, out), (to_matrix, to_states) = _one(head, matrix, *xs)
         return jax.tree.map(jnp.add, total, (loss, to_matrix)), (out, to_states)
 
     zero = jnp.float32(0), None if head.frozen else jnp.zeros(matrix.shape, jnp.float32)
-    total, rest = jax.lax.scan(add, zero, jax.tree.map(cut, (hidden, part)))
-    out, to_hidden = jax.tree.map(join, rest)
+    total, rest = jax.lax.scan(
+        add, zero, jax.tree.map(lambda x: cut_columns(x, chunk), (hidden, part))
+    )
+    out, to_hidden = jax.tree.map(lambda x: join_columns(x, length), rest)
     return (total[0], out), (total[1], to_hidden)
 
 

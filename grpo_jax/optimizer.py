@@ -1,11 +1,14 @@
-"""The optimizer: optax's AdamW behind a gradient clip, with warm-up and decay."""
+"""The optimizer: optax's AdamW behind a gradient clip, with warm-up and decay; and its step."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from grpo_jax.types import Params
 
 
 def adamw(
@@ -70,3 +73,26 @@ def adamw(
         optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=matrices),
     )
     return optimizer, schedule
+
+
+def updated(
+    optimizer: optax.GradientTransformation,
+    gradient: Params,
+    params: Params,
+    moments: optax.OptState,
+    finite: jax.Array,
+) -> tuple[Params, optax.OptState]:
+    """Parameters and moments after one update, or as they were where `finite` bool[] is false.
+
+    New parameters are made of the old moments too, and all are written over the old ones. So that
+    the compiler need not copy the moments first, they wait for the parameters.
+    """
+    updates, after = optimizer.update(gradient, moments, params)
+    new = either(finite, optax.apply_updates(params, updates), params)
+    written = [~jnp.isnan(x[(0,) * x.ndim]) for x in jax.tree.leaves(new)]
+    return new, either(functools.reduce(jnp.logical_and, written, finite), after, moments)
+
+
+def either(first: jax.Array, new: Params, old: Params) -> Params:
+    """Each leaf of `new` where `first` bool[] is true, else of `old`."""
+    return jax.tree.map(lambda new, old: jnp.where(first, new, old), new, old)

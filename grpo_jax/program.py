@@ -16,6 +16,7 @@ from grpo_jax.algorithm import Algorithm
 from grpo_jax.head import Head, by_chunks
 from grpo_jax.metrics import critic_terms, group_terms, pair_terms
 from grpo_jax.microbatch import Microbatches, Reader
+from grpo_jax.optimizer import either, updated
 from grpo_jax.preferences import PAIRWISE
 from grpo_jax.score import (
     completion_kl,
@@ -135,16 +136,16 @@ class Program:
         new = state._replace(skipped=state.skipped + (1 - finite.astype(jnp.int32)))
         if self.algorithm.step == 'trust_region':
             params, taken = self._natural_step(state.params, gradient[0], batch)
-            new = new._replace(params=_either(finite, params, state.params))
+            new = new._replace(params=either(finite, params, state.params))
             terms |= {f'trust_region/{name}': value for name, value in taken.items()}
         else:
-            params, moments = _updated(
+            params, moments = updated(
                 self.optimizer, gradient[0], state.params, state.opt_state, finite
             )
             new = new._replace(params=params, opt_state=moments)
         if self.critic is not None:
             old = state.value_params, state.value_opt_state
-            params, moments = _updated(self.critic.optimizer, gradient[1], *old, finite)
+            params, moments = updated(self.critic.optimizer, gradient[1], *old, finite)
             new = new._replace(value_params=params, value_opt_state=moments)
             terms['critic/grad_norm'] = optax.tree.norm(gradient[1])
         return new, terms | {'skipped_updates': new.skipped}
@@ -257,22 +258,6 @@ class Program:
 
 def _named(logprobs: jax.Array, entropy: jax.Array | None) -> dict[str, jax.Array]:
     return {'logprobs': logprobs} | ({} if entropy is None else {'entropy': entropy})
-
-
-def _updated(optimizer: optax.GradientTransformation, gradient, params, moments, finite):
-    """Parameters and moments after one update, or as they were where it is not finite.
-
-    New parameters are made of the old moments too, and all are written over the old ones. So that
-    the compiler need not copy the moments first, they wait for the parameters.
-    """
-    updates, after = optimizer.update(gradient, moments, params)
-    new = _either(finite, optax.apply_updates(params, updates), params)
-    written = [~jnp.isnan(x[(0,) * x.ndim]) for x in jax.tree.leaves(new)]
-    return new, _either(functools.reduce(jnp.logical_and, written, finite), after, moments)
-
-
-def _either(first: jax.Array, new: Params, old: Params) -> Params:
-    return jax.tree.map(lambda new, old: jnp.where(first, new, old), new, old)
 
 
 def _twice_differentiable(model: models.Transformer) -> models.Transformer:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from grpo_jax import models, sharding
 from grpo_jax.microbatch import Microbatches
+from grpo_jax.optimizer import updated
 from grpo_jax.types import Params, Rollout, TrainState
 from grpo_jax.update import init_state
 
@@ -242,10 +243,7 @@ def _apply(optimizer: optax.GradientTransformation, state: TrainState, gradient:
     """One optimizer update, or none where the gradient is not finite."""
     norm = optax.tree.norm(gradient)
     finite = jnp.isfinite(norm)
-    updates, moments = optimizer.update(gradient, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    new = state._replace(params=params, opt_state=moments)
-    new = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new, state)
+    params, moments = updated(optimizer, gradient, state.params, state.opt_state, finite)
     skipped = state.skipped + (1 - finite.astype(jnp.int32))
-    new = new._replace(step=state.step + 1, skipped=skipped)
+    new = state._replace(step=state.step + 1, params=params, opt_state=moments, skipped=skipped)
     return new, {'grad_norm': norm, 'skipped_updates': skipped}

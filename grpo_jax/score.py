@@ -151,21 +151,26 @@ def _by_chunks(piece: Callable[..., Any], arrays: tuple[jax.Array, ...], chunk: 
     length = arrays[0].shape[2]
     if length <= chunk:  # the piece's logits are at hand in the backward pass that follows
         return piece(*arrays)
-    pieces = -(-length // chunk)
-
-    def cut(x):
-        """[B, G, T, ...] -> [pieces, B, G, chunk, ...]."""
-        x = jnp.pad(x, [(0, 0)] * 2 + [(0, pieces * chunk - length)] + [(0, 0)] * (x.ndim - 3))
-        return jnp.moveaxis(x.reshape(*x.shape[:2], pieces, chunk, *x.shape[3:]), 2, 0)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(_, xs):
         return None, piece(*xs)
 
-    _, out = jax.lax.scan(body, None, tuple(map(cut, arrays)))
-    return jax.tree.map(
-        lambda x: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1)[..., :length], out
-    )
+    _, out = jax.lax.scan(body, None, tuple(cut_columns(x, chunk) for x in arrays))
+    return jax.tree.map(lambda x: join_columns(x, length), out)
+
+
+def cut_columns(x: jax.Array, chunk: int) -> jax.Array:
+    """[B, G, T, ...] -> [pieces, B, G, chunk, ...], zeros behind the end."""
+    pieces = -(-x.shape[2] // chunk)
+    behind = [(0, 0)] * 2 + [(0, pieces * chunk - x.shape[2])] + [(0, 0)] * (x.ndim - 3)
+    x = jnp.pad(x, behind)
+    return jnp.moveaxis(x.reshape(*x.shape[:2], pieces, chunk, *x.shape[3:]), 2, 0)
+
+
+def join_columns(x: jax.Array, length: int) -> jax.Array:
+    """[pieces, B, G, chunk, ...] -> [B, G, length, ...], undoing `cut_columns`."""
+    return jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:])[:, :, :length]
 
 
 def token_weights(mask: jax.Array, *, aggregation: str, microbatch: int = 1) -> jax.Array:
