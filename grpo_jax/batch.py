@@ -6,11 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax import losses, models
+from grpo_jax import losses
 from grpo_jax.advantages import gae, group_advantages, normalize_batch, process_advantages
 from grpo_jax.algorithm import Algorithm
 from grpo_jax.microbatch import Microbatches
-from grpo_jax.program import Actor, value_reader
+from grpo_jax.program import Actor, Critic
 from grpo_jax.score import least_certain, token_weights
 from grpo_jax.types import Batch, Objective, Params, Rollout, StepRewards, TrainState
 
@@ -18,7 +18,7 @@ from grpo_jax.types import Batch, Objective, Params, Rollout, StepRewards, Train
 def make_batch(
     algorithm: Algorithm,
     actor: Actor,
-    critic: models.Transformer | None,
+    critic: Critic | None,
     state: TrainState,
     reference: Params | None,
     rollout: Rollout,
@@ -30,7 +30,7 @@ def make_batch(
     Args:
       algorithm: what the loss reads.
       actor: gives log-probs.
-      critic: decoder with a scalar head, for baseline 'critic'.
+      critic: for baseline 'critic'.
       state: the parameters of the policy, and of the critic.
       reference: parameters, or None to leave the KL term out.
       rollout: the completions.
@@ -45,10 +45,12 @@ def make_batch(
     entropy: Any = None
     if a.inner_updates > 1 or in_reward or a.entropy_mask or a.step == 'trust_region':
         # Else the current log-probs are the old ones.
-        found = microbatches.outputs(actor.reader(entropy=a.entropy_mask), state.params, bare)
+        scores = functools.partial(actor.scores, entropy=a.entropy_mask)
+        found = microbatches.outputs(actor.reader, scores, state.params, bare)
         old, entropy = found['logprobs'], found.get('entropy')
     if reference is not None and a.reads_reference:
-        ref = microbatches.outputs(actor.reference().reader(), reference, bare)['logprobs']
+        other = actor.reference()
+        ref = microbatches.outputs(other.reader, other.scores, reference, bare)['logprobs']
     penalty: Any = None
     if in_reward:
         divergence = losses.kl_term(old, ref, a.kl, objective)
@@ -56,7 +58,8 @@ def make_batch(
     values: Any = None
     returns: Any = None
     if critic is not None:
-        values = microbatches.outputs(value_reader(critic), state.value_params, bare)['values']
+        found = microbatches.outputs(critic.reader, critic.values, state.value_params, bare)
+        values = found['values']
         advantages = _critic_advantages(rewards, penalty, values, mask, objective)
         returns = advantages + values
     else:

@@ -5,6 +5,8 @@ Sampler and scorer must agree on it: the log-probs that `sample.sample` returns 
 """
 
 import functools
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import jax.numpy as jnp
 from grpo_jax.types import Array, Sampling
 
 _BLOCK = 64  # tokens per block of the two-level inverse distribution function
+_PIECES = 8  # most pieces that rows are filtered in
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -55,13 +58,41 @@ def filter_logits(
             active, smallest_kept, lambda logits: jnp.full(logits.shape[:-1], -jnp.inf), fixed
         )
 
-    ranked = where((top_k > 0) | (top_p < 1), functools.partial(_ranked, top_k=top_k, top_p=top_p))
+    ranked = functools.partial(_ranked, top_k=top_k, top_p=top_p)
+    ranked = where((top_k > 0) | (top_p < 1), functools.partial(_in_pieces, ranked))
     likely = where(min_p > 0, lambda logits: logits.max(-1) + jnp.log(min_p.astype(jnp.float32)))
     least = jnp.maximum(ranked, likely)[..., None]
     inside = ~(fixed < least)  # so a NaN stays one
     if keep is not None:
         inside |= jnp.arange(logits.shape[-1]) == keep[..., None]
+    return _outside_out(logits, inside)
+
+
+@jax.custom_jvp
+def _outside_out(logits: jax.Array, inside: jax.Array) -> jax.Array:
+    """-inf outside. A slope passes unchanged: what has no probability has none, so that the
+    gradient needs neither logits nor mask."""
     return jnp.where(inside, logits, -jnp.inf)
+
+
+@_outside_out.defjvp
+def _outside_out_jvp(primals, tangents):
+    return _outside_out(*primals), tangents[0]
+
+
+def _in_pieces(function: Callable[[jax.Array], jax.Array], logits: jax.Array) -> jax.Array:
+    """`function`, [n, V] to [n], of f32[..., V] a few rows at a time: what it makes is small.
+
+    Rows are dealt out in turn, so that devices keep those they hold.
+    """
+    lead, size = logits.shape[:-1], logits.shape[-1]
+    pieces = math.gcd(math.prod(lead), _PIECES)
+    rows = logits.reshape(-1, pieces, size)
+    found = jax.lax.map(
+        lambda i: function(jax.lax.dynamic_index_in_dim(rows, i, 1, keepdims=False)),
+        jnp.arange(pieces),
+    )
+    return found.T.reshape(lead)
 
 
 def _ranked(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:

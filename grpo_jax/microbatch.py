@@ -23,18 +23,20 @@ NARROWEST = 32  # columns from which on a halving is not worth its compilation
 Start = tuple[models.KeyValues, jax.Array]  # what `prefill` gives
 # States [b, g, w, D] that predict a bundle's tokens, from what prefill gave for its microbatch.
 Hidden = Callable[[models.Transformer, Params, Start], jax.Array]
+Outputs = dict[str, jax.Array]
+# Outputs [b, g, w] from all parameters, hidden states and the part of a batch that they belong to,
+# its columns cut to w as well.
+Scorer = Callable[[Params, jax.Array, Batch], Outputs]
+# Adds the gradient of a loss of hidden states to a total: (trained parameters, states, part, total)
+# to the new total, the loss's slope by the states, and outputs.
+Learner = Callable[[Params, jax.Array, Batch, Params], tuple[Params, jax.Array, Outputs]]
 
 
 class Reader(NamedTuple):
-    """What reads completions: a decoder, and what becomes of its hidden states.
-
-    `head(params, hidden, part)` gives a loss f32[] and outputs {name: [b, g, w]} from hidden states
-    [b, g, w, D] and the part of a batch that they belong to, its columns cut to w as well.
-    """
+    """A decoder that reads completions."""
 
     model: models.Transformer
     params: Callable[[Params], Params]  # all parameters from the trained ones
-    head: Callable[[Params, jax.Array, Batch], tuple[jax.Array, dict[str, jax.Array]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,55 +71,59 @@ class Microbatches:
 
         return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, like), self.cut(tree))
 
-    def outputs(self, reader: Reader, params: Params, batch: Batch) -> dict[str, jax.Array]:
-        """The head's outputs [B, G, T] for all of a batch, without gradient."""
+    def outputs(self, reader: Reader, scorer: Scorer, params: Params, batch: Batch) -> Outputs:
+        """The scorer's outputs [B, G, T] for all of a batch, without gradient."""
         params = reader.params(params)
 
         def microbatch(part: Batch):
             start = _prefill(reader.model, params, part)
 
-            def read(some: Batch, hidden: Hidden):
-                return (), reader.head(params, hidden(reader.model, params, start), some)[1]
+            def read(total, some: Batch, hidden: Hidden):
+                return total, scorer(params, hidden(reader.model, params, start), some)
 
             return self._in_bundles(read, part, total=())[1]
 
         return jax.lax.stop_gradient(_joined(jax.lax.map(microbatch, self.cut(batch))))
 
-    def gradient(self, reader: Reader, params: Params, batch: Batch) -> tuple[Params, Any]:
+    def gradient(
+        self, reader: Reader, learner: Learner, params: Params, batch: Batch
+    ) -> tuple[Params, Outputs]:
         """The sum of the losses' gradients by the trained `params`, and the outputs [B, G, T].
 
-        A prompt's forward and backward pass are computed once, however many bundles read it.
+        A prompt's forward and backward pass are computed once, however many bundles read it. Sums
+        are float32, whatever the parameters are.
         """
 
         def add(total, part: Batch):
             start, pull = jax.vjp(lambda p: _prefill(reader.model, reader.params(p), part), params)
 
-            def read(some: Batch, hidden: Hidden):
-                def loss(p, start):
-                    p = reader.params(p)
-                    return reader.head(p, hidden(reader.model, p, start), some)
+            def read(total, some: Batch, hidden: Hidden):
+                states, back = jax.vjp(
+                    lambda p, start: hidden(reader.model, reader.params(p), start), params, start
+                )
+                total, through = total
+                total, slope, out = learner(params, states, some, total)
+                return plus((total, through), back(slope)), out
 
-                return jax.grad(loss, argnums=(0, 1), has_aux=True)(params, start)
-
-            wide = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), start)
-            (total, through), out = self._in_bundles(read, part, (total, wide))
+            (total, through), out = self._in_bundles(read, part, (total, zeros(start)))
             (prompts,) = pull(jax.tree.map(lambda x, y: x.astype(y.dtype), through, start))
-            return _plus(total, prompts), out
+            return plus(total, prompts), out
 
-        total, out = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), self.cut(batch))
-        return total, _joined(out)
+        total, out = jax.lax.scan(add, zeros(params), self.cut(batch))
+        return jax.tree.map(lambda x, y: x.astype(y.dtype), total, params), _joined(out)
 
-    def _in_bundles(self, read: Callable[[Batch, Hidden], Any], part: Batch, total: Any):
-        """Adds up the totals of `read(bundle, hidden)`, and puts its outputs [m, G, T] together.
+    def _in_bundles(
+        self, read: Callable[[Any, Batch, Hidden], tuple[Any, Outputs]], part: Batch, total: Any
+    ) -> tuple[Any, Outputs]:
+        """Hands a total from bundle to bundle, and puts their outputs [m, G, T] together.
 
         Args:
-          read: gives totals, added to `total`, and outputs [b, g, w]; `hidden` are the bundle's
-            states.
+          read: (total, bundle, its states) to the new total and outputs [b, g, w].
           part: the microbatch.
-          total: what to add to.
+          total: what to begin with.
         """
         if not self.rows:
-            return self._add(read, total, part, lambda start: start)
+            return self._read(read, total, part, lambda start: start)
         shards = 1 if self.mesh is None else self.mesh.shape['fsdp']
         if self.packed:
             return self._in_sequences(read, part, total, shards)
@@ -127,15 +133,15 @@ class Microbatches:
         def bundle(total, index):
             groups = index // mask.shape[1]
             some = _take_rows(part, index, groups)
-            return self._add(read, total, some, lambda start: _take_prompts(start, groups))
+            return self._read(read, total, some, lambda start: _take_prompts(start, groups))
 
         total, out = jax.lax.scan(bundle, total, order)
         return total, jax.tree.map(lambda x: _put_back(x, order, mask.shape), out)
 
-    def _add(self, read, total, some: Batch, take: Callable[[Start], Start]):
-        """`total` and what `read` gives for rows whose prompts `take` picks."""
+    def _read(self, read, total, some: Batch, take: Callable[[Start], Start]):
+        """What `read` makes of the total for rows whose prompts `take` picks."""
 
-        def within(cut: Batch):
+        def within(total, cut: Batch):
             rollout = cut.rollout
 
             def hidden(model, params, start):
@@ -143,34 +149,42 @@ class Microbatches:
                     model, params, take(start), rollout.prompts.length, rollout.tokens
                 )
 
-            return read(cut, hidden)
+            return read(total, cut, hidden)
 
-        found, out = _in_width(within, some, self.widths)
-        return _plus(total, found), out
+        return _in_width(within, total, some, self.widths)
 
     def _in_sequences(self, read, part: Batch, total: Any, shards: int):
         """`_in_bundles` of packed completions: as many bundles as their tokens fill."""
         mask = part.rollout.mask
         packed = packing.pack(mask, shards, self.rows // shards)
 
-        def bundle(source):
+        def bundle(total, source):
             some = packing.take(part, source)
-            return read(some.part, lambda model, p, start: packing.hidden(model, p, start[0], some))
 
-        _, shapes = jax.eval_shape(bundle, packed.source[0])
+            def hidden(model, params, start):
+                return packing.hidden(model, params, start[0], some)
+
+            return read(total, some.part, hidden)
+
+        _, shapes = jax.eval_shape(bundle, total, packed.source[0])
         empty = jax.tree.map(lambda x: jnp.zeros(mask.shape, x.dtype), shapes)
 
         def add(i, carry):
             total, out = carry
             source = packed.source[i]
-            found, new = bundle(source)
-            out = jax.tree.map(lambda x, y: packing.put_back(x, y, source), out, new)
-            return _plus(total, found), out
+            total, new = bundle(total, source)
+            return total, jax.tree.map(lambda x, y: packing.put_back(x, y, source), out, new)
 
         return jax.lax.fori_loop(0, packed.used, add, (total, empty))
 
 
-def _plus(total: Any, found: Any) -> Any:
+def zeros(like: Any) -> Any:
+    """Where a sum of `like`s begins: f32."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
+
+
+def plus(total: Any, found: Any) -> Any:
+    """The sum, in the total's dtypes."""
     return jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, found)
 
 
@@ -204,8 +218,8 @@ def widths_of(longest: int, count: int) -> tuple[int, ...]:
     return tuple(reversed(widths))
 
 
-def _in_width(function: Callable[[Batch], Any], part: Batch, count: int):
-    """`function(part)`, computed in the fewest columns that hold all its tokens.
+def _in_width(function: Callable[[Any, Batch], Any], total: Any, part: Batch, count: int):
+    """`function(total, part)`, computed in the fewest columns that hold all of the part's tokens.
 
     Outputs [b, g, w] are filled up with zeros again.
     """
@@ -213,10 +227,10 @@ def _in_width(function: Callable[[Batch], Any], part: Batch, count: int):
     longest = mask.shape[-1]
 
     def within(width: int):
-        def run(part: Batch):
+        def run(total, part: Batch):
             rows, prompts = _apart(part)
             rows = jax.tree.map(lambda x: x[:, :, :width] if x.ndim > 2 else x, rows)
-            total, out = function(_together(rows, prompts))
+            total, out = function(total, _together(rows, prompts))
             behind = ((0, 0), (0, 0), (0, longest - width))
             return total, jax.tree.map(lambda x: jnp.pad(x, behind), out)
 
@@ -224,10 +238,10 @@ def _in_width(function: Callable[[Batch], Any], part: Batch, count: int):
 
     widths = widths_of(longest, count)
     if len(widths) == 1:
-        return within(longest)(part)
+        return within(longest)(total, part)
     needed = jnp.where(mask, jnp.arange(1, longest + 1), 0).max()
     choice = jnp.searchsorted(jnp.asarray(widths), needed)
-    return jax.lax.switch(choice, [within(width) for width in widths], part)
+    return jax.lax.switch(choice, [within(width) for width in widths], total, part)
 
 
 # Rows of a microbatch, numbered on each device's share of the groups

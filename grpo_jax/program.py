@@ -5,7 +5,8 @@ Nothing here holds state.
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,9 @@ import optax
 
 from grpo_jax import losses, models, trust_region
 from grpo_jax.algorithm import Algorithm
-from grpo_jax.head import Head, by_chunks
+from grpo_jax.head import Head, add_gradient
 from grpo_jax.metrics import critic_terms, group_terms, pair_terms
-from grpo_jax.microbatch import Microbatches, Reader
+from grpo_jax.microbatch import Learner, Microbatches, Reader, plus
 from grpo_jax.optimizer import either, updated
 from grpo_jax.preferences import PAIRWISE
 from grpo_jax.score import (
@@ -57,16 +58,10 @@ class Actor:
             )
         )  # fmt: skip
 
-    def reader(self, *, entropy: bool = False) -> Reader:
-        """Reads log-probs."""
-        return Reader(
-            self.model,
-            self.params,
-            lambda params, hidden, part: (
-                jnp.float32(0),
-                self.scores(params, hidden, part, entropy=entropy),
-            ),
-        )
+    @property
+    def reader(self) -> Reader:
+        """Reads completions."""
+        return Reader(self.model, self.params)
 
     def reference(self) -> 'Actor':
         """The same without adapters."""
@@ -75,31 +70,20 @@ class Actor:
         return dataclasses.replace(self, model=model, frozen=None)
 
 
-def values(model: models.Transformer, params: Params, hidden: jax.Array) -> dict[str, jax.Array]:
-    """A critic's 'values' f32[b, g, w] of the states before each completion token.
-
-    Args:
-      model: a decoder with a scalar head.
-      params: its parameters.
-      hidden: [b, g, w, D].
-    """
-    return {'values': models.apply(model, params, hidden, method='scores')}
-
-
-def value_reader(model: models.Transformer) -> Reader:
-    """Reads values."""
-    return Reader(
-        model,
-        lambda params: params,
-        lambda params, hidden, part: (jnp.float32(0), values(model, params, hidden)),
-    )
-
-
 class Critic(NamedTuple):
     """A value function beside the policy: PPO's."""
 
     model: models.Transformer  # with a scalar head
     optimizer: optax.GradientTransformation
+
+    @property
+    def reader(self) -> Reader:
+        """Reads completions."""
+        return Reader(self.model, lambda params: params)
+
+    def values(self, params: Params, hidden: jax.Array, part: Batch) -> dict[str, jax.Array]:
+        """'values' f32[b, g, w] of the states [b, g, w, D] before each completion token."""
+        return {'values': models.apply(self.model, params, hidden, method='scores')}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,14 +101,15 @@ class Program:
 
         One after the other, so that the activations of only one are in memory.
         """
-        actor = self.actor.reader()._replace(head=self._policy_head)
-        policy, found = self.microbatches.gradient(actor, state.params, batch)
+        learner = self._token_learner if self.algorithm.of_tokens else _traced(self._policy_loss)
+        policy, found = self.microbatches.gradient(self.actor.reader, learner, state.params, batch)
         terms = jax.vmap(self._group_terms)(found['logprobs'], found.get('entropy'), batch)
         if self.critic is None:
             return (policy, None), terms
         policy, value_params = jax.lax.optimization_barrier((policy, state.value_params))
-        reader = value_reader(self.critic.model)._replace(head=self._value_head)
-        critic, found = self.microbatches.gradient(reader, value_params, batch)
+        critic, found = self.microbatches.gradient(
+            self.critic.reader, _traced(self._value_loss), value_params, batch
+        )
         more = jax.vmap(self._group_value_terms)(found['values'], batch)
         return (policy, critic), terms | more
 
@@ -195,15 +180,17 @@ class Program:
         logprobs = self.actor.logprobs(params, part.rollout)
         return self._loss(logprobs, None, part)
 
-    def _policy_head(self, params, hidden, part: Batch):
-        a, actor = self.algorithm, self.actor
-        if not a.of_tokens:
-            found = actor.scores(params, hidden, part, entropy=a.entropy)
-            return self._loss(found['logprobs'], found.get('entropy'), part), found
-        config = actor.model.config
-        head = Head(config, self._of_logits, a.logprob_chunk, frozen=bool(config.lora.rank))
-        matrix = models.apply(actor.model, params, method='output_matrix')
-        return by_chunks(head, matrix, hidden, part.per_token())
+    def _token_learner(self, trained, hidden, part: Batch, total):
+        """`microbatch.Learner` of a loss that is a sum over tokens."""
+        actor = self.actor
+        head = Head(
+            actor.model.config,
+            lambda p: models.apply(actor.model, actor.params(p), method='output_matrix'),
+            self._of_logits,
+            self.algorithm.logprob_chunk,
+            frozen=bool(actor.model.config.lora.rank),
+        )
+        return add_gradient(head, trained, hidden, part.per_token(), total)
 
     def _of_logits(self, logits, part: Batch):
         found = token_logprobs(
@@ -211,9 +198,14 @@ class Program:
         )
         return self._loss(*found, part), _named(*found)
 
-    def _value_head(self, params, hidden, part: Batch):
+    def _policy_loss(self, trained, hidden, part: Batch):
+        params = self.actor.params(trained)
+        found = self.actor.scores(params, hidden, part, entropy=self.algorithm.entropy)
+        return self._loss(found['logprobs'], found.get('entropy'), part), found
+
+    def _value_loss(self, params, hidden, part: Batch):
         assert self.critic is not None
-        found = values(self.critic.model, params, hidden)
+        found = self.critic.values(params, hidden, part)
         return jax.vmap(self._group_value_loss)(found['values'], part).sum(), found
 
     def _loss(self, logprobs, entropy, part: Batch) -> jax.Array:
@@ -254,6 +246,16 @@ class Program:
     def _group_value_terms(self, values, group: Batch) -> dict[str, jax.Array]:
         loss = self._group_value_loss(values, group)
         return critic_terms(values, group) | {'critic_loss': loss}
+
+
+def _traced(loss: Callable[..., Any]) -> Learner:
+    """A learner from `loss(trained, hidden, part)`, f32[] and outputs."""
+
+    def learn(trained, hidden, part: Batch, total):
+        (found, slope), out = jax.grad(loss, argnums=(0, 1), has_aux=True)(trained, hidden, part)
+        return plus(total, found), slope, out
+
+    return learn
 
 
 def _named(logprobs: jax.Array, entropy: jax.Array | None) -> dict[str, jax.Array]:

@@ -185,9 +185,7 @@ def update(
 
     with sharding.use(mesh):
         metrics = rollout_metrics(rollout, rewards)
-        batch = make_batch(
-            a, actor, critic and critic.model, state, reference, rollout, rewards, microbatches
-        )
+        batch = make_batch(a, actor, critic, state, reference, rollout, rewards, microbatches)
         state, terms = jax.lax.scan(inner, state, length=a.inner_updates)
     if state.reference is not None:
         decay = jnp.asarray(objective.reference_decay)

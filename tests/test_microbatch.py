@@ -43,15 +43,24 @@ def head(params, hidden, part):
     return (part.weights * chosen).sum(), {'logprobs': chosen, 'width': width}
 
 
-READER = Reader(MODEL, lambda params: params, head)
+def learner(params, hidden, part, total):
+    (found, slope), out = jax.grad(head, argnums=(0, 1), has_aux=True)(params, hidden, part)
+    return microbatch.plus(total, found), slope, out
+
+
+def scorer(*args):
+    return head(*args)[1]
+
+
+READER = Reader(MODEL, lambda params: params)
 
 
 @functools.cache
 def programs(cut):
     """Gradient with outputs, and outputs alone."""
     return (
-        tiny.jit(functools.partial(cut.gradient, READER)),
-        tiny.jit(functools.partial(cut.outputs, READER)),
+        tiny.jit(functools.partial(cut.gradient, READER, learner)),
+        tiny.jit(functools.partial(cut.outputs, READER, scorer)),
     )
 
 
@@ -141,7 +150,7 @@ def test_rows_on_a_mesh(shape, options):
     @tiny.jit
     def run(params, batch):
         with sharding.use(mesh):
-            return cut.gradient(READER, params, batch)
+            return cut.gradient(READER, learner, params, batch)
 
     params = jax.device_put(PARAMS, sharding.shardings(PARAMS, mesh))
     gradient, read = run(params, sharding.put_groups(batch, mesh))

@@ -209,20 +209,21 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """f32[..., V] from hidden states [..., D]."""
-        c, matrix = self.config, self.output_matrix()
+        c = self.config
+        matrix = self.output_matrix().astype(c.dtype)
         rows = hidden.reshape(-1, c.width)  # two axes: see `layers.project`
         logits = jnp.matmul(rows, matrix, preferred_element_type=jnp.float32)
         return capped(c, logits).reshape(*hidden.shape[:-1], -1)
 
     def output_matrix(self) -> jax.Array:
-        """[D, V] that hidden states are multiplied with, in the computation's dtype."""
+        """[D, V] that hidden states are multiplied with."""
         c = self.config
         if c.scalar_head:
             raise ValueError(
                 'a model with scalar_head=True has no logits: ask for its scores, or take a '
                 'language model'
             )
-        return (self.embedding.T if c.tied_head else self.head).astype(c.dtype)
+        return self.embedding.T if c.tied_head else self.head
 
     def scores(self, hidden: jax.Array) -> jax.Array:
         """f32[...] from hidden states [..., D], with a scalar head."""
