@@ -244,8 +244,12 @@ def test_logprobs_equal_naive(model, params, rollout):
     assert gaps[1].mean() > 1e-3  # the exact model says something else
 
 
-def test_weights_are_rounded_from_the_parameters_and_not_from_their_copy(rollout):
-    """Which is in bfloat16 here; converting compiles once."""
+def test_weights_are_rounded_from_the_parameters_and_not_from_their_copy(rollout, monkeypatch):
+    """Which is in bfloat16 here; converting is traced once."""
+    traced = []
+    monkeypatch.setattr(
+        sample_module, 'quantized', lambda tree: traced.append(1) or models.quantized(tree)
+    )
     model = tiny.make_model(dtype='bfloat16')
     params = tiny.make_params(model)
     made = sample_module._compute_copy(params, 'bfloat16', 'int8')
@@ -254,9 +258,10 @@ def test_weights_are_rounded_from_the_parameters_and_not_from_their_copy(rollout
     )
     rest = {x.dtype.name for name, x in named(made) if not is_quantized(x) and name != 'scale'}
     assert rest <= {'bfloat16'}
-    before = sample_module._converted._cache_size()
+    assert traced
+    traced.clear()
     drawn = completions(model, params, rollout.prompts, weights='int8')
-    assert sample_module._converted._cache_size() == before
+    assert not traced
     logits = run(group_logits, model, made, rollout._replace(tokens=drawn.tokens))
     expected = oracle.logprobs(np.asarray(logits, np.float64), drawn.tokens)
     np.testing.assert_allclose(drawn.logprobs[drawn.mask], expected[drawn.mask], atol=0.1)

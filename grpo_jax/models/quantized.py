@@ -4,8 +4,8 @@ Symmetric absmax quantisation with a scale for each output channel (Dettmers et 
 arXiv 2208.07339, section 2.1), of the weights and not of what they are multiplied with: for channel
 j, scale_j = max_i |W_ij| / 127 and values_ij = round(W_ij / scale_j). A channel's scale is taken
 out of the product, x W ~ (x values) * scale, so it costs nothing per weight. A weight is off by at
-most scale / 2; what that does to log-probs is for importance weights to correct, as FlashRL does
-(see `losses.importance_weights`).
+most scale / 2. What that does to log-probs is for `losses.importance_weights` to correct, as Yao et
+al. (2025) do.
 """
 
 from typing import NamedTuple
@@ -49,8 +49,8 @@ def quantized(params: Params) -> Params:
         if axes is None:
             return x
         x = x.astype(jnp.float32)
-        largest = jnp.abs(x).max(axes, keepdims=True)
-        scale = jnp.maximum(largest / 127, jnp.finfo(jnp.float32).tiny)  # of a channel of zeros
+        # 0 of a channel of zeros, whose values then do not matter.
+        scale = jnp.abs(x).max(axes, keepdims=True) / 127
         return Quantized(jnp.round(x / scale).astype(jnp.int8), scale)
 
     return jax.tree_util.tree_map_with_path(one, params)
