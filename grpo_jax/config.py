@@ -125,6 +125,7 @@ def defaults() -> ConfigDict:
         'group_size': 8,  # G, completions per prompt
         'sample_batch': 0,  # prompts sampled, and rewarded, at a time; 0: all at once
         'ahead': False,  # sample step k + 1 before update k; needs `algorithm.importance`
+        'weights': 'model',  # that a step is sampled with; 'int8' needs `algorithm.importance`
         'refill': 0,  # most further batches per step to replace groups whose rewards are all equal
         'drop': (),  # completions not learnt from: 'wrong' (reward <= 0), 'duplicates', 'truncated'
         'algorithm': _fields(Algorithm),  # see `update.Algorithm`

@@ -70,8 +70,7 @@ def filter_logits(
 
 @jax.custom_jvp
 def _outside_out(logits: jax.Array, inside: jax.Array) -> jax.Array:
-    """-inf outside. A slope passes unchanged: what has no probability has none, so that the
-    gradient needs neither logits nor mask."""
+    """-inf outside, where there is no slope anyway: a gradient needs neither logits nor mask."""
     return jnp.where(inside, logits, -jnp.inf)
 
 

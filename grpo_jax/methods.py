@@ -9,6 +9,7 @@ from grpo_jax.algorithm import Algorithm
 from grpo_jax.collect import DROPS
 from grpo_jax.config import differing_defaults
 from grpo_jax.preferences import PAIRWISE
+from grpo_jax.sample import WEIGHTS
 from grpo_jax.types import Objective, Sampling
 
 
@@ -83,6 +84,7 @@ def parts_of(config: ConfigDict) -> Parts:
             'reference is the base, which stays; set it to 1 or train all parameters'
         )
     _check_source(c, algorithm, objective)
+    _check_sampler(c, algorithm)
     _check_sections(config, algorithm)
     return Parts(algorithm, objective, Sampling(**c.sampling))
 
@@ -119,6 +121,22 @@ def _check_source(c: ConfigDict, algorithm: Algorithm, objective: Objective) -> 
                 f'loss={algorithm.loss!r} needs pairs: grpo.group_size={c.group_size} has to be '
                 f'at least 2, and grpo.drop={tuple(c.drop)} empty'
             )
+    for name in c.drop:
+        if name not in DROPS:
+            known = ', '.join(DROPS)
+            raise ValueError(f'grpo.drop names {name!r}, which is unknown: use some of {known}')
+
+
+def _check_sampler(c: ConfigDict, algorithm: Algorithm) -> None:
+    """Refuses samples of a policy that is not quite the one trained, where nothing corrects it."""
+    if c.weights not in WEIGHTS:
+        raise ValueError(f'grpo.weights={c.weights!r} is unknown: use one of {", ".join(WEIGHTS)}')
+    if c.weights != 'model' and algorithm.importance == 'none':
+        raise ValueError(
+            f"grpo.weights={c.weights!r} with grpo.algorithm.importance='none': what is sampled is "
+            "of rounded weights; correct for it by importance='token' or another, or sample with "
+            "weights='model'"
+        )
     if c.ahead and algorithm.importance == 'none':
         raise ValueError(
             "grpo.ahead=True with grpo.algorithm.importance='none': what is sampled ahead is of a "
@@ -129,7 +147,3 @@ def _check_source(c: ConfigDict, algorithm: Algorithm, objective: Objective) -> 
             f'grpo.ahead=True with grpo.refill={c.refill}: a batch is refilled from the policy '
             'that sampled it, which is gone by then; set one of them to 0'
         )
-    for name in c.drop:
-        if name not in DROPS:
-            known = ', '.join(DROPS)
-            raise ValueError(f'grpo.drop names {name!r}, which is unknown: use some of {known}')

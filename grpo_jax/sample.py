@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from grpo_jax import sharding
 from grpo_jax.distribution import draw, row_keys
-from grpo_jax.models import KeyValues, Transformer, apply
+from grpo_jax.models import KeyValues, Quantized, Transformer, apply, quantized
 from grpo_jax.rows import (
     Columns,
     Given,
@@ -33,6 +33,7 @@ from grpo_jax.rows import (
 from grpo_jax.types import Array, Params, Prompts, Rollout, Sampling
 
 BLOCK, BLOCKS = 64, 8  # least columns of a block, and most blocks
+WEIGHTS = ('model', 'int8')
 
 
 def sample(
@@ -49,6 +50,7 @@ def sample(
     stops: Array | None = None,
     mesh: Mesh | None = None,
     block: int = 0,
+    weights: str = 'model',
 ) -> Rollout:
     """Samples `group_size` completions of each prompt.
 
@@ -71,12 +73,19 @@ def sample(
       mesh: the devices; with one, prompts lie as `sharding.groups` says.
       block: columns of a block, 0: 64, or an eighth of T if that is more. It changes no
         completion.
+      weights: 'model', or 'int8': matrices are quantised first (`models.quantized`), and tokens and
+        log-probs are those of the model that this makes.
 
     Returns:
       Rollout of [B, G, T] arrays. Tokens after the end are 0 and masked; the one that ends is not.
+
+    Raises:
+      ValueError: unknown weights.
     """
+    if weights not in WEIGHTS:
+        raise ValueError(f'weights={weights!r} is unknown: use one of {", ".join(WEIGHTS)}')
     block = block or _block(max_tokens)
-    params = _compute_copy(params, model.config.dtype)
+    params = _compute_copy(params, model.config.dtype, weights)
     given, state = _first_block(
         model, params, prompts, seed, step, sampling, eos_ids, stops, group_size=group_size,
         max_tokens=max_tokens, width=min(block, max_tokens), mesh=mesh,
@@ -99,19 +108,28 @@ def _block(max_tokens: int) -> int:
     return max(BLOCK, -(-max_tokens // BLOCKS))
 
 
-def _compute_copy(params: Params, dtype: str) -> Params:
-    """Matrices in the computation's dtype: cast once, not in every decode step.
+def _compute_copy(params: Params, dtype: str, weights: str) -> Params:
+    """What is read in every decode step, converted once."""
+    convert = functools.partial(_converted, dtype=dtype, weights=weights)
+    before, after = jax.tree.leaves(params), jax.tree.leaves(jax.eval_shape(convert, params))
+    same = [x.dtype for x in before] == [x.dtype for x in after]
+    return params if same else convert(params)
+
+
+@functools.partial(jax.jit, static_argnames=('dtype', 'weights'))
+def _converted(params: Params, dtype: str, weights: str) -> Params:
+    """Matrices in the computation's dtype or quantised.
 
     Norm scales stay as they are, since they are used in float32.
     """
 
-    def cast(tree):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, x: x if path[-1].key == 'scale' else x.astype(dtype), tree
-        )
+    def cast(path, x):
+        return x if isinstance(x, Quantized) or path[-1].key == 'scale' else x.astype(dtype)
 
-    same = jax.tree.map(lambda x, y: x.dtype == y.dtype, params, jax.eval_shape(cast, params))
-    return params if all(jax.tree.leaves(same)) else jax.jit(cast)(params)
+    params = quantized(params) if weights == 'int8' else params
+    return jax.tree_util.tree_map_with_path(
+        cast, params, is_leaf=lambda x: isinstance(x, Quantized)
+    )
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'group_size', 'max_tokens', 'width', 'mesh'))

@@ -21,7 +21,8 @@ from grpo_jax.types import Params, Prompts, Rollout, stage_order
 
 log = logging.getLogger('grpo_jax')
 
-Sampler = Callable[..., Rollout]  # (params, prompts, *, step, sampling, group_size) -> Rollout
+# (params, prompts, *, step, sampling, group_size, weights='model') -> Rollout
+Sampler = Callable[..., Rollout]
 
 # Keys of `model` that a checkpoint leaves open.
 _COMPUTED = ('dtype', 'param_dtype', 'attention', 'remat', 'lora')

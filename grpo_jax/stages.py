@@ -127,7 +127,12 @@ def grpo_stage(made: Setup, training: Problems, heldout: Problems, iteration: in
             """The first part is dispatched at once, the others when they are asked for."""
             return collecting.eager_first(
                 made.sampler(
-                    policy, part, step=first + number, sampling=sampling, group_size=c.group_size
+                    policy,
+                    part,
+                    step=first + number,
+                    sampling=sampling,
+                    group_size=c.group_size,
+                    weights=c.weights,
                 )
                 for part in prompts(first + number)
             )

@@ -170,6 +170,22 @@ def test_sources():
         parts_of(config)
 
 
+def test_samples_of_rounded_weights_need_a_correction():
+    config = plain(importance='token_mask')
+    config.grpo.weights = 'int8'
+    assert parts_of(config).algorithm.importance == 'token_mask'
+    for options in ({}, PAIR):
+        config = plain(**options)
+        config.grpo.weights = 'int8'
+        with pytest.raises(
+            ValueError, match=r"weights='int8' with .*importance='none'.* weights='model'$"
+        ):
+            parts_of(config)
+    config.grpo.weights = 'float8'
+    with pytest.raises(ValueError, match="weights='float8' is unknown: use one of model, int8"):
+        parts_of(config)
+
+
 def test_drops():
     config = plain()
     config.grpo.drop = DROPS

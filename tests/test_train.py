@@ -355,6 +355,11 @@ BAD = [
         {'grpo.ahead': True, 'grpo.algorithm.importance': 'token', 'grpo.refill': 2},
         'grpo.ahead=True with grpo.refill=2: a batch is refilled from the policy that sampled it',
     ),
+    ({'grpo.weights': 'int4'}, "grpo.weights='int4' is unknown: use one of model, int8"),
+    (
+        {'grpo.weights': 'int8'},
+        "grpo.weights='int8' with grpo.algorithm.importance='none': what is sampled is of rounded",
+    ),
     ({'grpo.drop': ('short',)}, "grpo.drop names 'short', which is unknown: use some of wrong,"),
     ({'grpo.algorithm.loss': 'dpo'}, "loss='dpo' with scale='std': preference losses compare"),
     ({'grpo.objective.lam': 0.5}, "lam=0.5 does nothing with .*baseline='mean'"),

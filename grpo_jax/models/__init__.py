@@ -3,6 +3,7 @@
 from grpo_jax.models.config import Lora, ModelConfig, with_scalar_head
 from grpo_jax.models.layers import capped
 from grpo_jax.models.lora import join, merge, split
+from grpo_jax.models.quantized import Quantized, quantized
 from grpo_jax.models.transformer import (
     KeyValues,
     Owner,
@@ -20,6 +21,7 @@ __all__ = [
     'Lora',
     'ModelConfig',
     'Owner',
+    'Quantized',
     'Transformer',
     'apply',
     'capped',
@@ -28,6 +30,7 @@ __all__ = [
     'init',
     'join',
     'merge',
+    'quantized',
     'read_hidden',
     'scalar_params',
     'split',

@@ -3,6 +3,7 @@
 The functions make their parameters in the module that they are given, whose `config` they read.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
@@ -12,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.quantized import unpacked
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'silu': jax.nn.silu,
@@ -42,6 +44,7 @@ class Projection(NamedTuple):
     """The matrices of one, in the computation's dtype."""
 
     kernel: jax.Array  # [fan_in, fan_out]
+    scale: jax.Array | None  # f32[fan_out], of the product with a quantised kernel
     adapter: tuple[jax.Array, jax.Array] | None  # [fan_in, r], [r, fan_out]
     bias: jax.Array | None  # [fan_out]
 
@@ -52,7 +55,10 @@ def projection(
     """The module's parameter `name` [*sizes, *out], its adapter and `<name>_bias` [*out]."""
     c: ModelConfig = module.config
     fan_in, fan_out = math.prod(sizes), math.prod(out)
-    kernel = module.param(name, _matrix_init(c, name, fan_in), (*sizes, *out), c.param_dtype)
+    matrix = module.param(name, _matrix_init(c, name, fan_in), (*sizes, *out), c.param_dtype)
+    kernel, scale = unpacked(matrix)
+    kernel = kernel.astype(c.dtype).reshape(fan_in, fan_out)
+    scale = None if scale is None else scale.reshape(fan_out)
     adapter = None
     if c.lora.covers(name):
         a = module.param(f'{name}_lora_a', _adapter_init(fan_in), (*sizes, c.lora.rank))
@@ -62,16 +68,23 @@ def projection(
     if bias:
         offset = module.param(f'{name}_bias', nn.initializers.zeros, out, c.param_dtype)
         offset = offset.astype(c.dtype).reshape(-1)
-    return Projection(kernel.astype(c.dtype).reshape(fan_in, fan_out), adapter, offset)
+    return Projection(kernel, scale, adapter, offset)
 
 
 def multiply(c: ModelConfig, x: jax.Array, by: Projection) -> jax.Array:
     """[N, fan_out] from x [N, fan_in]."""
-    y = x @ by.kernel
+    y = _scaled(jnp.matmul, x, by.kernel, by.scale)
     if by.adapter is not None:
         a, b = by.adapter
         y = y + (x @ a * jnp.asarray(c.lora.scale, c.dtype)) @ b
     return y if by.bias is None else y + by.bias
+
+
+def _scaled(product: Callable[..., jax.Array], x, matrix, scale: jax.Array | None) -> jax.Array:
+    """product(x, matrix) * scale, in float32 before: sums of integers may overflow in float16."""
+    if scale is None:
+        return product(x, matrix)
+    return (product(x, matrix, preferred_element_type=jnp.float32) * scale).astype(x.dtype)
 
 
 def project(
@@ -154,12 +167,16 @@ def experts(module: nn.Module, x: jax.Array) -> jax.Array:
     tokens = x.reshape(-1, c.width)
     weights, chosen = _route(module, tokens)
     order = jnp.argsort(chosen.reshape(-1))  # copies of the tokens, those of one expert together
+    expert = chosen.reshape(-1)[order]
     sizes = jnp.bincount(chosen.reshape(-1), length=c.experts).astype(jnp.int32)
 
     def multiply(name: str, x: jax.Array, width: int) -> jax.Array:
         shape = (c.experts, x.shape[-1], width)
-        kernel = module.param(name, _matrix_init(c, name, x.shape[-1]), shape, c.param_dtype)
-        return jax.lax.ragged_dot(x, kernel.astype(c.dtype), sizes)
+        matrix = module.param(name, _matrix_init(c, name, x.shape[-1]), shape, c.param_dtype)
+        kernel, scale = unpacked(matrix)
+        scale = None if scale is None else scale[expert, 0]
+        product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
+        return _scaled(product, x, kernel.astype(c.dtype), scale)
 
     copies = tokens[order // c.experts_per_token]
     hidden = _ACTIVATIONS[c.activation](multiply('gate', copies, c.mlp_width))

@@ -20,6 +20,7 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.flash import attend_groups
 from grpo_jax.models.layers import RMSNorm, capped, experts, mlp, project
 from grpo_jax.models.lora import split
+from grpo_jax.models.quantized import lookup, unpacked
 from grpo_jax.sharding import anchor
 from grpo_jax.types import Params
 
@@ -209,21 +210,21 @@ class Transformer(nn.Module):
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """f32[..., V] from hidden states [..., D]."""
-        c = self.config
-        matrix = self.output_matrix().astype(c.dtype)
+        c, (matrix, scale) = self.config, unpacked(self.output_matrix())
         rows = hidden.reshape(-1, c.width)  # two axes: see `layers.project`
-        logits = jnp.matmul(rows, matrix, preferred_element_type=jnp.float32)
+        logits = jnp.matmul(rows, matrix.astype(c.dtype), preferred_element_type=jnp.float32)
+        logits = logits if scale is None else logits * scale
         return capped(c, logits).reshape(*hidden.shape[:-1], -1)
 
-    def output_matrix(self) -> jax.Array:
-        """[D, V] that hidden states are multiplied with."""
+    def output_matrix(self) -> Any:
+        """[D, V] that hidden states are multiplied with, as an array or `Quantized`."""
         c = self.config
         if c.scalar_head:
             raise ValueError(
                 'a model with scalar_head=True has no logits: ask for its scores, or take a '
                 'language model'
             )
-        return self.embedding.T if c.tied_head else self.head
+        return jax.tree.map(jnp.transpose, self.embedding) if c.tied_head else self.head
 
     def scores(self, hidden: jax.Array) -> jax.Array:
         """f32[...] from hidden states [..., D], with a scalar head."""
@@ -243,7 +244,7 @@ class Transformer(nn.Module):
         positions, seen: i32[B, S], see `rope.tables`.
         """
         c = self.config
-        x = self.embedding.astype(c.dtype)[tokens]
+        x = lookup(self.embedding, tokens, c.dtype)
         if c.embedding_scaled:
             x = x * jnp.asarray(math.sqrt(c.width), x.dtype)
         cos, sin = _rotations(c, positions, seen)
