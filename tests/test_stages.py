@@ -135,9 +135,9 @@ def test_a_part_is_judged_while_the_next_is_sampled(asked):
         return rollout._replace(tokens=jax.pure_callback(wait, shape, rollout.tokens))
 
     def sampler(*args, **options):
-        rollout = asked[0].sampler(*args, **options)
+        (rollout,) = asked[0].sampler(*args, **options)
         parts.append(after_the_first_reward(rollout) if parts else rollout)
-        return parts[-1]
+        return iter([parts[-1]])
 
     def watching(prompts, completions, **columns):
         judged.set()
