@@ -83,7 +83,7 @@ def gather(
       refill: most further batches.
 
     Returns:
-      the rollout, what is said of it, and metrics: seconds of waiting for samples and of rewards,
+      the rollout, what is said of it, and metrics: seconds of sampling and of rewards behind it,
       and with `refill` how many batches were sampled and which share of the chosen groups differ
       inside.
     """

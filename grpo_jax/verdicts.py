@@ -79,10 +79,6 @@ class Judge:
                 found.append(Early(groups, self._rules(host, groups)))
         return found
 
-    def _rules(self, host: Rollout, groups: np.ndarray) -> judging.Judged:
-        some = jax.tree.map(lambda x: x[groups], host)
-        return judging.judge(some, self.problems, self.functions, self.weights)
-
     def __call__(
         self, rollout: Rollout, reward_params: Params | None, early: Sequence[Early] = ()
     ) -> Verdict:
@@ -120,14 +116,6 @@ class Judge:
         steps = StepRewards(values.astype(np.float32), ends)
         return Verdict(judged, steps.values.sum(-1), steps, scores)
 
-    def _judged(self, host: Rollout, early: Sequence[Early]) -> judging.Judged:
-        """What the rules say of all groups, in their order."""
-        batch, size = host.ended.shape
-        rest = np.setdiff1d(np.arange(batch), _groups(early))
-        parts = [*early, Early(rest, self._rules(host, rest))]
-        order = np.argsort(_groups(parts))
-        return judging.together([part.judged for part in parts]).choose(_rows(order, size))
-
     def rank(self, rollout: Rollout, judged: judging.Judged, reward_params: Params) -> np.ndarray:
         """The reward model's scores f32[B * G], for best of k; of steps their mean."""
         assert self.scorer is not None
@@ -156,6 +144,18 @@ class Judge:
                 values[row, place] = min(values[row, place], value) if where[row, place] else value
                 where[row, place] = True
         return StepRewards(values.reshape(rollout.mask.shape), where.reshape(rollout.mask.shape))
+
+    def _judged(self, host: Rollout, early: Sequence[Early]) -> judging.Judged:
+        """What the rules say of all groups, in their order."""
+        batch, size = host.ended.shape
+        rest = np.setdiff1d(np.arange(batch), _groups(early))
+        parts = [*early, Early(rest, self._rules(host, rest))]
+        order = np.argsort(_groups(parts))
+        return judging.together([part.judged for part in parts]).choose(_rows(order, size))
+
+    def _rules(self, host: Rollout, groups: np.ndarray) -> judging.Judged:
+        some = jax.tree.map(lambda x: x[groups], host)
+        return judging.judge(some, self.problems, self.functions, self.weights)
 
 
 def _mean_of_steps(scores: np.ndarray, ends: np.ndarray) -> np.ndarray:

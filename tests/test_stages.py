@@ -1,6 +1,7 @@
 """Where a step's batch comes from, and training that begins with a checkpoint."""
 
 import dataclasses
+import functools
 import itertools
 import re
 import threading
@@ -215,7 +216,9 @@ def test_parts_on_a_mesh(asked, plain, tmp_path):
     config.mesh.fsdp = 2
     config.grpo.algorithm.microbatch = 2
     made = setup.prepare(config, tmp_path)
-    meshed = collect((made, *asked[1:3], setup.initial_params(made)), lucky=runs.lucky)
+    blocks = functools.partial(made.sampler, block=3)
+    there = (made, *asked[1:3], setup.initial_params(made))
+    meshed = collect(there, sampler=blocks, lucky=runs.lucky)
     whole = collect(asked, parts=1, lucky=runs.lucky)
     assert meshed.completions == whole.completions
     np.testing.assert_array_equal(meshed.rollout.tokens, whole.rollout.tokens)
