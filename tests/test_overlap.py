@@ -107,7 +107,10 @@ def test_groups_that_end_early_are_judged_as_all_at_once(kind, lengths, seed, bl
     }
     judge = make_judge(apart, seldom, **options[kind])
     *_, whole = grown = list(grow(lengths, seed, block))
-    check_equal(gather([grown], judge), gather([[whole]], judge))
+    expected = gather([[whole]], judge)
+    check_equal(gather([grown], judge), expected)
+    each = judge.early(grown[:-1])  # above, the newest at most
+    check_equal((whole, judge(whole, 1.0, each), expected[2]), expected)
 
 
 @hypothesis.settings(max_examples=25)
