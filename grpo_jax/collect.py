@@ -1,19 +1,16 @@
 """What one training step learns from: prompts are sampled, judged, refilled and chosen from."""
 
-import itertools
 import operator
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from grpo_jax import sharding
-from grpo_jax.rewards import pool
+from grpo_jax import rewards, sharding
+from grpo_jax.overlap import Blocks, wait_and_judge
 from grpo_jax.types import Prompts, Rollout, StepRewards
 from grpo_jax.verdicts import Verdict, stack, together
 
@@ -59,18 +56,14 @@ def cut(prompts: Prompts, size: int, mesh: Mesh) -> list[Prompts]:
     return [sharding.put_groups(jax.tree.map(operator.itemgetter(c), prompts), mesh) for c in cuts]
 
 
-def eager_first(parts: Iterator[Rollout]) -> Iterator[Rollout]:
-    """The same parts, the first of which is made now."""
-    return itertools.chain([next(parts)], parts)
-
-
-Draw = Callable[[int], Iterable[Rollout]]  # the number of a batch, from 0, to its parts
+Draw = Callable[[int], Iterable[Blocks]]  # the number of a batch, from 0, to its parts
 
 
 def gather(
-    sampled: Iterable[Rollout],
+    sampled: Iterable[Blocks],
     draw: Draw,
-    judge: Callable[[Rollout], Verdict],
+    judge: Callable[[Rollout, Any], Verdict],
+    early: Callable[[Iterable[Rollout]], Any],
     *,
     parts: int = 1,
     refill: int = 0,
@@ -82,14 +75,15 @@ def gather(
     where there are too few, groups without differences fill the rest.
 
     Args:
-      sampled: the batch of B prompts in parts, each judged while the next is sampled.
+      sampled: the batch of B prompts in parts, each judged while it and the next are sampled.
       draw: samples the others, numbered from 1.
-      judge: what is said of a part.
+      judge: what is said of a part, see `overlap.wait_and_judge`.
+      early: what is said of groups before the part is whole.
       parts: how many.
       refill: most further batches.
 
     Returns:
-      the rollout, what is said of it, and metrics: seconds of waiting for samples and of rewards,
+      the rollout, what is said of it, and metrics: seconds of sampling and of rewards behind it,
       and with `refill` how many batches were sampled and which share of the chosen groups differ
       inside.
     """
@@ -97,7 +91,7 @@ def gather(
     rollouts, verdicts = [], []
     for number in range(1 + refill):
         some = draw(number) if number else sampled
-        rollout, verdict, seconds = wait_and_judge(some, judge, parts)
+        rollout, verdict, seconds = wait_and_judge(some, judge, early, parts)
         wanted = len(rollout.ended)
         rollouts.append(rollout)
         verdicts.append(verdict)
@@ -114,39 +108,6 @@ def gather(
         verdict = together(verdicts).choose(chosen)
     metrics['timing/reward'] = time.perf_counter() - began - sampling
     return rollout, verdict, metrics
-
-
-def wait_and_judge(
-    parts: Iterable[Rollout], judge: Callable[[Rollout], Verdict], count: int
-) -> tuple[Rollout, Verdict, float]:
-    """Rewards each of `count` parts while the next is sampled.
-
-    Returns:
-      the whole rollout on the devices, what the rewards say of it, and the seconds that sampling
-      took.
-    """
-    began, before = time.perf_counter(), pool.timeouts()
-    finished = []
-
-    def one(part: Rollout) -> Verdict:
-        jax.block_until_ready(part)
-        finished.append(time.perf_counter())
-        return judge(part)
-
-    if count == 1:  # in the main thread, where an interrupt or a signal can end a reward
-        (part,) = parts
-        return part, one(part), finished[0] - began
-    drawn, judged = [], []
-    with ThreadPoolExecutor(max_workers=count) as threads:
-        for part in parts:
-            drawn.append(part)
-            judged.append(threads.submit(one, part))
-        verdict = together([future.result() for future in judged])
-    # The parts were judged at once, so each has counted the others' timeouts too.
-    scores = verdict.judged.scores._replace(timeouts=pool.timeouts() - before)
-    verdict = verdict._replace(judged=verdict.judged._replace(scores=scores))
-    rollout = jax.tree.map(lambda *x: jnp.concatenate(x), *drawn)
-    return rollout, verdict, max(finished) - began
 
 
 def kept_rows(
@@ -196,6 +157,15 @@ def pick_pairs(rollout: Rollout, total: np.ndarray) -> tuple[Rollout, np.ndarray
         for name in ('tokens', 'mask', 'logprobs', 'ended')
     }
     return Rollout(rollout.prompts, **chosen), total[groups, rows]
+
+
+def statistics(verdict: Verdict, correct: str) -> dict[str, float]:
+    """What the rewards were like; the accuracy, where the reward `correct` is one of them."""
+    parts = verdict.judged.scores.parts
+    metrics = rewards.statistics(verdict.judged.scores)
+    if correct in parts:
+        metrics['accuracy'] = float(np.mean(parts[correct] >= 1))
+    return metrics
 
 
 def completion_rows(verdict: Verdict, count: int) -> list[dict[str, Any]]:

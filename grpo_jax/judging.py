@@ -21,6 +21,15 @@ class Judged(NamedTuple):
     completions: list[str]
     scores: rewards.Scores
 
+    def choose(self, rows: np.ndarray) -> 'Judged':
+        """Those of some completions i64[N], in their order."""
+        parts = {name: part[rows] for name, part in self.scores.parts.items()}
+        return Judged(
+            [self.prompts[row] for row in rows],
+            [self.completions[row] for row in rows],
+            self.scores._replace(total=self.scores.total[rows], parts=parts),
+        )
+
 
 class Answers(NamedTuple):
     """What the policy made of N problems, in the data set's order."""

@@ -6,8 +6,10 @@ nobody waits for any more cost nothing. Few rows of many groups are decoded one 
 its own copy of the prompt's keys, once these are no more than what was left out.
 """
 
+import collections
 import functools
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ParamSpec
 
 import jax
 import jax.numpy as jnp
@@ -34,9 +36,10 @@ from grpo_jax.types import Array, Params, Prompts, Rollout, Sampling
 
 BLOCK, BLOCKS = 64, 8  # least columns of a block, and most blocks
 WEIGHTS = ('model', 'int8')
+_P = ParamSpec('_P')
 
 
-def sample(
+def blocks(
     model: Transformer,
     params: Params,
     prompts: Prompts,
@@ -51,8 +54,8 @@ def sample(
     mesh: Mesh | None = None,
     block: int = 0,
     weights: str = 'model',
-) -> Rollout:
-    """Samples `group_size` completions of each prompt.
+) -> Iterator[Rollout]:
+    """Samples `group_size` completions of each prompt, a block of columns at a time.
 
     Each prompt is prefilled once, whatever the group size. Decoding ends when every row has ended.
     After each block of columns the host looks how many rows still go on, and goes on with half of
@@ -76,8 +79,11 @@ def sample(
       weights: 'model', or 'int8': matrices are quantised first (`models.quantized`), and tokens and
         log-probs are those of the model that this makes.
 
-    Returns:
-      Rollout of [B, G, T] arrays. Tokens after the end are 0 and masked; the one that ends is not.
+    Yields:
+      What there is after each block, once that block is dispatched: a Rollout of [B, G, T] arrays,
+      of which the last is whole. By then the block before has been decoded, so whoever reads that
+      one's completions keeps no device waiting. Tokens after the end are 0 and masked; the one that
+      ends is not.
 
     Raises:
       ValueError: unknown weights.
@@ -90,6 +96,7 @@ def sample(
         model, params, prompts, seed, step, sampling, eos_ids, stops, group_size=group_size,
         max_tokens=max_tokens, width=min(block, max_tokens), mesh=mesh,
     )  # fmt: skip
+    yield _rollout(prompts, state)
     for width in range(2 * block, max_tokens + block, block):
         width = min(width, max_tokens)
         most, total = map(int, np.asarray(state.live))
@@ -100,6 +107,28 @@ def sample(
         if fewer != now:
             given, state = leave_out(given, state, fewer, mesh)
         state = _next_block(model, params, given, state, width, mesh)
+        yield _rollout(prompts, state)
+
+
+def _to_the_end(blocks: Callable[_P, Iterator[Rollout]]) -> Callable[_P, Rollout]:
+    """All blocks at once."""
+
+    @functools.wraps(blocks)
+    def sample(*args: _P.args, **options: _P.kwargs) -> Rollout:
+        return last(blocks(*args, **options))
+
+    return sample
+
+
+def last(blocks: Iterable[Rollout]) -> Rollout:
+    """The whole rollout, the last of its `blocks`."""
+    return collections.deque(blocks, maxlen=1).pop()
+
+
+sample = _to_the_end(blocks)  # has the same arguments, and returns the whole rollout
+
+
+def _rollout(prompts: Prompts, state: State) -> Rollout:
     drawn = state.drawn
     return Rollout(prompts, drawn.tokens, drawn.mask, drawn.logprobs, state.ended)
 

@@ -17,12 +17,13 @@ from grpo_jax.config import check_values, defaults
 from grpo_jax.models import families, folders, hf
 from grpo_jax.sample import sample
 from grpo_jax.tokens import eos_ids, load_tokenizer, stop_table
-from grpo_jax.types import Params, Prompts, Rollout, stage_order
+from grpo_jax.types import Params, Prompts, stage_order
 
 log = logging.getLogger('grpo_jax')
 
-# (params, prompts, *, step, sampling, group_size, weights='model') -> Rollout
-Sampler = Callable[..., Rollout]
+# (params, prompts, *, step, sampling, group_size, weights='model') -> Rollout;
+# with draw=sample.blocks its blocks
+Sampler = Callable[..., Any]
 
 # Keys of `model` that a checkpoint leaves open.
 _COMPUTED = ('dtype', 'param_dtype', 'attention', 'remat', 'lora')
@@ -158,8 +159,8 @@ def _make_sampler(config, mesh, model, tokenizer, ends: np.ndarray) -> Sampler:
     table = stop_table(tokenizer, stop_strings(config), model.config.vocab_size)
     stops = None if table is None else jax.device_put(table, sharding.replicated(mesh))
 
-    def sampler(params: Params, prompts: Prompts, **rest: Any) -> Rollout:
-        return sample(
+    def sampler(params: Params, prompts: Prompts, draw: Any = sample, **rest: Any) -> Any:
+        return draw(
             model,
             params,
             sharding.put_groups(prompts, mesh),

@@ -19,8 +19,10 @@ from grpo_jax.collect import Collected
 from grpo_jax.distribution import check_sampling
 from grpo_jax.methods import Parts, parts_of
 from grpo_jax.optimizer import adamw
+from grpo_jax.overlap import Blocks, eager_first
 from grpo_jax.preferences import PAIRWISE
 from grpo_jax.replay import Replay
+from grpo_jax.sample import blocks, last
 from grpo_jax.setup import Problems, Setup
 from grpo_jax.types import Objective, Params, Rollout, Sampling, TrainState
 from grpo_jax.verdicts import Judge
@@ -50,10 +52,11 @@ class Stage:
     schedule: optax.Schedule | None  # of the learning rate; None: there is none
     start: Callable[[Models], TrainState]  # may take the policy's memory over
     step: Callable[[TrainState, Models, Collected], tuple[TrainState, dict[str, jax.Array]]]
-    # Dispatches the sampling of a step: (step, policy, what the stage began with).
-    sample: Callable[[int, Params, Models], Iterable[Rollout]]
+    # Dispatches the sampling of a step: (step, policy, what the stage began with). Gives rollouts,
+    # or where the stage is not `ahead` also the blocks of rollouts that are drawn when asked for.
+    sample: Callable[[int, Params, Models], Iterable[Any]]
     # Waits for it and judges it: (step, what was sampled, policy, what the stage began with).
-    collect: Callable[[int, Iterable[Rollout], Params, Models], Collected]
+    collect: Callable[[int, Iterable[Any], Params, Models], Collected]
     policy: Callable[[TrainState, Models], Params]  # that samples and is evaluated
     finish: Callable[[Models, TrainState], Models]
     heldout: Callable[[Params], judging.Evaluation] | None = None  # asked every eval_every steps
@@ -123,39 +126,36 @@ def grpo_stage(made: Setup, training: Problems, heldout: Problems, iteration: in
         policy = began.policy if c.source == 'reference' else policy
         first = ((iteration - 1) * c.steps + step) * (1 + c.refill)
 
-        def drawn(number: int) -> Iterator[Rollout]:
-            """The first part is dispatched at once, the others when they are asked for."""
-            return collecting.eager_first(
-                made.sampler(
-                    policy,
-                    part,
-                    step=first + number,
-                    sampling=sampling,
-                    group_size=c.group_size,
-                    weights=c.weights,
-                )
-                for part in prompts(first + number)
+        def drawn(number: int) -> Iterator[Blocks]:
+            """The first block is dispatched at once, the others when they are asked for."""
+            sampler = functools.partial(
+                made.sampler,
+                policy,
+                draw=blocks,
+                sampling=sampling,
+                group_size=c.group_size,
+                weights=c.weights,
             )
+            batch = prompts(first + number)
+            return eager_first(sampler(part, step=first + number) for part in batch)
 
         return drawn
 
-    def sample(step: int, policy: Params, began: Models) -> Iterable[Rollout]:
+    def sample(step: int, policy: Params, began: Models) -> Iterable[Any]:
         sampled = draw(step, policy, began)(0)
         prompts.prepare(((iteration - 1) * c.steps + step + 1) * (1 + c.refill))
-        return list(sampled) if c.ahead else sampled
+        return [last(part) for part in sampled] if c.ahead else sampled
 
-    def collect(step: int, sampled: Iterable[Rollout], policy: Params, began: Models) -> Collected:
+    def collect(step: int, sampled: Iterable[Any], policy: Params, began: Models) -> Collected:
         rollout, verdict, metrics = collecting.gather(
-            sampled,
+            ([part] for part in sampled) if c.ahead else sampled,
             draw(step, policy, began),
-            functools.partial(judge, reward_params=began.reward),
+            lambda rollout, early: judge(rollout, began.reward, early),
+            judge.early,
             parts=c.batch_size // (c.sample_batch or c.batch_size),
             refill=c.refill,
         )
-        metrics |= rewards.statistics(verdict.judged.scores)
-        parts = verdict.judged.scores.parts
-        if config.eval.correct in parts:
-            metrics['accuracy'] = float(np.mean(parts[config.eval.correct] >= 1))
+        metrics |= collecting.statistics(verdict, config.eval.correct)
         if verdict.scores is not None and scale:
             metrics['rewards/reward_model/mean'] = float(verdict.scores.mean())
             metrics['rewards/reward_model/std'] = float(verdict.scores.std())

@@ -105,7 +105,7 @@ def _steps(
     manager: Any,
     start: int,
     state: TrainState,
-    sampled: Iterable[Rollout] | None,
+    sampled: Iterable[Any] | None,
     began: Models,
 ) -> TrainState:
     """The stage's steps from `start` on, with their records, evaluations and checkpoints.
@@ -143,7 +143,7 @@ def _steps(
     return state
 
 
-def _held(stage: Stage, sampled: Iterable[Rollout] | None) -> list[Rollout] | None:
+def _held(stage: Stage, sampled: Iterable[Any] | None) -> list[Rollout] | None:
     """What a checkpoint has to hold of the samples of the next step."""
     return list(sampled) if stage.stale and sampled is not None else None
 

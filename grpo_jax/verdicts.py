@@ -1,7 +1,7 @@
 """What is said of a rollout: by rules, by rewards of its steps and by a reward model."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,18 +31,17 @@ class Verdict(NamedTuple):
 
     def choose(self, groups: np.ndarray) -> 'Verdict':
         """That of some groups i64[N], in their order."""
-        size = self.total.shape[1]
-        rows = (groups[:, None] * size + np.arange(size)).reshape(-1)
-        judged, scores = self.judged, self.judged.scores
-        parts = {name: part[rows] for name, part in scores.parts.items()}
-        chosen = judging.Judged(
-            [judged.prompts[row] for row in rows],
-            [judged.completions[row] for row in rows],
-            scores._replace(total=scores.total[rows], parts=parts),
-        )
+        rows = _rows(groups, self.total.shape[1])
         steps = self.steps and StepRewards(*(x[groups] for x in self.steps))
         scored = None if self.scores is None else self.scores[rows]
-        return Verdict(chosen, self.total[groups], steps, scored)
+        return Verdict(self.judged.choose(rows), self.total[groups], steps, scored)
+
+
+class Early(NamedTuple):
+    """What the rules say of groups that ended while others were still decoded."""
+
+    groups: np.ndarray  # i64[N], their places in the batch
+    judged: judging.Judged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +55,42 @@ class Judge:
     scorer: Callable[[Params, Rollout], jax.Array] | None = None  # from reward_model.make_scorer
     score_weight: float = 0.0
 
-    def __call__(self, rollout: Rollout, reward_params: Params | None) -> Verdict:
+    def early(self, growing: Iterable[Rollout]) -> list[Early]:
+        """What the rules say of the groups that end early, each as soon as all of it has ended.
+
+        Steps and the reward model wait for the whole rollout: it is one program that scores it, on
+        devices that are busy until then.
+
+        Args:
+          growing: the rollout at times, on the devices, as long as a row goes on.
+
+        Raises:
+          rewards.RewardError: see `rewards.score`.
+        """
+        found: list[Early] = []
+        for rollout in growing:
+            if not getattr(rollout.ended, 'is_fully_addressable', True):
+                continue  # other hosts hold some of it
+            ended = np.asarray(rollout.ended).all(1)
+            groups = np.setdiff1d(np.flatnonzero(ended), _groups(found))
+            if groups.size:
+                nothing: Any = None  # all rows are copied, as taking some would wait for the block
+                host = jax.device_get(rollout._replace(logprobs=nothing))
+                found.append(Early(groups, self._rules(host, groups)))
+        return found
+
+    def __call__(
+        self, rollout: Rollout, reward_params: Params | None, early: Sequence[Early] = ()
+    ) -> Verdict:
         """The rewards of a rollout on the devices.
 
         Outcome and process add up: with step rewards, what the rules give for a whole completion
         comes with its last step.
+
+        Args:
+          rollout: the whole.
+          reward_params: of the reward model.
+          early: groups that the rules have judged; they are not asked again.
 
         Raises:
           rewards.RewardError: see `rewards.score` and `rewards.score_steps`.
@@ -68,7 +98,7 @@ class Judge:
         # Dispatched first, so that the device scores while the host judges.
         scored = self.scorer(reward_params, rollout) if self.scorer else None
         host = jax.device_get(rollout)
-        judged = judging.judge(host, self.problems, self.functions, self.weights)
+        judged = self._judged(host, early)
         total = judged.scores.total.reshape(host.tokens.shape[:2])
         steps = self.steps(host, judged) if self.step_rewards else None
         scores = None if scored is None else np.asarray(scored)
@@ -115,10 +145,31 @@ class Judge:
                 where[row, place] = True
         return StepRewards(values.reshape(rollout.mask.shape), where.reshape(rollout.mask.shape))
 
+    def _judged(self, host: Rollout, early: Sequence[Early]) -> judging.Judged:
+        """What the rules say of all groups, in their order."""
+        batch, size = host.ended.shape
+        rest = np.setdiff1d(np.arange(batch), _groups(early))
+        parts = [*early, Early(rest, self._rules(host, rest))]
+        order = np.argsort(_groups(parts))
+        return judging.together([part.judged for part in parts]).choose(_rows(order, size))
+
+    def _rules(self, host: Rollout, groups: np.ndarray) -> judging.Judged:
+        some = jax.tree.map(lambda x: x[groups], host)
+        return judging.judge(some, self.problems, self.functions, self.weights)
+
 
 def _mean_of_steps(scores: np.ndarray, ends: np.ndarray) -> np.ndarray:
     """f32[B * G] from [B, G, T]; 0 for a completion without steps."""
     return (np.where(ends, scores, 0).sum(-1) / np.maximum(ends.sum(-1), 1)).reshape(-1)
+
+
+def _groups(parts: Sequence[Early]) -> np.ndarray:
+    return np.concatenate([np.zeros(0, int), *(part.groups for part in parts)])
+
+
+def _rows(groups: np.ndarray, size: int) -> np.ndarray:
+    """The completions of groups i64[N], `size` of each."""
+    return (groups[:, None] * size + np.arange(size)).reshape(-1)
 
 
 def together(verdicts: Sequence[Verdict]) -> Verdict:

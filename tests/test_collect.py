@@ -1,7 +1,6 @@
 """What a step learns from: refilled groups, dropped rows and pairs, against plain loops."""
 
 import itertools
-import threading
 
 import numpy as np
 import pytest
@@ -52,14 +51,14 @@ def gather(batches, different, part=None):
         cuts = range(0, len(rows), part or len(rows))
         parts = [rows[start : start + (part or len(rows))] for start in cuts]
         asked.extend((number, rows) for rows in parts)
-        return [draw(make_prompts(rows)) for rows in parts]
+        return [[draw(make_prompts(rows))] for rows in parts]
 
-    def judge(rollout):
+    def judge(rollout, early):
         index = np.asarray(rollout.prompts.index)
         return make_verdict(rollout, [DIFFERENT if i in different else EQUAL for i in index])
 
     parts = len(batches[0]) // (part or len(batches[0]))
-    found = collect.gather(sample(0), sample, judge, parts=parts, refill=len(batches) - 1)
+    found = collect.gather(sample(0), sample, judge, tuple, parts=parts, refill=len(batches) - 1)
     return asked, *found
 
 
@@ -111,31 +110,6 @@ def test_refill_against_a_loop(seed):
     asked, rollout, _, metrics = gather(BATCHES, different)
     assert (len(asked), rollout.prompts.index.tolist()) == (used, ordered[:3])
     assert metrics['refill/batches'] == used
-
-
-def test_a_part_is_judged_while_the_next_is_sampled():
-    judged = threading.Event()
-
-    def sample():
-        yield draw(make_prompts([0, 1]))
-        assert judged.wait(timeout=30)
-        yield draw(make_prompts([2, 3]))
-
-    def judge(rollout):
-        judged.set()
-        return make_verdict(rollout, [DIFFERENT] * 2)
-
-    rollout, verdict, _ = collect.wait_and_judge(sample(), judge, 2)
-    assert rollout.prompts.index.tolist() == [0, 1, 2, 3]
-    assert verdict.total.shape == (4, GROUP)
-
-
-def test_the_first_part_is_dispatched_at_once():
-    made = []
-    parts = collect.eager_first(made.append(i) or i for i in range(3))
-    assert made == [0]
-    assert list(parts) == [0, 1, 2]
-    assert made == [0, 1, 2]
 
 
 def test_without_refill_a_batch_is_taken_as_it_is():

@@ -1,6 +1,7 @@
 """Where a step's batch comes from, and training that begins with a checkpoint."""
 
 import dataclasses
+import functools
 import itertools
 import re
 import threading
@@ -135,9 +136,9 @@ def test_a_part_is_judged_while_the_next_is_sampled(asked):
         return rollout._replace(tokens=jax.pure_callback(wait, shape, rollout.tokens))
 
     def sampler(*args, **options):
-        rollout = asked[0].sampler(*args, **options)
+        (rollout,) = asked[0].sampler(*args, **options)
         parts.append(after_the_first_reward(rollout) if parts else rollout)
-        return parts[-1]
+        return iter([parts[-1]])
 
     def watching(prompts, completions, **columns):
         judged.set()
@@ -215,7 +216,9 @@ def test_parts_on_a_mesh(asked, plain, tmp_path):
     config.mesh.fsdp = 2
     config.grpo.algorithm.microbatch = 2
     made = setup.prepare(config, tmp_path)
-    meshed = collect((made, *asked[1:3], setup.initial_params(made)), lucky=runs.lucky)
+    blocks = functools.partial(made.sampler, block=3)
+    there = (made, *asked[1:3], setup.initial_params(made))
+    meshed = collect(there, sampler=blocks, lucky=runs.lucky)
     whole = collect(asked, parts=1, lucky=runs.lucky)
     assert meshed.completions == whole.completions
     np.testing.assert_array_equal(meshed.rollout.tokens, whole.rollout.tokens)

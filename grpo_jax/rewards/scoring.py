@@ -4,6 +4,9 @@ There are N texts in a batch. A reward function is called with keyword arguments
 `completions`, `completion_ids` (where token ids are given) and each column of the data set, all
 lists of length N. It returns N numbers, None where it does not apply. Functions written for TRL's
 GRPO trainer have this form.
+
+All completions of a prompt are in one call, one behind the other, so a function may compare them.
+Which prompts are in it with them is nothing to rely on: groups are judged as they end.
 """
 
 import asyncio
