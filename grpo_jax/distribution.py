@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from grpo_jax.types import Array, Sampling
 
 _BLOCK = 64  # tokens per block of the two-level inverse distribution function
-_PIECES = 8  # most pieces that rows are filtered in
+_PIECES = 8  # most pieces that positions are filtered in
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -80,18 +80,18 @@ def _outside_out_jvp(primals, tangents):
 
 
 def _in_pieces(function: Callable[[jax.Array], jax.Array], logits: jax.Array) -> jax.Array:
-    """`function`, [n, V] to [n], of f32[..., V] a few rows at a time: what it makes is small.
+    """`function`, [..., V] to [...], of a few positions at a time: what it makes is small.
 
-    Rows are dealt out in turn, so that devices keep those they hold.
+    Where there are positions: the first axis is spread over devices, and a cut would move it.
     """
-    lead, size = logits.shape[:-1], logits.shape[-1]
-    pieces = math.gcd(math.prod(lead), _PIECES)
-    rows = logits.reshape(-1, pieces, size)
+    *lead, count, size = logits.shape
+    pieces = math.gcd(count, _PIECES) if lead else 1
+    cut = logits.reshape(*lead, pieces, -1, size)
     found = jax.lax.map(
-        lambda i: function(jax.lax.dynamic_index_in_dim(rows, i, 1, keepdims=False)),
+        lambda i: function(jax.lax.dynamic_index_in_dim(cut, i, -3, keepdims=False)),
         jnp.arange(pieces),
     )
-    return found.T.reshape(lead)
+    return jnp.moveaxis(found, 0, -2).reshape(*lead, count)
 
 
 def _ranked(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import runs
+import tiny
 
 from grpo_jax import report, rewards
 
@@ -42,7 +43,7 @@ def test_samples_are_one_update_old(ahead, tmp_path):
     assert still != moving
 
 
-@pytest.mark.parametrize('part', [0, 2])
+@pytest.mark.parametrize('part', tiny.some_slow([0, 2], 2))
 def test_a_run_that_is_stopped_goes_on_with_what_it_had_sampled(ahead, tmp_path, monkeypatch, part):
     config = get_config(sample_batch=part)
     whole = ahead

@@ -240,8 +240,7 @@ def compiled(algorithm):
             *arguments, model=model, optimizer=RECORDER, algorithm=algorithm, critic=critic
         )
         actor = Actor(model, None, Sampling(), objective, algorithm.logprob_chunk)
-        values = critic and critic.model
-        batch = make_batch(algorithm, actor, values, state, ref, rollout, rewards, pieces)
+        batch = make_batch(algorithm, actor, critic, state, ref, rollout, rewards, pieces)
         logprobs = actor.logprobs(state.params, rollout)
         coefficient = jax.vmap(
             lambda x, group: losses.gradient_coefficient(x, group, objective, **options)

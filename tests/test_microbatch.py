@@ -86,7 +86,7 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize('name', CUTS)
+@pytest.mark.parametrize('name', tiny.some_slow(CUTS, 'packed, of several microbatches'))
 def test_a_cut_changes_no_number(name):
     for seed in range(3):
         batch = make_batch(seed)

@@ -126,10 +126,11 @@ RUNS = {
 }
 
 
-SLOW = pytest.param('ppo', marks=pytest.mark.slow)  # `iterative` has a critic too
-
-
-@pytest.mark.parametrize('name', ['rft', 'online_rft', 'dpo', SLOW, 'trpo', 'process'])
+# `iterative` has a critic too, and step rewards are judged in tests/test_verdicts.py.
+@pytest.mark.parametrize(
+    'name',
+    tiny.some_slow(['rft', 'online_rft', 'dpo', 'ppo', 'trpo', 'process'], 'rft', 'ppo', 'process'),
+)
 def test_methods_train(name, trained):
     """To the end, with finite numbers and other parameters than at first."""
     rows = metrics(trained(name))
@@ -147,7 +148,7 @@ def given(workdir, step, stage='grpo'):
     return [rows[start : start + G] for start in range(0, B * G, G)]
 
 
-@pytest.mark.parametrize('name', ['rft', 'online_rft'])
+@pytest.mark.parametrize('name', tiny.some_slow(['rft', 'online_rft'], 'rft'))
 def test_rejected_completions_are_not_learnt_from(name, trained):
     for row in metrics(trained(name)):
         kept = 0
@@ -215,7 +216,10 @@ def test_process_supervision(trained):
 # Iterations
 
 
-@pytest.mark.parametrize('name', ['iterative', 'iterative_process'])
+ITERATIVE = tiny.some_slow(['iterative', 'iterative_process'], 'iterative_process')
+
+
+@pytest.mark.parametrize('name', ITERATIVE)
 def test_iterations_with_a_reward_model(name, trained):
     workdir = trained(name)
     order = [(row['stage'], row['step']) for row in runs.lines(workdir / 'metrics.jsonl')]
@@ -239,7 +243,7 @@ def test_iterations_with_a_reward_model(name, trained):
                 np.testing.assert_allclose(rewards, 2 * np.array(scores), rtol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['iterative', 'iterative_process'])
+@pytest.mark.parametrize('name', ITERATIVE)
 def test_each_iteration_begins_with_its_own_reference(name, trained):
     """The policy as the one before left it."""
     for stage in ('grpo', 'grpo-2'):
@@ -314,7 +318,7 @@ def test_a_stopped_run_ends_as_an_unbroken_one(trained, tmp_path, monkeypatch):
         assert tiny.same(newest(tmp_path, stage), newest(workdir, stage))
 
 
-@pytest.mark.parametrize('name', ['iterative', 'iterative_process'])
+@pytest.mark.parametrize('name', ITERATIVE)
 def test_best_of_k_by_the_reward_model(name, trained, capsys):
     config = RUNS[name]()
     config.eval.update(samples=G, k=(1, 4))

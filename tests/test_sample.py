@@ -364,7 +364,7 @@ def test_stop_strings_on_a_mesh(model, params, prompts):
 # Blocks
 
 
-@pytest.mark.parametrize('apart', [True, False])
+@pytest.mark.parametrize('apart', tiny.some_slow([True, False], False))
 def test_blocks_change_no_completion(model, params, prompts, monkeypatch, apart):
     """Rows that have ended are left out, and those that go on are not."""
     sizes = []

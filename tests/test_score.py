@@ -51,7 +51,9 @@ def scorer(model, **options):
 # A prompt read once is a prompt read G times
 
 
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize(
+    'variant', tiny.some_slow(VARIANTS, 'multi query, q/k norm', 'biases, untied')
+)
 def test_shared_prompt_equals_naive(variant, rollout):
     """Log-probs and gradients, to 1e-5: 3 completions of prompts of 6, 1, 4 and 5 tokens."""
     model = tiny.make_model(**VARIANTS[variant])

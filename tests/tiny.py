@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import tokenizers
 
 from grpo_jax import tokens
@@ -107,6 +108,11 @@ class Bigram:
             'embedding': rng.standard_normal((vocab, width)).astype(np.float32),
             'head': 0.4 * rng.standard_normal((width, vocab)).astype(np.float32),
         }
+
+
+def some_slow(names, *slow):
+    """Parameters of a test, of which `slow` are left to the longer proofs."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
 
 
 def gap(a, b):
