@@ -74,6 +74,8 @@ def _one(head: Head, params: Params, total: Params, piece: tuple[jax.Array, Batc
     slope = slope.astype(c.dtype)
     to_states = product(slope, narrow.T).astype(states.dtype).reshape(states.shape)
     if not head.frozen:
-        (found,) = pull(product(rows.T, slope).astype(matrix.dtype))
+        # Compilers for CPUs are faster at products whose longer axis is last, and would turn them.
+        found = jax.lax.optimization_barrier(product(rows.T, slope).astype(matrix.dtype))
+        (found,) = pull(found)
         total = plus(total, found)
     return total, (out, to_states)
