@@ -1,6 +1,7 @@
 """The benchmark harness on its smallest workload: what it computes, never how long it takes."""
 
 import dataclasses
+import functools
 import json
 import pathlib
 import subprocess
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import bare, floors, roofline, step, timing, workloads
+from benchmarks import bare, floors, refill, roofline, step, timing, workloads
 from benchmarks.ours import Ours, parse_options
 from grpo_jax.flops import count_flops
 
@@ -49,6 +50,14 @@ def test_record_of_a_run(ours, tmp_path, capsys):
     assert [json.loads(line) for line in path.read_text().splitlines()] == [row, row]
     assert step.describe(row)
     assert '[grpo_jax smoke]' in capsys.readouterr().out
+
+
+def test_slots_are_refilled():
+    column = {1: 1.0, 2: 1.5}
+    seconds = functools.partial(refill.refilled, np.array([3, 1, 2]), column=column)
+    assert seconds(2, 1) == 3 * 1.5  # [3, 1], [2, 2], [1, 1] are left
+    assert seconds(2, 2) == 2 * 1.5 + 2 * 1.5  # [3, 1], then [1, 2]
+    assert seconds(1, 1) == 6
 
 
 def test_bare_programs_compute_what_ours_do(ours):
