@@ -21,7 +21,7 @@ from benchmarks import timing
 from benchmarks.ours import Ours, parse_options
 from benchmarks.workloads import WORKLOADS
 
-STEPS = flags.DEFINE_integer('steps', 8, 'rollouts')
+ROLLOUTS = flags.DEFINE_integer('rollouts', 8, 'how many are measured')
 
 
 def main(arguments: list[str]) -> None:
@@ -32,13 +32,13 @@ def main(arguments: list[str]) -> None:
     ours, options = Ours(workload, parse_options([])), parse_options([])
     clock = timing.Clock()
     lengths = []
-    for k in [*range(STEPS.value)] * 2:  # the first time compiles
+    for k in [*range(ROLLOUTS.value)] * 2:  # the first time compiles
         clock.start()
         rollout = clock.timed('sample', ours.sample, jax.block_until_ready)(ours.prompts(k), k)
         clock.cut()
         lengths.append(np.asarray(rollout.mask).sum(-1).reshape(-1))
-    lengths = lengths[STEPS.value :]
-    left_out = [step['sample'] for step in clock.steps[STEPS.value :]]
+    lengths = lengths[ROLLOUTS.value :]
+    left_out = [step['sample'] for step in clock.steps[ROLLOUTS.value :]]
     size = workload.group_size
     column = {}
     for groups in (1, 2, 4, workload.groups):

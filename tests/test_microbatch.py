@@ -99,6 +99,23 @@ def test_a_cut_changes_no_number(name):
         np.testing.assert_allclose(alone['logprobs'], plain['logprobs'], atol=1e-5)
 
 
+def test_sums_are_float32():
+    """Of parameters in bfloat16 too, whose gradient is rounded once."""
+    narrow = jax.tree.map(lambda x: jnp.bfloat16(x), PARAMS)
+    seen = set()
+
+    def noting(params, hidden, part, total):
+        seen.update(x.dtype.name for x in jax.tree.leaves(total))
+        return learner(params, hidden, part, total)
+
+    cut = Microbatches(2, widths=2)
+    gradient, _ = jax.eval_shape(
+        functools.partial(cut.gradient, READER, noting), narrow, make_batch()
+    )
+    assert seen == {'float32'}
+    assert {x.dtype.name for x in jax.tree.leaves(gradient)} == {'bfloat16'}
+
+
 def test_rows_are_read_in_the_columns_that_their_bundle_needs():
     """Bundles are made of the microbatch's rows by length; 0 stands behind the columns read."""
     batch = make_batch()
