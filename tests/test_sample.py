@@ -68,6 +68,14 @@ def test_filters_by_hand():
     assert kept(temperature=0.5, min_p=0.4) == [True, False, False, False]  # squared: a quarter
 
 
+@pytest.mark.parametrize('positions', [1, 7, 12, 16])  # in 1, 1, 4 and 8 pieces
+def test_positions_are_filtered_alone(positions):
+    logits = np.random.default_rng(0).standard_normal((2, 3, positions, 9)).astype(np.float32)
+    sampling = Sampling(top_k=6, top_p=0.8)
+    rows = [filters(row, sampling) for row in logits.reshape(-1, 9)]
+    np.testing.assert_array_equal(filters(logits, sampling).reshape(-1, 9), rows)
+
+
 @pytest.mark.parametrize('sampling', [Sampling(), Sampling(min_p=0.1), Sampling(top_k=2)])
 def test_no_filter_hides_a_nan(sampling):
     """Not even that of a token which nobody has drawn."""
