@@ -84,14 +84,14 @@ def _in_pieces(function: Callable[[jax.Array], jax.Array], logits: jax.Array) ->
 
     Where there are positions: the first axis is spread over devices, and a cut would move it.
     """
-    *lead, count, size = logits.shape
-    pieces = math.gcd(count, _PIECES) if lead else 1
-    cut = logits.reshape(*lead, pieces, -1, size)
+    *lead, size = logits.shape
+    pieces = math.gcd(lead[-1], _PIECES) if len(lead) > 1 else 1
+    cut = logits.reshape(*lead[:-1], pieces, -1, size)
     found = jax.lax.map(
         lambda i: function(jax.lax.dynamic_index_in_dim(cut, i, -3, keepdims=False)),
         jnp.arange(pieces),
     )
-    return jnp.moveaxis(found, 0, -2).reshape(*lead, count)
+    return jnp.moveaxis(found, 0, -2).reshape(lead)
 
 
 def _ranked(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
