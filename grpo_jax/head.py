@@ -14,11 +14,9 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax import models
-from grpo_jax.microbatch import plus
+from grpo_jax.microbatch import Outputs, plus
 from grpo_jax.score import cut_columns, join_columns
 from grpo_jax.types import Batch, Params
-
-Outputs = dict[str, jax.Array]
 
 
 class Head(NamedTuple):
