@@ -20,6 +20,7 @@ from absl import app, flags
 
 from benchmarks import floors, roofline, timing, workloads
 from benchmarks.ours import SUITED, Ours, parse_options
+from grpo_jax import compiled
 from grpo_jax.types import Rollout
 
 WORKLOAD = flags.DEFINE_enum('workload', 'W1', [*workloads.WORKLOADS], 'what to compute')
@@ -54,13 +55,14 @@ def main(arguments: list[str]) -> None:
         ):
             raise SystemExit('the bare loops do not compute what our programs do')
         return
-    row = measure(
-        ours,
-        {'workload': WORKLOAD.value, 'options': pairs},
-        steps=STEPS.value,
-        warmup=WARMUP.value,
-        with_floors=FLOORS.value,
-    )
+    with compiled.trimmed():
+        row = measure(
+            ours,
+            {'workload': WORKLOAD.value, 'options': pairs},
+            steps=STEPS.value,
+            warmup=WARMUP.value,
+            with_floors=FLOORS.value,
+        )
     timing.write(row, RECORD.value)
     for line in describe(row):
         print(line)

@@ -1,9 +1,11 @@
 """Compiled programs: kept in the run's folder for the next start, and counted."""
 
 import contextlib
+import ctypes
 import dataclasses
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -11,6 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 _COMPILED = '/jax/core/compile/backend_compile_duration'  # also of those that were read
 _READ = '/jax/compilation_cache/cache_hits'
+_LONG = 0.3  # seconds of a compilation after which memory is given back, in some 10 ms
 
 
 @dataclasses.dataclass
@@ -35,13 +38,39 @@ def counted() -> Iterator[Count]:
     def on_event(event: str, **rest: Any) -> None:
         count.read += event == _READ
 
-    jax.monitoring.register_event_duration_secs_listener(on_duration)
     jax.monitoring.register_event_listener(on_event)
     try:
-        yield count
+        with _timed(on_duration):
+            yield count
     finally:
-        jax.monitoring.unregister_event_duration_listener(on_duration)
         jax.monitoring.unregister_event_listener(on_event)
+
+
+@contextlib.contextmanager
+def trimmed() -> Iterator[None]:
+    """Gives the memory that the compiler has freed back to the system, meanwhile.
+
+    glibc keeps what LLVM's threads free: for an update hundreds of MiB, which would stand beside
+    the program's own memory from then on. Other C libraries are left alone.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
+    trim: Callable[[int], int] | None = getattr(libc, 'malloc_trim', None)
+
+    def on_duration(event: str, duration_secs: float, **rest: Any) -> None:
+        if trim is not None and event == _COMPILED and duration_secs > _LONG:
+            trim(0)
+
+    with _timed(on_duration):
+        yield
+
+
+@contextlib.contextmanager
+def _timed(listener: Callable[..., None]) -> Iterator[None]:
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ def main(config: 'ConfigDict', workdir: str) -> None:
     made = setup.prepare(config, pathlib.Path(workdir).absolute())
     settings = judging.settings(config.eval)
     heldout = setup.heldout_problems(made)
-    with compiled.kept_in(made.workdir / 'cache'):
+    with compiled.kept_in(made.workdir / 'cache'), compiled.trimmed():
         policy = setup.newest_policy(made)
         answers = judging.answer(
             made.sampler, policy.params, heldout, rank=stages.ranking(made, heldout), **settings

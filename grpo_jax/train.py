@@ -42,7 +42,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
     heldout = setup.heldout_problems(made)
     training = setup.training_problems(made, heldout)
     stages = _stages(made, training, heldout)
-    with compiled.kept_in(made.workdir / 'cache'), compiled.counted() as count:
+    cache = made.workdir / 'cache'
+    with compiled.kept_in(cache), compiled.trimmed(), compiled.counted() as count:
         carried = Models(setup.initial_params(made), reward=setup.initial_reward_params(made))
         checkpoint.claim_workdir(made.workdir, config)
         setup.keep_description(made)

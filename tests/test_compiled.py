@@ -1,6 +1,7 @@
 """Programs that were compiled once are read from the run's folder, and counted."""
 
 import contextlib
+import types
 
 import jax
 import numpy as np
@@ -66,6 +67,28 @@ def test_the_users_cache_is_left_alone(tmp_path):
             assert jax.config.jax_persistent_cache_min_compile_time_secs == least
             compute(7)
     assert not (tmp_path / 'cache').exists()
+
+
+def test_memory_is_given_back_after_long_compilations(monkeypatch):
+    pads = []
+    libc = types.SimpleNamespace(malloc_trim=pads.append)
+    monkeypatch.setattr(compiled.ctypes, 'CDLL', lambda name: libc)
+    monkeypatch.setattr(compiled.sys, 'platform', 'linux')
+    with compiled.trimmed():
+        compute(9)
+        assert pads == []
+        monkeypatch.setattr(compiled, '_LONG', 0.0)
+        compute(10)
+        assert pads == [0]
+    compute(11)
+    assert pads == [0]
+
+
+def test_other_c_libraries_are_left_alone(monkeypatch):
+    monkeypatch.setattr(compiled.ctypes, 'CDLL', lambda name: types.SimpleNamespace())
+    monkeypatch.setattr(compiled, '_LONG', 0.0)
+    with compiled.trimmed():
+        compute(12)
 
 
 def test_a_second_run_compiles_nothing(tmp_path, capsys):
