@@ -49,23 +49,29 @@ def filter_logits(
       f32[..., V], -inf outside the support; not normalised.
     """
     temperature = jnp.asarray(sampling.temperature, jnp.float32)
-    logits = logits / jnp.where(temperature > 0, temperature, 1.0)
-    fixed = jax.lax.stop_gradient(logits)
-    top_k, top_p, min_p = map(jnp.asarray, (sampling.top_k, sampling.top_p, sampling.min_p))
+    scale = jnp.where(temperature > 0, temperature, 1.0)
+    top_k, top_p = map(jnp.asarray, (sampling.top_k, sampling.top_p))
+    min_p = jnp.asarray(sampling.min_p, jnp.float32)
+    # Two axes, as the product that logits are has, and conditions that read the product itself: so
+    # compilers make nothing of its size beside it.
+    rows = logits.reshape(-1, logits.shape[-1])
+    fixed = jax.lax.stop_gradient(rows)
 
     def where(active, smallest_kept):
         return jax.lax.cond(
-            active, smallest_kept, lambda logits: jnp.full(logits.shape[:-1], -jnp.inf), fixed
+            active,
+            lambda rows: smallest_kept(rows.reshape(logits.shape)).reshape(-1, 1),
+            lambda rows: jnp.full((len(rows), 1), -jnp.inf),
+            fixed,
         )
 
-    ranked = functools.partial(_ranked, top_k=top_k, top_p=top_p)
+    ranked = functools.partial(_ranked, scale=scale, top_k=top_k, top_p=top_p)
     ranked = where((top_k > 0) | (top_p < 1), functools.partial(_in_pieces, ranked))
-    likely = where(min_p > 0, lambda logits: logits.max(-1) + jnp.log(min_p.astype(jnp.float32)))
-    least = jnp.maximum(ranked, likely)[..., None]
-    inside = ~(fixed < least)  # so a NaN stays one
+    likely = where(min_p > 0, lambda logits: logits.max(-1) + scale * jnp.log(min_p))
+    inside = ~(fixed < jnp.maximum(ranked, likely))  # so a NaN stays one
     if keep is not None:
-        inside |= jnp.arange(logits.shape[-1]) == keep[..., None]
-    return _outside_out(logits, inside)
+        inside |= jnp.arange(rows.shape[-1]) == keep.reshape(-1, 1)
+    return _outside_out(rows / scale, inside).reshape(logits.shape)
 
 
 @jax.custom_jvp
@@ -94,11 +100,11 @@ def _in_pieces(function: Callable[[jax.Array], jax.Array], logits: jax.Array) ->
     return jnp.moveaxis(found, 0, -2).reshape(lead)
 
 
-def _ranked(logits: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """The smallest logit that top-k, then top-p among what it left, keep."""
+def _ranked(logits: jax.Array, scale: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The smallest logit that top-k, then top-p at temperature `scale` among what it left, keep."""
     count = jnp.where(top_k > 0, top_k, logits.shape[-1])
     kth = _cut(logits, jnp.ones_like(logits), count)
-    mass = jnp.exp(logits - logits.max(-1, keepdims=True))
+    mass = jnp.exp((logits - logits.max(-1, keepdims=True)) / scale)
     mass = jnp.where(logits >= kth[..., None], mass, 0.0)
     return jnp.where(top_p < 1, _cut(logits, mass, top_p * mass.sum(-1)), kth)
 

@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from grpo_jax import models
-from grpo_jax.microbatch import Outputs, plus
+from grpo_jax.microbatch import Outputs
 from grpo_jax.score import cut_columns, join_columns
 from grpo_jax.types import Batch, Params
+
+_COLUMNS = 8192  # of the output matrix, at least, whose gradient is computed at a time
 
 
 class Head(NamedTuple):
@@ -28,7 +30,7 @@ class Head(NamedTuple):
     # batch's arrays that they belong to.
     of_logits: Callable[[jax.Array, Batch], tuple[jax.Array, Outputs]]
     chunk: int  # positions of each row
-    frozen: bool  # the matrix is not trained
+    parameter: tuple[str, int] | None  # see `ModelConfig.output_parameter`
 
 
 def add_gradient(
@@ -60,20 +62,44 @@ def _one(head: Head, params: Params, total: Params, piece: tuple[jax.Array, Batc
     """The new total, and (outputs, slope by the states) of one chunk."""
     c, (states, part) = head.config, piece
     rows = states.reshape(-1, states.shape[-1])
-    matrix, pull = jax.vjp(head.matrix, params)  # here, so that no loop keeps a transposed copy
-    narrow = matrix.astype(c.dtype)
-    product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+    matrix = head.matrix(params).astype(c.dtype)  # here, so that no loop keeps a transposed copy
 
     def loss(raw):
         logits = models.capped(c, raw).reshape(*states.shape[:-1], -1)
         return head.of_logits(logits, part)
 
-    slope, out = jax.grad(loss, has_aux=True)(product(rows, narrow))
+    slope, out = jax.grad(loss, has_aux=True)(_product(rows, matrix))
     slope = slope.astype(c.dtype)
-    to_states = product(slope, narrow.T).astype(states.dtype).reshape(states.shape)
-    if not head.frozen:
-        # Compilers for CPUs are faster at products whose longer axis is last, and would turn them.
-        found = jax.lax.optimization_barrier(product(rows.T, slope).astype(matrix.dtype))
-        (found,) = pull(found)
-        total = plus(total, found)
+    to_states = _product(slope, matrix.T).astype(states.dtype).reshape(states.shape)
+    if head.parameter is not None:
+        name, axis = head.parameter
+        total = total | {name: _add_product(total[name], rows, slope, axis)}
     return total, (out, to_states)
+
+
+_product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
+
+
+def _add_product(total: jax.Array, rows: jax.Array, slope: jax.Array, axis: int) -> jax.Array:
+    """Adds rows^T slope [D, V] to a total whose vocabulary is along `axis`.
+
+    A few columns at a time, so that the product does not need the memory of another matrix; but
+    columns that lie on several devices all together.
+    """
+    pieces = _pieces(slope.shape[-1]) if jax.sharding.get_abstract_mesh().empty else 1
+    width = slope.shape[-1] // pieces
+
+    def add(i, total):
+        some = jax.lax.dynamic_slice_in_dim(slope, i * width, width, 1)
+        # Compilers for CPUs are faster at products whose longer axis is last, and would turn them.
+        found = jax.lax.optimization_barrier(_product(rows.T, some))
+        found = found if axis else found.T
+        old = jax.lax.dynamic_slice_in_dim(total, i * width, width, axis)
+        return jax.lax.dynamic_update_slice_in_dim(total, old + found, i * width, axis)
+
+    return jax.lax.fori_loop(0, pieces, add, total)
+
+
+def _pieces(size: int) -> int:
+    """How many equal ones the columns of the output matrix are cut into: few that are not small."""
+    return max(n for n in range(1, 17) if size % n == 0 and (n == 1 or size // n >= _COLUMNS))

@@ -1,6 +1,5 @@
 """The optimizer: optax's AdamW behind a gradient clip, with warm-up and decay; and its step."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -84,13 +83,14 @@ def updated(
 ) -> tuple[Params, optax.OptState]:
     """Parameters and moments after one update, or as they were where `finite` bool[] is false.
 
-    New parameters are made of the old moments too, and all are written over the old ones. So that
-    the compiler need not copy the moments first, they wait for the parameters.
+    What is not computed needs no memory: the branch writes over what it was given.
     """
-    updates, after = optimizer.update(gradient, moments, params)
-    new = either(finite, optax.apply_updates(params, updates), params)
-    written = [~jnp.isnan(x[(0,) * x.ndim]) for x in jax.tree.leaves(new)]
-    return new, either(functools.reduce(jnp.logical_and, written, finite), after, moments)
+
+    def step(params, moments):
+        updates, after = optimizer.update(gradient, moments, params)
+        return optax.apply_updates(params, updates), after
+
+    return jax.lax.cond(finite, step, lambda *unchanged: unchanged, params, moments)
 
 
 def either(first: jax.Array, new: Params, old: Params) -> Params:

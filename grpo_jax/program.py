@@ -188,7 +188,7 @@ class Program:
             lambda p: models.apply(actor.model, actor.params(p), method='output_matrix'),
             self._of_logits,
             self.algorithm.logprob_chunk,
-            frozen=bool(actor.model.config.lora.rank),
+            actor.model.config.output_parameter,
         )
         return add_gradient(head, trained, hidden, part.per_token(), total)
 

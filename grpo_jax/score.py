@@ -75,14 +75,28 @@ def token_logprobs(
 ) -> tuple[jax.Array, jax.Array | None]:
     """`completion_logprobs` from logits f32[..., V] of the targets i32[...]."""
     logits = filter_logits(logits, sampling, keep=targets)
-    norm = jax.nn.logsumexp(logits, axis=-1)
-    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-    logprob = jnp.where(hit, logits, 0.0).sum(-1) - norm
+    rows = logits.reshape(-1, logits.shape[-1])  # see `filter_logits`
+    norm = jax.nn.logsumexp(rows, axis=-1)
+    logprob = (_at(rows, targets.reshape(-1)) - norm).reshape(targets.shape)
     if not entropy:
         return logprob, None
-    inside = logits > -jnp.inf
-    logp = jnp.where(inside, logits, 0.0) - norm[..., None]
-    return logprob, -jnp.where(inside, jnp.exp(logp) * logp, 0.0).sum(-1)
+    inside = rows > -jnp.inf
+    logp = jnp.where(inside, rows, 0.0) - norm[:, None]
+    entropies = -jnp.where(inside, jnp.exp(logp) * logp, 0.0).sum(-1)
+    return logprob, entropies.reshape(targets.shape)
+
+
+@jax.custom_jvp
+def _at(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """f32[...], each position's logit of its target; going backward nothing is scattered."""
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+@_at.defjvp
+def _at_jvp(primals, tangents):
+    logits, targets = primals
+    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return _at(logits, targets), jnp.where(hit, tangents[0], 0.0).sum(-1)
 
 
 def completion_kl(

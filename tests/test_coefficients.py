@@ -38,7 +38,7 @@ RECORDER = optax.sgd(0.1, momentum=0.0)  # its trace is the last gradient
 class Table:
     """Logits of the next token, or a value, by the token before: a row of `table` each."""
 
-    config = SimpleNamespace(dtype='float32', lora=Lora(), logit_softcap=0.0)
+    config = SimpleNamespace(dtype='float32', lora=Lora(), logit_softcap=0.0, output_parameter=None)
 
     def apply(self, variables, *args, method):
         table = variables['params']['table']

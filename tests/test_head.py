@@ -9,7 +9,7 @@ import pytest
 import tiny
 from jax.extend.core import jaxprs_in_params
 
-from grpo_jax import models
+from grpo_jax import head, models
 from grpo_jax.flops import count_flops
 from grpo_jax.head import Head, add_gradient
 from grpo_jax.score import token_logprobs
@@ -45,7 +45,7 @@ def make_head(model, chunk, frozen=False):
         lambda params: models.apply(model, params, method='output_matrix'),
         loss_of_logits,
         chunk,
-        frozen,
+        None if frozen else model.config.output_parameter,
     )
 
 
@@ -55,11 +55,11 @@ def both(name, chunk, frozen=False):
     params, part = tiny.make_params(model), make_part()
     hidden = np.random.default_rng(2).standard_normal((*SHAPE, model.config.width))
     hidden = jnp.asarray(hidden, model.config.dtype)
-    head = make_head(model, chunk, frozen)
+    whole = make_head(model, chunk, frozen)
     before = jax.tree.map(lambda x: jnp.full(x.shape, 0.5), params)
 
     def chunked(params, hidden):
-        total, slope, out = add_gradient(head, params, hidden, part, before)
+        total, slope, out = add_gradient(whole, params, hidden, part, before)
         return (jax.tree.map(jnp.subtract, total, before), slope), out
 
     def plain(params, hidden):
@@ -81,6 +81,21 @@ def test_chunks_equal_the_plain_gradient(name, chunk):
     assert tiny.gap(ours[1], expected[1]) <= 10 * tolerance
 
 
+@pytest.mark.parametrize('name', ['tied', 'untied'])
+def test_columns_of_the_gradient_come_a_few_at_a_time(name, monkeypatch):
+    monkeypatch.setattr(head, '_pieces', lambda size: size)
+    ours, expected = both(name, 3)
+    assert tiny.gap(ours[0], expected[0]) <= 1e-5 * tiny.largest(expected[0])
+
+
+@pytest.mark.parametrize(
+    ('size', 'pieces'),
+    [(8191, 1), (16_383, 1), (16_384, 2), (131_072, 16), (151_936, 16), (999_983, 1)],
+)
+def test_pieces_are_equal_and_not_small(size, pieces):
+    assert head._pieces(size) == pieces
+
+
 def test_a_frozen_matrix_has_no_gradient():
     ours, expected = both('tied', 3, frozen=True)
     assert not tiny.largest(ours[0][0])
@@ -90,9 +105,10 @@ def test_a_frozen_matrix_has_no_gradient():
 def one_matrix(chunk, frozen=False):
     """The gradient with a model of the output matrix alone, and arrays for it."""
     config = tiny.make_model().config
-    head = Head(config, lambda matrix: matrix, loss_of_logits, chunk, frozen)
-    matrix, hidden = jnp.zeros((16, tiny.VOCAB)), jnp.zeros((*SHAPE, 16))
-    return functools.partial(add_gradient, head), (matrix, hidden, make_part(), matrix)
+    parameter = None if frozen else ('head', 1)
+    whole = Head(config, lambda params: params['head'], loss_of_logits, chunk, parameter)
+    params, hidden = {'head': jnp.zeros((16, tiny.VOCAB))}, jnp.zeros((*SHAPE, 16))
+    return functools.partial(add_gradient, whole), (params, hidden, make_part(), params)
 
 
 @pytest.mark.parametrize(('frozen', 'products'), [(False, 3), (True, 2)])

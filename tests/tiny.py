@@ -85,7 +85,9 @@ def make_rewards(seed=0, groups=4, group_size=3):
 class Bigram:
     """A policy that looks at one token: all that the update asks of a model, compiled fast."""
 
-    config = SimpleNamespace(dtype='float32', lora=Lora(), logit_softcap=0.0)
+    config = SimpleNamespace(
+        dtype='float32', lora=Lora(), logit_softcap=0.0, output_parameter=('head', 1)
+    )
 
     def apply(self, variables, *args, method):
         params = variables['params']

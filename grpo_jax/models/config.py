@@ -199,6 +199,13 @@ class ModelConfig:
         return int(self.head_dim * self.rope_fraction)
 
     @property
+    def output_parameter(self) -> tuple[str, int] | None:
+        """What the output matrix is made of, and its vocabulary axis; None: it is not trained."""
+        if self.lora.rank:
+            return None
+        return ('embedding', 0) if self.tied_head else ('head', 1)
+
+    @property
     def base(self) -> 'ModelConfig':
         """The same decoder without adapters."""
         return dataclasses.replace(self, lora=Lora())
