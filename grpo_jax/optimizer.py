@@ -83,7 +83,7 @@ def updated(
 ) -> tuple[Params, optax.OptState]:
     """Parameters and moments after one update, or as they were where `finite` bool[] is false.
 
-    What is not computed needs no memory: the branch writes over what it was given.
+    In a branch, which writes over what it was given: a choice at the end would need both.
     """
 
     def step(params, moments):
