@@ -1,4 +1,4 @@
-"""Compiled programs: kept in the run's folder for the next start, and counted."""
+"""Compiled programs: kept in the run's folder, counted, and their compiler's memory freed."""
 
 import contextlib
 import ctypes

@@ -30,7 +30,6 @@ class Head(NamedTuple):
     # batch's arrays that they belong to.
     of_logits: Callable[[jax.Array, Batch], tuple[jax.Array, Outputs]]
     chunk: int  # positions of each row
-    parameter: tuple[str, int] | None  # see `ModelConfig.output_parameter`
 
 
 def add_gradient(
@@ -71,8 +70,8 @@ def _one(head: Head, params: Params, total: Params, piece: tuple[jax.Array, Batc
     slope, out = jax.grad(loss, has_aux=True)(_product(rows, matrix))
     slope = slope.astype(c.dtype)
     to_states = _product(slope, matrix.T).astype(states.dtype).reshape(states.shape)
-    if head.parameter is not None:
-        name, axis = head.parameter
+    if c.output_parameter is not None:
+        name, axis = c.output_parameter
         total = total | {name: _add_product(total[name], rows, slope, axis)}
     return total, (out, to_states)
 

@@ -188,7 +188,6 @@ class Program:
             lambda p: models.apply(actor.model, actor.params(p), method='output_matrix'),
             self._of_logits,
             self.algorithm.logprob_chunk,
-            actor.model.config.output_parameter,
         )
         return add_gradient(head, trained, hidden, part.per_token(), total)
 

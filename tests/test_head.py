@@ -1,5 +1,6 @@
 """The head's loss by chunks: equal to the plain one, and computed once."""
 
+import dataclasses
 import functools
 
 import jax
@@ -41,11 +42,10 @@ def loss_of_logits(logits, part):
 
 def make_head(model, chunk, frozen=False):
     return Head(
-        model.config,
+        dataclasses.replace(model.config, lora=models.Lora(rank=int(frozen))),
         lambda params: models.apply(model, params, method='output_matrix'),
         loss_of_logits,
         chunk,
-        None if frozen else model.config.output_parameter,
     )
 
 
@@ -104,9 +104,8 @@ def test_a_frozen_matrix_has_no_gradient():
 
 def one_matrix(chunk, frozen=False):
     """The gradient with a model of the output matrix alone, and arrays for it."""
-    config = tiny.make_model().config
-    parameter = None if frozen else ('head', 1)
-    whole = Head(config, lambda params: params['head'], loss_of_logits, chunk, parameter)
+    config = tiny.make_model(tied_head=False, lora=models.Lora(rank=int(frozen))).config
+    whole = Head(config, lambda params: params['head'], loss_of_logits, chunk)
     params, hidden = {'head': jnp.zeros((16, tiny.VOCAB))}, jnp.zeros((*SHAPE, 16))
     return functools.partial(add_gradient, whole), (params, hidden, make_part(), params)
 
