@@ -20,10 +20,11 @@ from grpo_jax.sample import sample
 from grpo_jax.score import completion_logprobs
 from grpo_jax.types import Objective, Params, Prompts, Rollout, Sampling
 
-# What suits a workload: one width where all completions are equally long, packing where few are;
-# logits that stay in the cache.
-SUITED = dict.fromkeys(('W1', 'W2', 'W4'), ('widths=1', 'logprob_chunk=32')) | {
-    'W3': ('widths=1', 'packed=True', 'microbatch=4', 'rows=2', 'logprob_chunk=64')
+# What suits a workload on CPUs: one width where all completions are equally long, packing where
+# few are; logits that stay in the cache; layers that need not be copied out of a stack.
+_SUITED = ('unroll=True', 'widths=1')
+SUITED = dict.fromkeys(('W1', 'W2', 'W4'), (*_SUITED, 'logprob_chunk=32')) | {
+    'W3': (*_SUITED, 'packed=True', 'microbatch=8', 'rows=2', 'logprob_chunk=64')
 }
 
 

@@ -43,6 +43,7 @@ class Algorithm:
     rows: int = 0  # completions of a microbatch read at a time, longest first; 0: all of them
     packed: bool = False  # `rows` are sequences of T columns that completions are packed into
     widths: int = 4  # numbers of columns that are compiled: T, T / 2, ..., see `microbatch`
+    unroll: bool = False  # layers, see `models.unrolled`: faster on CPUs, longer to compile
     logprob_chunk: int = 128  # completion positions whose logits exist at a time
     entropy: bool = False  # compute the policy's entropy: a metric, and what its bonus needs
     entropy_mask: bool = False  # train only the share `top_entropy` of the tokens
@@ -90,6 +91,11 @@ class Algorithm:
             raise ValueError(
                 f"step='trust_region' with loss={self.loss!r}, inner_updates={self.inner_updates}: "
                 "its line search bounds the step itself, so use loss='surrogate' and one update"
+            )
+        if self.step == 'trust_region' and self.unroll:
+            raise ValueError(
+                "unroll=True with step='trust_region', whose products scan over the layers: use "
+                'unroll=False'
             )
 
     def _check_kl(self) -> None:

@@ -5,6 +5,9 @@ sequences that are filled up with whole completions hold almost none, and there 
 them as the tokens need. A token reads its own completion and its own prompt, by the owners of
 `attention.Piece`. A completion of n tokens takes n columns: the last token of its prompt, from
 which the first one is predicted, and all of its own but the last.
+
+A sequence holds completions of at most two prompts: every token of it is multiplied with all keys
+that are there, so a third prompt would cost more than the columns that stay empty without it.
 """
 
 from typing import Any, NamedTuple
@@ -18,6 +21,7 @@ from grpo_jax.sharding import anchor
 from grpo_jax.types import Batch, Params, Prompts
 
 NOBODY = -1  # owner of the columns that nothing stands in
+UNREAD = -2  # owner of the prompt that a sequence does not read
 
 
 class Packing(NamedTuple):
@@ -38,32 +42,42 @@ class Sequences(NamedTuple):
     positions: jax.Array  # i32[N, T]
     row: jax.Array  # i32[N, T], row of the shard or NOBODY
     group: jax.Array  # i32[N, T], group of the shard or NOBODY
+    read: jax.Array  # i32[shards, sequences, 2], the groups of a sequence; one twice if alone
     prompts: Prompts  # of the whole microbatch
-    shards: int
 
 
 def pack(mask: jax.Array, shards: int, sequences: int) -> Packing:
-    """Puts the completions into sequences, the longest first, each where it first fits.
+    """Puts the completions into sequences, each where it first fits.
 
-    Each shard packs its own.
+    Group by group, the longest of each first, so that a sequence holds few groups. It takes no
+    third one. Each shard packs its own.
 
     Args:
       mask: bool[m, G, T], true up to a row's end.
       shards: the microbatch is spread over.
       sequences: of a bundle, per shard.
     """
-    columns = mask.shape[-1]
-    rows = mask.shape[0] * mask.shape[1] // shards
+    _, group_size, columns = mask.shape
+    rows = mask.shape[0] * group_size // shards
     most = -(-rows // sequences) * sequences
 
     def one(lengths):
-        order = jnp.argsort(-lengths, stable=True)
+        groups = jnp.arange(rows) // group_size
+        order = jnp.lexsort((-lengths, groups))
 
-        def place(filled, row):
-            sequence = jnp.argmax(filled + lengths[row] <= columns)
-            return filled.at[sequence].add(lengths[row]), (sequence, filled[sequence])
+        def place(carry, row):
+            filled, first, last = carry
+            length, group = lengths[row], groups[row]
+            takes = (filled == 0) | (last == group) | (last == first)
+            sequence = jnp.argmax(takes & (filled + length <= columns))
+            start = filled[sequence]
+            filled = filled.at[sequence].add(length)
+            first = first.at[sequence].set(jnp.where(start > 0, first[sequence], group))
+            last = last.at[sequence].set(jnp.where(length > 0, group, last[sequence]))
+            return (filled, first, last), (sequence, start)
 
-        filled, (sequence, start) = jax.lax.scan(place, jnp.zeros(most, jnp.int32), order)
+        empty = jnp.zeros(most, jnp.int32)
+        (filled, *_), (sequence, start) = jax.lax.scan(place, (empty, empty, empty), order)
         t = jnp.arange(columns)
         to = (sequence * columns + start)[:, None] + t
         to = jnp.where(t < lengths[order][:, None], to, most * columns)
@@ -91,16 +105,11 @@ def take(part: Batch, source: jax.Array) -> Sequences:
     row = index // columns
     group = row // group_size
 
-    def from_shares(x, i):
-        """Entries i32[shards, sequences, T] of each share of x [shards * n, ...]."""
-        x = x.reshape(shards, -1, *x.shape[1:])
-        return anchor(jax.vmap(lambda share, i: share[i])(x, i).reshape(-1, columns))
+    def of_columns(x, i):
+        return _from_shares(x, i).reshape(-1, columns)
 
     def of_tokens(x):
-        return from_shares(x.reshape(-1), index)[:, None]
-
-    def of_group(x):
-        return from_shares(x, group)
+        return of_columns(x.reshape(-1), index)[:, None]
 
     nothing: Any = None
     held = part.per_token()
@@ -110,16 +119,18 @@ def take(part: Batch, source: jax.Array) -> Sequences:
     held = held._replace(rollout=held.rollout._replace(mask=here))
     t = (index % columns).reshape(-1, columns)
     last = jnp.take_along_axis(prompts.tokens, prompts.length[:, None] - 1, 1)[:, 0]
-    before = from_shares(rollout.tokens.reshape(-1), jnp.maximum(index - 1, 0))
+    before = of_columns(rollout.tokens.reshape(-1), jnp.maximum(index - 1, 0))
     owner = [jnp.where(here[:, 0], x.reshape(-1, columns), NOBODY) for x in (row, group)]
+    groups = len(rollout.mask) // shards
+    ends = jnp.where(there, group, groups - 1).min(-1), jnp.where(there, group, 0).max(-1)
     return Sequences(
         held,
-        tokens=jnp.where(t > 0, before, of_group(last)),
-        positions=of_group(prompts.length) - 1 + t,
+        tokens=jnp.where(t > 0, before, of_columns(last, group)),
+        positions=of_columns(prompts.length, group) - 1 + t,
         row=owner[0],
         group=owner[1],
+        read=jnp.stack(ends, -1),
         prompts=prompts,
-        shards=shards,
     )
 
 
@@ -132,32 +143,32 @@ def hidden(model: Transformer, params: Params, prompt: KeyValues, some: Sequence
       prompt: [L, m, K, P, h] of the microbatch.
       some: of `take`.
     """
-    groups, width = some.prompts.tokens.shape
-    each = groups // some.shards  # prompts of a shard, one behind the other
-    sequences = len(some.tokens) // some.shards
+    width = some.prompts.tokens.shape[1]
 
-    def spread(x):
-        """[shards, ...] for each sequence: [N, ...]."""
-        return anchor(jnp.repeat(x, sequences, axis=0))
+    def both(x):
+        """[N, K, 2 P, h] of x [m, K, P, h]."""
+        x = _from_shares(x, some.read).swapaxes(-4, -3)
+        return x.reshape(-1, x.shape[-4], 2 * width, x.shape[-1])
 
-    def all_prompts(x):
-        x = x.reshape(len(x), some.shards, each, *x.shape[2:]).swapaxes(2, 3)
-        x = x.reshape(*x.shape[:3], each * width, -1)
-        return jax.vmap(spread)(x)
-
-    columns = jnp.arange(width)
     # The last token of a prompt is read once more in front of each completion.
+    columns = jnp.arange(width)
     positions = jnp.where(columns < some.prompts.length[:, None] - 1, columns, NOWHERE)
-    owner = jnp.repeat(jnp.arange(each), width)
-    owners = (
-        Owner(jnp.broadcast_to(owner, (len(some.tokens), each * width)), some.group),
-        Owner(some.row, some.row),
-    )
+    positions = _from_shares(positions, some.read)
+    alone = some.read[..., :1] == some.read[..., 1:]  # whose prompt is there once
+    owner = jnp.concatenate([some.read[..., :1], jnp.where(alone, UNREAD, some.read[..., 1:])], -1)
+    owner = jnp.repeat(owner, width, axis=-1).reshape(-1, 2 * width)
+    owners = (Owner(owner, some.group), Owner(some.row, some.row))
     read = apply(
-        model, params, some.tokens, some.positions, KeyValues(*map(all_prompts, prompt)),
-        spread(positions.reshape(some.shards, -1)), owners, method='extend_packed',
+        model, params, some.tokens, some.positions, KeyValues(*map(jax.vmap(both), prompt)),
+        positions.reshape(-1, 2 * width), owners, method='extend_packed',
     )  # fmt: skip
     return read[:, None]
+
+
+def _from_shares(x: jax.Array, index: jax.Array) -> jax.Array:
+    """[shards, ...] entries of each share of x [shards * n, ...], which is i32[shards, ...]."""
+    shares = x.reshape(len(index), -1, *x.shape[1:])
+    return anchor(jax.vmap(lambda share, i: share[i])(shares, index))
 
 
 def put_back(whole: jax.Array, new: jax.Array, source: jax.Array) -> jax.Array:

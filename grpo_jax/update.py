@@ -173,19 +173,30 @@ def update(
         raise ValueError(f'ref_params=None with loss={a.loss!r}: give the parameters of its policy')
     sharding.check_batch(size, a.microbatch, mesh)
     check_group_options(group_size, baseline=a.baseline, scale=a.scale)
-    actor = Actor(model, ref_params, sampling, objective, a.logprob_chunk)
+    laid = models.unstacked if a.unroll else lambda params: params
+    if a.unroll:
+        model = model.clone(unrolled=True)
+        critic = critic and critic._replace(model=critic.model.clone(unrolled=True))
+    actor = Actor(model, laid(ref_params), sampling, objective, a.logprob_chunk)
     check_rows(a.rows, a.microbatch * group_size, mesh)
     microbatches = Microbatches(a.microbatch, mesh, a.rows, a.widths, a.packed)
     bound = Program(actor, a, optimizer, critic, microbatches)
 
+    def computed(state):
+        return state._replace(params=laid(state.params), value_params=laid(state.value_params))
+
     def inner(state, _):
-        gradient, terms = bound.gradient(state, batch)
+        gradient, terms = bound.gradient(computed(state), batch)
+        if a.unroll:
+            gradient = tuple(map(models.stacked, gradient))
         state, applied = bound.apply(state, gradient, batch)
         return state, terms | applied
 
     with sharding.use(mesh):
         metrics = rollout_metrics(rollout, rewards)
-        batch = make_batch(a, actor, critic, state, reference, rollout, rewards, microbatches)
+        batch = make_batch(
+            a, actor, critic, computed(state), laid(reference), rollout, rewards, microbatches
+        )
         state, terms = jax.lax.scan(inner, state, length=a.inner_updates)
     if state.reference is not None:
         decay = jnp.asarray(objective.reference_decay)

@@ -1,4 +1,4 @@
-"""Packed completions: each token once, rows whole, and only as many sequences as they need."""
+"""Packed completions: each token once, rows whole, two prompts at most, and few sequences."""
 
 import functools
 
@@ -25,13 +25,19 @@ def masks(lengths):
     return np.arange(COLUMNS) < np.asarray(lengths)[..., None]
 
 
-def first_fit(lengths):
-    """Places (sequence, start) of rows, the longest first."""
-    filled, places = [0] * len(lengths), {}
-    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
-        fits = next(i for i, n in enumerate(filled) if n + lengths[row] <= COLUMNS)
+def first_fit(lengths, group_size):
+    """Places (sequence, start) of rows: group by group, the longest first, two groups at most."""
+    filled, held, places = [0] * len(lengths), [set() for _ in lengths], {}
+    for row in sorted(range(len(lengths)), key=lambda row: (row // group_size, -lengths[row])):
+        group = row // group_size
+        fits = next(
+            i
+            for i, n in enumerate(filled)
+            if n + lengths[row] <= COLUMNS and len(held[i] | {group}) <= 2
+        )
         places[row] = fits, filled[fits]
         filled[fits] += lengths[row]
+        held[fits] |= {group} if lengths[row] else set()
     return places, sum(n > 0 for n in filled)
 
 
@@ -52,7 +58,7 @@ def test_rows_lie_where_they_first_fit(lengths, cut):
     for shard in range(shards):
         expected = np.full(source[shard].shape, rows * COLUMNS)
         here = lengths[shard * rows : (shard + 1) * rows]
-        places, used = first_fit(here)
+        places, used = first_fit(here, 3)
         for row, (sequence, start) in places.items():
             tokens = row * COLUMNS + np.arange(here[row])
             expected[sequence, start : start + here[row]] = tokens
@@ -80,6 +86,7 @@ def test_what_a_sequence_holds():
     np.testing.assert_array_equal(some.positions[0], expected)
     np.testing.assert_array_equal(some.row, [[3] * 5 + [0] * 2, [1] * 6 + [packing.NOBODY]])
     np.testing.assert_array_equal(some.group, [[1] * 5 + [0] * 2, [0] * 6 + [packing.NOBODY]])
+    np.testing.assert_array_equal(some.read, [[[0, 1], [0, 0]]])
     np.testing.assert_array_equal(some.part.rollout.tokens[0, 0, :5], tokens[1, 1, :5])
     np.testing.assert_array_equal(some.part.weights[0, 0], [21, 22, 23, 24, 25, 0, 1])
     np.testing.assert_array_equal(some.part.rollout.mask[1, 0], [True] * 6 + [False])

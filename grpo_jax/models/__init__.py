@@ -15,6 +15,7 @@ from grpo_jax.models.transformer import (
     read_hidden,
     scalar_params,
 )
+from grpo_jax.models.unrolled import stacked, unstacked
 
 __all__ = [
     'KeyValues',
@@ -34,5 +35,7 @@ __all__ = [
     'read_hidden',
     'scalar_params',
     'split',
+    'stacked',
+    'unstacked',
     'with_scalar_head',
 ]

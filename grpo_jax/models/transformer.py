@@ -3,7 +3,7 @@
 RMSNorm, rotary positions, grouped-query attention and a gated MLP or experts; what distinguishes
 the families (Llama, Qwen, Gemma, ...) are the options of `ModelConfig`. Arrays lead with the B axis
 of groups. Parameters are a plain nested dict, the layers stacked along a leading L axis and run by
-one scan, so compile time does not grow with depth.
+one scan, so compile time does not grow with depth; or, see `unrolled`, each layer by itself.
 """
 
 import math
@@ -109,19 +109,23 @@ class Transformer(nn.Module):
     """The decoder; call its entries through `apply`."""
 
     config: ModelConfig
+    unrolled: bool = False  # parameters are those of `unrolled.unstacked`
 
     def setup(self) -> None:
         c = self.config
         init = nn.initializers.normal(c.width**-0.5)
         self.embedding = self.param('embedding', init, (c.vocab_size, c.width), c.param_dtype)
         block = nn.remat(Block, prevent_cse=False) if c.remat else Block
-        self.blocks = nn.scan(
-            block,
-            variable_axes={'params': 0},
-            split_rngs={'params': True},
-            in_axes=(0, 0, nn.broadcast),
-            length=c.layers,
-        )(c)
+        if self.unrolled:
+            self.layers = [block(c) for _ in range(c.layers)]
+        else:
+            self.blocks = nn.scan(
+                block,
+                variable_axes={'params': 0},
+                split_rngs={'params': True},
+                in_axes=(0, 0, nn.broadcast),
+                length=c.layers,
+            )(c)
         self.final_norm = RMSNorm(c)
         if c.scalar_head:
             self.score = self.param('score', nn.initializers.zeros, (c.width, 1), c.param_dtype)
@@ -249,8 +253,20 @@ class Transformer(nn.Module):
             x = x * jnp.asarray(math.sqrt(c.width), x.dtype)
         cos, sin = _rotations(c, positions, seen)
         where = _Where(positions, past_positions, owners, cos, sin)
-        x, own = self.blocks(anchor(x), past, _layers(c), where)
+        x, own = self._through(anchor(x), past, where)
         return self.final_norm(x), own
+
+    def _through(self, x, past, where):
+        """What all layers make of x [B, G, S, D], and its tokens' keys and values [L, ...]."""
+        layers = _layers(self.config)
+        if not self.unrolled:
+            return self.blocks(x, past, layers, where)
+        own = []
+        for i, block in enumerate(self.layers):
+            before, layer = jax.tree.map(lambda a, i=i: a[i], (past, layers))
+            x, new = block(x, before, layer, where)
+            own.append(new)
+        return x, jax.tree.map(lambda *a: jnp.stack(a), *own)
 
 
 def _rotations(c: ModelConfig, positions: jax.Array, seen: jax.Array):
