@@ -8,11 +8,11 @@ import optax
 import pytest
 import tiny
 
-from grpo_jax import models
+from grpo_jax import models, sharding
 from grpo_jax.algorithm import Algorithm
 from grpo_jax.models import Lora
 from grpo_jax.types import Objective, Sampling
-from grpo_jax.update import Critic, init_state, update
+from grpo_jax.update import Critic, init_state, make_step, update
 
 CASES = {
     'plain': ({}, {}),
@@ -73,6 +73,25 @@ def test_an_update_is_the_same(name, rollout, rewards):
     assert tiny.gap(states[1], states[0]) < 1e-5
     for key, value in metrics[0].items():
         np.testing.assert_allclose(metrics[1][key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+
+
+def test_an_update_on_a_mesh(model, params, rollout, rewards):
+    """The new state lies as that of a scan does."""
+    mesh = sharding.make_mesh(fsdp=2, tensor=2)
+    optimizer, states = optax.sgd(0.1), []
+    for where, unroll in ((None, False), (mesh, True)):
+        step = make_step(model, optimizer, Algorithm(microbatch=2, unroll=unroll), where)
+        start = init_state(model, optimizer, params, where)
+        given = (params, rollout, rewards)
+        if where is not None:
+            lying = jax.device_put(params, sharding.shardings(params, mesh))
+            given = (lying, *sharding.put_groups((rollout, rewards), mesh))
+        states.append(step(start, *given, Sampling(), Objective(beta=0.3))[0])
+    assert tiny.gap(states[0].params, params) > 1e-5
+    assert tiny.gap(states[1], states[0]) < 1e-5
+    expected = sharding.shardings(states[1].params, mesh)
+    found = jax.tree.map(lambda x: x.sharding, states[1].params)
+    assert jax.tree.leaves(found) == jax.tree.leaves(expected)
 
 
 def test_a_trust_region_scans():

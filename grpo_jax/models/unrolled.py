@@ -14,8 +14,8 @@ _LAYER = 'layers_'  # as flax names the entries of `Transformer.layers`
 
 def unstacked(params: Params) -> Params:
     """Parameters with an entry for each layer in the place of 'blocks' [L, ...]; None stays."""
-    if params is None or 'blocks' not in params:
-        return params
+    if params is None:
+        return None
     apart = {name: value for name, value in params.items() if name != 'blocks'}
     for i in range(len(jax.tree.leaves(params['blocks'])[0])):
         apart[f'{_LAYER}{i}'] = jax.tree.map(lambda x, i=i: x[i], params['blocks'])
@@ -23,11 +23,9 @@ def unstacked(params: Params) -> Params:
 
 
 def stacked(params: Params) -> Params:
-    """What `unstacked` was given."""
+    """What `unstacked` was given; None stays."""
     if params is None:
         return None
     together = {name: value for name, value in params.items() if not name.startswith(_LAYER)}
     layers = [params[f'{_LAYER}{i}'] for i in range(len(params) - len(together))]
-    if layers:
-        together['blocks'] = jax.tree.map(lambda *x: jnp.stack(x), *layers)
-    return together
+    return together | {'blocks': jax.tree.map(lambda *x: jnp.stack(x), *layers)}
