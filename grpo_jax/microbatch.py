@@ -8,6 +8,7 @@ sequences behind each other, see `packing`.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,9 +21,8 @@ from grpo_jax.types import Batch, Params, Prompts
 
 NARROWEST = 32  # columns from which on a halving is not worth its compilation
 
-Start = tuple[models.KeyValues, jax.Array]  # what `prefill` gives
-# States [b, g, w, D] that predict a bundle's tokens, from what prefill gave for its microbatch.
-Hidden = Callable[[models.Transformer, Params, Start], jax.Array]
+# States [b, g, w, D] that predict a bundle's tokens, from its microbatch's prompts [L, m, K, P, h].
+Hidden = Callable[[models.Transformer, Params, models.KeyValues], jax.Array]
 Outputs = dict[str, jax.Array]
 # Outputs [b, g, w] from all parameters, hidden states and the part of a batch that they belong to,
 # its columns cut to w as well.
@@ -76,10 +76,10 @@ class Microbatches:
         params = reader.params(params)
 
         def microbatch(part: Batch):
-            start = _prefill(reader.model, params, part)
+            prompts = _prompts(reader.model, params, part)
 
             def read(total, some: Batch, hidden: Hidden):
-                return total, scorer(params, hidden(reader.model, params, start), some)
+                return total, scorer(params, hidden(reader.model, params, prompts), some)
 
             return self._in_bundles(read, part, total=())[1]
 
@@ -95,19 +95,23 @@ class Microbatches:
         """
 
         def add(total, part: Batch):
-            start, pull = jax.vjp(lambda p: _prefill(reader.model, reader.params(p), part), params)
+            prompts, pull = jax.vjp(
+                lambda p: _prompts(reader.model, reader.params(p), part), params
+            )
 
             def read(total, some: Batch, hidden: Hidden):
                 states, back = jax.vjp(
-                    lambda p, start: hidden(reader.model, reader.params(p), start), params, start
+                    lambda p, prompts: hidden(reader.model, reader.params(p), prompts),
+                    params,
+                    prompts,
                 )
                 total, through = total
                 total, slope, out = learner(params, states, some, total)
                 return plus((total, through), back(slope)), out
 
-            (total, through), out = self._in_bundles(read, part, (total, zeros(start)))
-            (prompts,) = pull(jax.tree.map(lambda x, y: x.astype(y.dtype), through, start))
-            return plus(total, prompts), out
+            (total, through), out = self._in_bundles(read, part, (total, zeros(prompts)))
+            (found,) = pull(jax.tree.map(lambda x, y: x.astype(y.dtype), through, prompts))
+            return plus(total, found), out
 
         total, out = jax.lax.scan(add, zeros(params), self.cut(batch))
         return jax.tree.map(lambda x, y: x.astype(y.dtype), total, params), _joined(out)
@@ -123,7 +127,7 @@ class Microbatches:
           total: what to begin with.
         """
         if not self.rows:
-            return self._read(read, total, part, lambda start: start)
+            return self._read(read, total, part, lambda prompts: prompts)
         shards = 1 if self.mesh is None else self.mesh.shape['fsdp']
         if self.packed:
             return self._in_sequences(read, part, total, shards)
@@ -133,20 +137,22 @@ class Microbatches:
         def bundle(total, index):
             groups = index // mask.shape[1]
             some = _take_rows(part, index, groups)
-            return self._read(read, total, some, lambda start: _take_prompts(start, groups))
+            return self._read(read, total, some, lambda prompts: _take_prompts(prompts, groups))
 
         total, out = jax.lax.scan(bundle, total, order)
         return total, jax.tree.map(lambda x: _put_back(x, order, mask.shape), out)
 
-    def _read(self, read, total, some: Batch, take: Callable[[Start], Start]):
-        """What `read` makes of the total for rows whose prompts `take` picks."""
+    def _read(self, read, total, some: Batch, take):
+        """What `read` makes of the total for rows whose prompts' keys and values `take` picks."""
 
         def within(total, cut: Batch):
             rollout = cut.rollout
 
-            def hidden(model, params, start):
+            def hidden(model, params, prompts):
+                length = rollout.prompts.length
+                last = models.last_tokens(rollout.prompts.tokens, length)
                 return models.continuation_hidden(
-                    model, params, take(start), rollout.prompts.length, rollout.tokens
+                    model, params, take(prompts), last, length, rollout.tokens
                 )
 
             return read(total, cut, hidden)
@@ -154,28 +160,31 @@ class Microbatches:
         return _in_width(within, total, some, self.widths)
 
     def _in_sequences(self, read, part: Batch, total: Any, shards: int):
-        """`_in_bundles` of packed completions: as many bundles as their tokens fill."""
+        """`_in_bundles` of packed completions: full bundles, and one by one what is left then."""
         mask = part.rollout.mask
-        packed = packing.pack(mask, shards, self.rows // shards)
+        packed, size = packing.pack(mask, shards), self.rows // shards
 
         def bundle(total, source):
             some = packing.take(part, source)
 
-            def hidden(model, params, start):
-                return packing.hidden(model, params, start[0], some)
+            def hidden(model, params, prompts):
+                return packing.hidden(model, params, prompts, some)
 
             return read(total, some.part, hidden)
 
-        _, shapes = jax.eval_shape(bundle, total, packed.source[0])
-        empty = jax.tree.map(lambda x: jnp.zeros(mask.shape, x.dtype), shapes)
-
-        def add(i, carry):
+        def add(count, i, carry):
             total, out = carry
-            source = packed.source[i]
+            source = jax.lax.dynamic_slice_in_dim(packed.source, i * count, count, axis=1)
             total, new = bundle(total, source)
             return total, jax.tree.map(lambda x, y: packing.put_back(x, y, source), out, new)
 
-        return jax.lax.fori_loop(0, packed.used, add, (total, empty))
+        _, shapes = jax.eval_shape(bundle, total, packed.source[:, :size])
+        empty = jax.tree.map(lambda x: jnp.zeros(mask.shape, x.dtype), shapes)
+        full = packed.used // size
+        found = jax.lax.fori_loop(0, full, functools.partial(add, size), (total, empty))
+        if size == 1:
+            return found
+        return jax.lax.fori_loop(full * size, packed.used, functools.partial(add, 1), found)
 
 
 def zeros(like: Any) -> Any:
@@ -205,9 +214,10 @@ def check_rows(rows: int, total: int, mesh: Mesh | None = None) -> None:
         )
 
 
-def _prefill(model: models.Transformer, params: Params, part: Batch) -> Start:
+def _prompts(model: models.Transformer, params: Params, part: Batch) -> models.KeyValues:
+    """Keys and values [L, m, K, P, h]."""
     prompts = part.rollout.prompts
-    return models.apply(model, params, prompts.tokens, prompts.length, method='prefill')
+    return models.apply(model, params, prompts.tokens, prompts.length, method='prefill')[0]
 
 
 def widths_of(longest: int, count: int) -> tuple[int, ...]:
@@ -281,10 +291,8 @@ def _together(rows: Batch, prompts: Prompts) -> Batch:
     return rows._replace(rollout=rows.rollout._replace(prompts=prompts))
 
 
-def _take_prompts(start: Start, groups: jax.Array) -> Start:
-    keys_values, last = start
-    taken = jax.tree.map(lambda x: _take(x.swapaxes(0, 1), groups).swapaxes(0, 1), keys_values)
-    return taken, _take(last, groups)
+def _take_prompts(prompts: models.KeyValues, groups: jax.Array) -> models.KeyValues:
+    return jax.tree.map(lambda x: _take(x.swapaxes(0, 1), groups).swapaxes(0, 1), prompts)
 
 
 def _put_back(x: jax.Array, order: jax.Array, shape: tuple[int, ...]) -> jax.Array:

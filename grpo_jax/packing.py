@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.models import KeyValues, Owner, Transformer, apply
+from grpo_jax.models import KeyValues, Owner, Transformer, apply, last_tokens
 from grpo_jax.models.attention import NOWHERE
 from grpo_jax.sharding import anchor
 from grpo_jax.types import Batch, Params, Prompts
@@ -30,12 +30,12 @@ class Packing(NamedTuple):
     Tokens of a shard are numbered row by row, all T columns of each.
     """
 
-    source: jax.Array  # i32[bundles, shards, sequences, T]
-    used: jax.Array  # i32[], bundles that hold any token
+    source: jax.Array  # i32[shards, sequences, T]
+    used: jax.Array  # i32[], how many sequences hold any token on some shard
 
 
 class Sequences(NamedTuple):
-    """One bundle of sequences, N over all shards."""
+    """N of them over all shards."""
 
     part: Batch  # arrays [N, 1, T]; without prompts and what belongs to whole rows
     tokens: jax.Array  # i32[N, T], what is read
@@ -46,7 +46,7 @@ class Sequences(NamedTuple):
     prompts: Prompts  # of the whole microbatch
 
 
-def pack(mask: jax.Array, shards: int, sequences: int) -> Packing:
+def pack(mask: jax.Array, shards: int) -> Packing:
     """Puts the completions into sequences, each where it first fits.
 
     Group by group, the longest of each first, so that a sequence holds few groups. It takes no
@@ -55,11 +55,9 @@ def pack(mask: jax.Array, shards: int, sequences: int) -> Packing:
     Args:
       mask: bool[m, G, T], true up to a row's end.
       shards: the microbatch is spread over.
-      sequences: of a bundle, per shard.
     """
     _, group_size, columns = mask.shape
     rows = mask.shape[0] * group_size // shards
-    most = -(-rows // sequences) * sequences
 
     def one(lengths):
         groups = jnp.arange(rows) // group_size
@@ -76,25 +74,25 @@ def pack(mask: jax.Array, shards: int, sequences: int) -> Packing:
             last = last.at[sequence].set(jnp.where(length > 0, group, last[sequence]))
             return (filled, first, last), (sequence, start)
 
-        empty = jnp.zeros(most, jnp.int32)
+        empty = jnp.zeros(rows, jnp.int32)
         (filled, *_), (sequence, start) = jax.lax.scan(place, (empty, empty, empty), order)
         t = jnp.arange(columns)
         to = (sequence * columns + start)[:, None] + t
-        to = jnp.where(t < lengths[order][:, None], to, most * columns)
-        source = jnp.full(most * columns, rows * columns)
+        to = jnp.where(t < lengths[order][:, None], to, rows * columns)
+        source = jnp.full(rows * columns, rows * columns)
         source = source.at[to].set(order[:, None] * columns + t, mode='drop')
-        return source.reshape(-1, sequences, columns), (filled > 0).sum()
+        return source.reshape(rows, columns), (filled > 0).sum()
 
     source, used = jax.vmap(one)(mask.sum(-1).reshape(shards, rows))
-    return Packing(source.swapaxes(0, 1), -(-used.max() // sequences))
+    return Packing(source, used.max())
 
 
 def take(part: Batch, source: jax.Array) -> Sequences:
-    """What the sequences of one bundle hold.
+    """What some sequences hold.
 
     Args:
       part: a microbatch.
-      source: i32[shards, sequences, T], see `Packing`.
+      source: i32[shards, some, T] of `Packing`.
     """
     rollout = part.rollout
     prompts, (_, group_size, columns) = rollout.prompts, rollout.mask.shape
@@ -118,7 +116,7 @@ def take(part: Batch, source: jax.Array) -> Sequences:
     here = anchor(there.reshape(-1, 1, columns))
     held = held._replace(rollout=held.rollout._replace(mask=here))
     t = (index % columns).reshape(-1, columns)
-    last = jnp.take_along_axis(prompts.tokens, prompts.length[:, None] - 1, 1)[:, 0]
+    last = last_tokens(prompts.tokens, prompts.length)
     before = of_columns(rollout.tokens.reshape(-1), jnp.maximum(index - 1, 0))
     owner = [jnp.where(here[:, 0], x.reshape(-1, columns), NOBODY) for x in (row, group)]
     groups = len(rollout.mask) // shards
@@ -150,7 +148,7 @@ def hidden(model: Transformer, params: Params, prompt: KeyValues, some: Sequence
         x = _from_shares(x, some.read).swapaxes(-4, -3)
         return x.reshape(-1, x.shape[-4], 2 * width, x.shape[-1])
 
-    # The last token of a prompt is read once more in front of each completion.
+    # The last token of a prompt is read in front of each completion, see `continuation_hidden`.
     columns = jnp.arange(width)
     positions = jnp.where(columns < some.prompts.length[:, None] - 1, columns, NOWHERE)
     positions = _from_shares(positions, some.read)

@@ -314,11 +314,10 @@ def test_the_platform_chooses(device, options, expected, monkeypatch):
     assert flash.choose(config) == expected
 
 
-@pytest.mark.parametrize('tokens', [0, 1])
-def test_no_kernel_for_less_than_two_tokens(tokens, monkeypatch):
+def test_no_kernel_for_a_single_token(monkeypatch):
     """They begin to pay with many, and decoding has one and another piece of keys."""
     monkeypatch.setitem(flash.KERNELS, 'splash', None)
-    arrays, _ = make_arrays(length=tokens)
+    arrays, _ = make_arrays(length=1)
     run = functools.partial(attend, configure('splash'))
     assert jax.eval_shape(run, arrays, jnp.array([6, 1])).shape == arrays[0].shape
 

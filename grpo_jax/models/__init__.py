@@ -12,6 +12,7 @@ from grpo_jax.models.transformer import (
     completion_hidden,
     continuation_hidden,
     init,
+    last_tokens,
     read_hidden,
     scalar_params,
 )
@@ -30,6 +31,7 @@ __all__ = [
     'continuation_hidden',
     'init',
     'join',
+    'last_tokens',
     'merge',
     'quantized',
     'read_hidden',

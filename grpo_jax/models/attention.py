@@ -62,37 +62,30 @@ def attend(
     # [G, K, S, R, h]: the R query heads that read one key/value head become rows of its product.
     q = q.reshape(rows, length, kv_heads, heads // kv_heads, width).transpose(0, 2, 1, 3, 4)
     q = q * jnp.asarray(scale, q.dtype)
-    form = _recomputed if recompute else _softmax
-    parts = [
-        form(softcap, q[:, :, stripe], *_read_by(stripe, pieces, positions, window))[0]
-        for stripe in _stripes(length)
-    ]
-    out = jnp.concatenate(parts, axis=2) if len(parts) > 1 else parts[0]
+    form = _recomputed if recompute else _in_stripes
+    keys_values = tuple((piece.k, piece.v) for piece in pieces)
+    visible = tuple(_read_by(stripe, pieces, positions, window) for stripe in _stripes(length))
+    # Compilers for CPUs would compare positions anew for every score.
+    out, _ = form(softcap, q, keys_values, jax.lax.optimization_barrier(visible))
     return out.astype(q.dtype).transpose(0, 2, 1, 3, 4).reshape(rows, length, heads, width)
 
 
 def _stripes(length: int) -> list[slice]:
     """Parts of the queries, none of which is computed with keys that stand behind all of it."""
     size = max(STRIPE, -(-length // STRIPES))
-    length = max(length, 1)  # the products of no queries have a shape too
     return [slice(i, min(i + size, length)) for i in range(0, length, size)]
 
 
 def _read_by(stripe: slice, pieces: Sequence[Piece], positions: jax.Array, window):
-    """Keys and values (k, v) that a stripe may see, and which of them each query does, bool[S, N].
+    """Which keys each query of a stripe reads: bool[S, N] for each piece, of its first N keys.
 
     Where the last piece are the queries' own tokens, none of these that stands after the stripe.
     """
     *past, own = pieces
     if len(own.positions) == len(positions):
         owner = None if own.owner is None else own.owner[: stripe.stop]
-        k, v = (x[..., : stripe.stop, :] for x in (own.k, own.v))
-        own = Piece(k, v, own.positions[: stripe.stop], owner, own.read_by)
-    seen = (*past, own)
-    visible = tuple(_visible(piece, positions, window, stripe) for piece in seen)
-    # Compilers for CPUs would compare positions anew for every score.
-    visible = jax.lax.optimization_barrier(visible)
-    return tuple((piece.k, piece.v) for piece in seen), visible
+        own = own._replace(positions=own.positions[: stripe.stop], owner=owner)
+    return tuple(_visible(piece, positions, window, stripe) for piece in (*past, own))
 
 
 def _visible(piece: Piece, positions: jax.Array, window, stripe: slice) -> jax.Array:
@@ -108,11 +101,36 @@ def _visible(piece: Piece, positions: jax.Array, window, stripe: slice) -> jax.A
 
 
 # Below, a piece's keys and values are [G, K, N, h] or shared, [K, N, h], and its scores
-# f32[G, K, S, R, N] or [K, G, S, R, N]: the natural order of its product.
+# f32[G, K, S, R, N] or [K, G, S, R, N]: the natural order of its product. Each stripe has a mask
+# `visible` for every piece, of as many keys as it reads.
+
+
+def _in_stripes(softcap: float, q, keys_values, visible) -> tuple[jax.Array, jax.Array]:
+    """What queries [G, K, S, R, h] read, f32, and the logarithms [G, K, S, R] of their sums."""
+    found = [_softmax(softcap, *stripe) for stripe in _cut(q, keys_values, visible)]
+    out, log_sum = zip(*found, strict=True)
+    return _joined(out), _joined(log_sum)
+
+
+def _cut(q, keys_values, visible):
+    """(queries, keys and values that they read, masks) of each stripe."""
+    start = 0
+    for masks in visible:
+        stop = start + len(masks[0])
+        read = [
+            (k[..., : seen.shape[1], :], v[..., : seen.shape[1], :])
+            for (k, v), seen in zip(keys_values, masks, strict=True)
+        ]
+        yield q[:, :, start:stop], read, masks
+        start = stop
+
+
+def _joined(stripes: Sequence[jax.Array]) -> jax.Array:
+    return jnp.concatenate(stripes, axis=2) if len(stripes) > 1 else stripes[0]
 
 
 def _softmax(softcap: float, q, keys_values, visible) -> tuple[jax.Array, jax.Array]:
-    """What queries [G, K, S, R, h] read, f32, and the logarithms [G, K, S, R] of their sums."""
+    """`_in_stripes` for one of them."""
     scores = [
         jnp.where(seen[:, None, :], _cap(_scores(q, k), softcap), _MASKED)
         for (k, _), seen in zip(keys_values, visible, strict=True)
@@ -132,20 +150,38 @@ def _softmax(softcap: float, q, keys_values, visible) -> tuple[jax.Array, jax.Ar
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _recomputed(softcap: float, q, keys_values, visible):
-    return _softmax(softcap, q, keys_values, visible)
+    return _in_stripes(softcap, q, keys_values, visible)
 
 
 def _forward(softcap: float, q, keys_values, visible):
-    out, log_sum = _softmax(softcap, q, keys_values, visible)
+    out, log_sum = _in_stripes(softcap, q, keys_values, visible)
     return (out, log_sum), (q, keys_values, visible, out, log_sum)
 
 
 def _backward(softcap: float, kept, cotangents):
-    """Products keep the scores' axes in their place, whose reordering costs more than they do."""
     q, keys_values, visible, out, log_sum = kept
     slope, _ = cotangents  # nothing reads the logarithms
     mean = jnp.einsum('gksrh,gksrh->gksr', slope, out)
-    to_q, to_keys_values = jnp.zeros_like(out), []
+    to_q, to_keys_values, start = [], None, 0
+    for some_q, read, masks in _cut(q, keys_values, visible):
+        stripe = slice(start, start := start + some_q.shape[2])
+        of_rows = (x[:, :, stripe] for x in (log_sum, slope, mean))
+        found, changes = _slopes(softcap, some_q, read, masks, *of_rows)
+        to_q.append(found)
+        to_keys_values = _plus(to_keys_values, changes)
+
+    def like(new, old):
+        return new.astype(old.dtype)
+
+    return like(_joined(to_q), q), jax.tree.map(like, tuple(to_keys_values), keys_values), None
+
+
+def _slopes(softcap: float, q, keys_values, visible, log_sum, slope, mean):
+    """The loss's slopes by a stripe's queries and by what it reads, f32.
+
+    Products keep the scores' axes in their place, whose reordering costs more than they do.
+    """
+    to_q, to_keys_values = jnp.zeros(q.shape, jnp.float32), []
     for (k, v), seen in zip(keys_values, visible, strict=True):
         shared = _shared(k)
         plain = _scores(q, k)
@@ -158,7 +194,19 @@ def _backward(softcap: float, kept, cotangents):
             change = change * (1 - jnp.square(capped / softcap))
         to_q += _read(change, k)
         to_keys_values.append((_columns(q, change, k), _columns(slope, weights, v)))
-    return to_q.astype(q.dtype), tuple(to_keys_values), None
+    return to_q, to_keys_values
+
+
+def _plus(total, new):
+    """Sums of arrays [..., N, h]; a later stripe may read more columns than those before it."""
+
+    def add(x, y):
+        columns = x.shape[-2]
+        if columns == y.shape[-2]:
+            return x + y
+        return jnp.concatenate([x + y[..., :columns, :], y[..., columns:, :]], axis=-2)
+
+    return new if total is None else jax.tree.map(add, total, new)
 
 
 _recomputed.defvjp(_forward, _backward)
@@ -186,11 +234,11 @@ def _read(weights: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _columns(rows: jax.Array, weights: jax.Array, like: jax.Array) -> jax.Array:
-    """Sums of rows [G, K, S, R, h] by the weights of each key, in its shape and dtype."""
+    """Sums f32 of rows [G, K, S, R, h] by the weights of each key, in the shape of `like`."""
     product = 'gksrh,kgsrn->khn' if _shared(like) else 'gksrh,gksrn->gkhn'
     rows, weights = rows.astype(like.dtype), weights.astype(like.dtype)
     out = jnp.einsum(product, rows, weights, preferred_element_type=jnp.float32)
-    return jax.lax.optimization_barrier(out).swapaxes(-1, -2).astype(like.dtype)
+    return jax.lax.optimization_barrier(out).swapaxes(-1, -2)
 
 
 def _row_major(x: jax.Array, shared: bool) -> jax.Array:

@@ -343,22 +343,41 @@ def completion_hidden(
       [B, G, T, D]; the state at t predicts tokens[:, :, t]. Gradients flow through the prompt, once
       per group.
     """
-    start = apply(model, params, prompt, length, method='prefill')
-    return continuation_hidden(model, params, start, length, tokens)
+    keys_values, _ = apply(model, params, prompt, length, method='prefill')
+    last = last_tokens(prompt, length)
+    return continuation_hidden(model, params, keys_values, last, length, tokens)
+
+
+def last_tokens(prompt: jax.Array, length: jax.Array) -> jax.Array:
+    """i32[B], the last real token of each prompt [B, P]."""
+    return jnp.take_along_axis(prompt, length[:, None] - 1, axis=1)[:, 0]
 
 
 def continuation_hidden(
     model: Transformer,
     params: Params,
-    start: tuple[KeyValues, jax.Array],
+    prompt: KeyValues,
+    last: jax.Array,
     length: jax.Array,
     tokens: jax.Array,
 ) -> jax.Array:
-    """`completion_hidden` after prompts that were read already; `start` is what `prefill` gave."""
-    keys_values, last = start
-    hidden = apply(model, params, tokens[..., :-1], keys_values, length, method='extend')
-    first = jnp.broadcast_to(last[:, None, None], (*tokens.shape[:2], 1, last.shape[-1]))
-    return jnp.concatenate([first, hidden], axis=2)
+    """`completion_hidden` after prompts that were read already.
+
+    The last token of a prompt is read once more in front of each completion. So T columns are read
+    and not T - 1, and what prompts make of themselves in the last layer, beyond its keys and
+    values, is read by nobody: compilers leave it out where layers are unrolled.
+
+    Args:
+      model: the decoder.
+      params: its parameters.
+      prompt: [L, B, K, P, h] from `prefill`.
+      last: i32[B] from `last_tokens`.
+      length: i32[B], real prompt tokens.
+      tokens: i32[B, G, T].
+    """
+    first = jnp.broadcast_to(last[:, None, None], (*tokens.shape[:2], 1))
+    read = jnp.concatenate([first, tokens[..., :-1]], axis=2)
+    return apply(model, params, read, prompt, length - 1, method='extend')
 
 
 def read_hidden(
