@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from grpo_jax.types import Array, Sampling
 
 _BLOCK = 64  # tokens per block of the two-level inverse distribution function
-_PIECES = 8  # most pieces that positions are filtered in
+_PIECES = 32  # most pieces that positions are filtered in
 
 
 def check_sampling(sampling: Sampling) -> None:
@@ -91,13 +91,15 @@ def _in_pieces(function: Callable[[jax.Array], jax.Array], logits: jax.Array) ->
     Where there are positions: the first axis is spread over devices, and a cut would move it.
     """
     *lead, size = logits.shape
-    pieces = math.gcd(lead[-1], _PIECES) if len(lead) > 1 else 1
-    cut = logits.reshape(*lead[:-1], pieces, -1, size)
+    pieces = math.gcd(math.prod(lead[1:]), _PIECES)
+    if pieces == 1:
+        return function(logits)
+    cut = logits.reshape(lead[0], pieces, -1, size)
     found = jax.lax.map(
-        lambda i: function(jax.lax.dynamic_index_in_dim(cut, i, -3, keepdims=False)),
+        lambda i: function(jax.lax.dynamic_index_in_dim(cut, i, axis=1, keepdims=False)),
         jnp.arange(pieces),
     )
-    return jnp.moveaxis(found, 0, -2).reshape(lead)
+    return found.swapaxes(0, 1).reshape(lead)
 
 
 def _ranked(logits: jax.Array, scale: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:

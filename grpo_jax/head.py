@@ -18,7 +18,8 @@ from grpo_jax.microbatch import Outputs
 from grpo_jax.score import cut_columns, join_columns
 from grpo_jax.types import Batch, Params
 
-_COLUMNS = 8192  # of the output matrix, at least, whose gradient is computed at a time
+# Of the output matrix, whose gradient is computed in pieces: at least so many columns, most pieces.
+_COLUMNS, _PIECES = 4096, 32
 
 
 class Head(NamedTuple):
@@ -101,4 +102,5 @@ def _add_product(total: jax.Array, rows: jax.Array, slope: jax.Array, axis: int)
 
 def _pieces(size: int) -> int:
     """How many equal ones the columns of the output matrix are cut into: few that are not small."""
-    return max(n for n in range(1, 17) if size % n == 0 and (n == 1 or size // n >= _COLUMNS))
+    counts = range(1, _PIECES + 1)
+    return max(n for n in counts if size % n == 0 and (n == 1 or size // n >= _COLUMNS))

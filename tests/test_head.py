@@ -90,7 +90,7 @@ def test_columns_of_the_gradient_come_a_few_at_a_time(name, monkeypatch):
 
 @pytest.mark.parametrize(
     ('size', 'pieces'),
-    [(8191, 1), (16_383, 1), (16_384, 2), (131_072, 16), (151_936, 16), (999_983, 1)],
+    [(8191, 1), (8192, 2), (24_576, 6), (131_072, 32), (151_936, 32), (999_983, 1)],
 )
 def test_pieces_are_equal_and_not_small(size, pieces):
     assert head._pieces(size) == pieces

@@ -68,7 +68,7 @@ def test_filters_by_hand():
     assert kept(temperature=0.5, min_p=0.4) == [True, False, False, False]  # squared: a quarter
 
 
-@pytest.mark.parametrize('positions', [1, 7, 12, 16])  # in 1, 1, 4 and 8 pieces
+@pytest.mark.parametrize('positions', [1, 7, 12, 64])  # in 1, 1, 4 and 32 pieces
 def test_positions_are_filtered_alone(positions):
     logits = np.random.default_rng(0).standard_normal((2, 3, positions, 9)).astype(np.float32)
     sampling = Sampling(top_k=6, top_p=0.8)

@@ -162,7 +162,7 @@ def _backward(softcap: float, kept, cotangents):
     q, keys_values, visible, out, log_sum = kept
     slope, _ = cotangents  # nothing reads the logarithms
     mean = jnp.einsum('gksrh,gksrh->gksr', slope, out)
-    to_q, to_keys_values, start = [], None, 0
+    to_q, to_keys_values, start = [], (), 0
     for some_q, read, masks in _cut(q, keys_values, visible):
         stripe = slice(start, start := start + some_q.shape[2])
         of_rows = (x[:, :, stripe] for x in (log_sum, slope, mean))
@@ -206,7 +206,7 @@ def _plus(total, new):
             return x + y
         return jnp.concatenate([x + y[..., :columns, :], y[..., columns:, :]], axis=-2)
 
-    return new if total is None else jax.tree.map(add, total, new)
+    return jax.tree.map(add, total, new) if total else new
 
 
 _recomputed.defvjp(_forward, _backward)
