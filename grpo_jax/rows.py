@@ -15,6 +15,8 @@ from grpo_jax import sharding
 from grpo_jax.models import KeyValues
 from grpo_jax.types import Array, Params, Prompts, Sampling
 
+FEWEST = 8  # rows of a device; fewer take as long, as weights are what is read then
+
 
 class Given(NamedTuple):
     """What stays the same while completions are decoded."""
@@ -78,7 +80,8 @@ def devices(mesh: Mesh | None) -> int:
 def fewest(most: int, total: int, now: Shape, prompt: int, columns: int) -> Shape:
     """The shape with the fewest rows that holds those that go on, without having more keys.
 
-    It is one of few, as each is a program: half of the rows, or half of these, and so on.
+    It is one of few, as each is a program: half of the rows, or half of these, and so on, but not
+    below `FEWEST`.
 
     Args:
       most: rows of a group that go on.
@@ -87,8 +90,8 @@ def fewest(most: int, total: int, now: Shape, prompt: int, columns: int) -> Shap
       prompt: columns of a group's keys.
       columns: of each row's, in the next block.
     """
-    rows = _halved(now.rows, most)
-    apart = _halved(now.groups * now.rows, total)
+    rows = _halved(now.rows, max(most, -(-FEWEST // now.groups)))
+    apart = _halved(now.groups * now.rows, max(total, FEWEST))
     keys = now.groups * (prompt + now.rows * columns)
     if apart < now.groups * rows and apart * (prompt + columns) <= keys:
         return Shape(apart, 1, apart=True)
