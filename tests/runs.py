@@ -17,10 +17,9 @@ import jax
 import orbax.checkpoint as ocp
 import pytest
 import tiny
-from jax.experimental.compilation_cache import compilation_cache
 
 from configs import smoke
-from grpo_jax import models, stages, update
+from grpo_jax import compiled, models, stages, update
 from grpo_jax import train as command
 from grpo_jax.optimizer import adamw
 
@@ -66,21 +65,12 @@ def _init_once(model, key):
 
 @contextlib.contextmanager
 def compiled_once():
-    folder = jax.config.jax_compilation_cache_dir
-    with pytest.MonkeyPatch.context() as patch:
+    kept = compiled.kept_in(os.environ['GRPO_JAX_TEST_PROGRAMS'])
+    with pytest.MonkeyPatch.context() as patch, kept:
         patch.setattr(stages, 'adamw', _adamw)
         patch.setattr(update, 'make_step', _make_step)
         patch.setattr(models, 'init', _init_once)
-        try:
-            set_cache(os.environ['GRPO_JAX_TEST_PROGRAMS'])
-            yield
-        finally:
-            set_cache(folder)
-
-
-def set_cache(folder):
-    jax.config.update('jax_compilation_cache_dir', folder)
-    compilation_cache.reset_cache()
+        yield
 
 
 def train(config, workdir):

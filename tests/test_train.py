@@ -77,32 +77,7 @@ runs.bonus = lethal
 
 
 @pytest.fixture(scope='module')
-def killed(tmp_path_factory):
-    """A process that trains, beside the first tests, and kills itself at a step between saves."""
-    folder = tmp_path_factory.mktemp('killed')
-    script = folder / 'lethal.py'
-    script.write_text(LETHAL.format(saved=str(folder / 'run' / 'checkpoints' / 'grpo' / '3')))
-    environment = {
-        'PYTHONPATH': f'{ROOT}:{ROOT}/tests',
-        'JAX_NUM_CPU_DEVICES': str(jax.device_count()),
-        'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
-        'JAX_COMPILATION_CACHE_DIR': os.environ['GRPO_JAX_TEST_PROGRAMS'],
-    }
-    command = [sys.executable, '-m', 'grpo_jax.train']
-    with (folder / 'printed').open('w') as printed:
-        process = subprocess.Popen(
-            [*command, f'--config={script}', f'--workdir={folder}/run'],
-            env=os.environ | environment,
-            stdout=printed,
-            stderr=subprocess.STDOUT,
-        )
-    yield process, folder
-    process.kill()
-    process.wait()
-
-
-@pytest.fixture(scope='module')
-def finished(tmp_path_factory, killed):
+def finished(tmp_path_factory):
     return runs.finished(tmp_path_factory.getbasetemp())[0]
 
 
@@ -205,16 +180,37 @@ def test_a_finished_run_that_is_started_again_changes_nothing(tmp_path_factory):
 # Stops
 
 
-def test_a_killed_run_goes_on_as_if_nothing_had_happened(killed, finished):
-    process, folder = killed
-    assert process.wait(timeout=300) == -signal.SIGKILL, (folder / 'printed').read_text()
-    rows = runs.lines(folder / 'run' / 'metrics.jsonl')
+def kill(folder):
+    """A process that trains with the programs of the finished run, and kills itself between saves.
+
+    Returns what has become of it.
+    """
+    script = folder / 'lethal.py'
+    script.write_text(LETHAL.format(saved=str(folder / 'run' / 'checkpoints' / 'grpo' / '3')))
+    environment = {
+        'PYTHONPATH': f'{ROOT}:{ROOT}/tests',
+        'JAX_NUM_CPU_DEVICES': str(jax.device_count()),
+        'JAX_DISABLE_MOST_OPTIMIZATIONS': '1',
+        'JAX_COMPILATION_CACHE_DIR': os.environ['GRPO_JAX_TEST_PROGRAMS'],
+        'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+        'JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES': 'none',
+    }
+    return subprocess.run(
+        [sys.executable, '-m', 'grpo_jax.train', f'--config={script}', f'--workdir={folder}/run'],
+        env=os.environ | environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished, tmp_path):
+    ended = kill(tmp_path)
+    assert ended.returncode == -signal.SIGKILL, ended.stdout + ended.stderr
+    rows = runs.lines(tmp_path / 'run' / 'metrics.jsonl')
     assert (rows[-1]['stage'], rows[-1]['step']) == ('grpo', 4)
-    with (folder / 'run' / 'metrics.jsonl').open('a') as file:
+    with (tmp_path / 'run' / 'metrics.jsonl').open('a') as file:
         file.write('{"stage": "grpo", "ste')  # as if the machine had gone in the middle of a line
-    printed = runs.train(runs.get_config(), folder / 'run')
+    printed = runs.train(runs.get_config(), tmp_path / 'run')
     assert printed.startswith('sft: resumed at step 5 of 5\ngrpo: resumed at step 3 of 8\n')
-    runs.assert_same_run(folder / 'run', finished)
+    runs.assert_same_run(tmp_path / 'run', finished)
 
 
 def test_a_run_that_is_stopped_again_and_again(tmp_path, monkeypatch, finished):
