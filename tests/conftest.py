@@ -1,5 +1,6 @@
 """Eight virtual CPU devices for all tests, and the tiny model that most of them share."""
 
+import gc
 import os
 import shutil
 import tempfile
@@ -24,6 +25,8 @@ if jax.__version_info__ < (0, 11, 1) and FAST_COMPILER not in os.environ.get('XL
 jax.config.update('jax_num_cpu_devices', 8)
 # Nearly all programs run once or twice: they compile fast, and run as slowly as they like.
 jax.config.update('jax_disable_most_optimizations', True)
+# A process of so many programs has over a million objects, and Python would go through them often.
+gc.set_threshold(20_000)
 
 
 def pytest_sessionfinish(session):

@@ -51,12 +51,13 @@ def bonus(prompts, completions, **columns):
 
 # What a run compiles is kept for the next one.
 _adamw, _make_step, _init = functools.cache(adamw), functools.cache(update.make_step), models.init
+_traced = jax.jit(_init, static_argnums=0, inline=True)  # the same program, traced once
 _made = {}
 
 
 def _init_once(model, key):
     if isinstance(key, jax.core.Tracer):
-        return _init(model, key)
+        return _traced(model, key)
     name = (model, jax.random.key_data(key).tobytes())
     if name not in _made:
         _made[name] = _init(model, key)

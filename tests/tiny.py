@@ -33,6 +33,7 @@ def make_model(**options):
     return Transformer(ModelConfig(**(sizes | options)))
 
 
+@functools.cache
 def shapes(model):
     """The model's parameters as ShapeDtypeStructs."""
     return jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
