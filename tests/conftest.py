@@ -30,6 +30,7 @@ gc.set_threshold(20_000)
 
 
 def pytest_sessionfinish(session):
+    gc.freeze()  # else pytest goes through them all at its end, for longer than pytest-xdist waits
     if not hasattr(session.config, 'workerinput'):  # not in the workers of pytest-xdist
         shutil.rmtree(os.environ['GRPO_JAX_TEST_PROGRAMS'], ignore_errors=True)
 
