@@ -5,6 +5,8 @@ The TPU's kernel runs interpreted and the GPU's by XLA: the same code around ano
 
 import functools
 import importlib.util
+import math
+import re
 from types import SimpleNamespace
 
 import jax
@@ -12,11 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from jax.experimental.pallas.ops.tpu import splash_attention
 
 from grpo_jax import models, sharding
 from grpo_jax.models import attention as attention_module
 from grpo_jax.models import flash
 from grpo_jax.models.attention import NOWHERE, Piece
+from grpo_jax.models.shared_prompt import SharedPromptMask
 
 HERE = {
     'splash': functools.partial(flash.splash, interpret=True),
@@ -193,6 +197,57 @@ def test_a_window_of_one_position_reads_what_stands_there():
     np.testing.assert_allclose(out, values, atol=1e-6)
 
 
+# The mask of a group
+
+
+def test_a_query_sees_the_prompt_and_its_completion_up_to_itself():
+    rows, size, past = 3, 4, 5
+    expected = np.zeros((12, 17), bool)
+    for g, i in np.ndindex(rows, size):
+        expected[g * size + i, :past] = True
+        for j in range(i + 1):
+            expected[g * size + i, past + g * size + j] = True
+    mask = SharedPromptMask(rows, size, past)
+    assert mask.shape == expected.shape
+    np.testing.assert_array_equal(mask[:, :], expected)
+    for q, k, queries, keys in np.ndindex(12, 17, 6, 6):  # blocks wherever they lie
+        block = slice(q, q + queries + 1), slice(k, k + keys + 1)
+        np.testing.assert_array_equal(mask[block], expected[block])
+
+
+def test_equal_masks_are_one():
+    """So that they are worked through once, for all heads and layers."""
+    mask = SharedPromptMask(3, 4, 5)
+    assert mask == SharedPromptMask(3, 4, 5)
+    assert hash(mask) == hash(SharedPromptMask(3, 4, 5))
+    assert mask != SharedPromptMask(4, 3, 5)
+
+
+def test_blocks_of_other_completions_are_skipped(monkeypatch):
+    make, kernels = splash_attention.make_splash_mha_single_device, []
+
+    def spy(*args, **options):
+        kernels.append(make(*args, **options))
+        return kernels[-1]
+
+    monkeypatch.setattr(flash, '_BLOCK', 128)
+    monkeypatch.setattr(splash_attention, 'make_splash_mha_single_device', spy)
+    arrays, _ = make_arrays(batch=1, rows=3, length=250, columns=1000, heads=2)
+    HERE['splash'](*arrays, jnp.array([999]), scale=1.0, softcap=0.0)
+    (kernel,) = kernels
+    # Of a completion's two blocks of queries, one sees the prompt's eight and itself, and the other
+    # one more. The gradient of keys has as many steps for each block as the prompt's take.
+    for info, steps in (
+        (kernel.fwd_mask_info, (1, 6, 10)),
+        (kernel.dq_mask_info, (1, 6, 10)),
+        (kernel.dkv_mask_info, (1, 6, 14)),
+    ):
+        assert info.block_mask.shape == steps
+        assert (info.block_mask > 0).sum() == 3 * (9 + 10)
+        assert (info.block_mask == 1).sum() == 3 * 2
+        assert len(info.partial_mask_blocks) == 1
+
+
 # On a mesh
 
 
@@ -260,10 +315,11 @@ def test_lowered_for_tpus_the_model_holds_the_kernel_and_no_scores():
         assert shape not in lowered['splash'], shape
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec('libtpu') is None, reason='needs libtpu, which compiles for TPUs'
-)
-def test_compiled_for_a_tpu(monkeypatch):
+@pytest.fixture
+def compile_for_a_tpu(monkeypatch):
+    """Compiles a function of arrays of these shapes, in bfloat16."""
+    if importlib.util.find_spec('libtpu') is None:
+        pytest.skip('needs libtpu, which compiles for TPUs')
     from jax.experimental import topologies
 
     settings = {
@@ -276,15 +332,32 @@ def test_compiled_for_a_tpu(monkeypatch):
         monkeypatch.setenv(name, value)
     devices = topologies.get_topology_desc(platform='tpu', topology_name='v5p:2x2x1').devices
     place = jax.sharding.SingleDeviceSharding(devices[0])
-    arguments = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=place), make_arrays()[0]
-    )
 
-    def loss(arrays):
-        return attend(configure('splash'), arrays, jnp.array([6, 1])).astype(jnp.float32).sum()
+    def compile(function, arrays):
+        arguments = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16, sharding=place), arrays
+        )
+        return jax.jit(function).lower(arguments).compile()
 
-    compiled = jax.jit(jax.grad(loss)).lower(arguments).compile()
+    return compile
+
+
+def loss_on_a_tpu(arrays):
+    return attend(configure('splash'), arrays, jnp.array([6, 1])).astype(jnp.float32).sum()
+
+
+def test_compiled_for_a_tpu(compile_for_a_tpu):
+    compiled = compile_for_a_tpu(jax.grad(loss_on_a_tpu), make_arrays()[0])
     assert compiled.as_text().count('tpu_custom_call') == 3  # forward, and of q, and of k and v
+
+
+def test_compiled_for_a_tpu_no_prompt_is_repeated(compile_for_a_tpu):
+    """Of a long one for few short completions, nothing is as large as a copy for each."""
+    arrays, _ = make_arrays(rows=6, length=128, columns=1024, heads=2, width=128)
+    compiled = compile_for_a_tpu(jax.grad(loss_on_a_tpu), arrays)
+    shapes = re.findall(r'\b[a-z]+\d+\[([\d,]+)\]', compiled.as_text())
+    sizes = [math.prod(map(int, shape.split(','))) for shape in shapes]
+    assert arrays[2][0].size < max(sizes) < 6 * arrays[2][0].size
 
 
 # Which form is taken

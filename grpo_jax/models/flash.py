@@ -4,11 +4,11 @@
 GPUs that of cuDNN (both after Dao, arXiv 2307.08691), for several tokens at a time; a single one,
 as in decoding, is the einsum form's everywhere.
 
-The kernels attend once, to the prompt and the completion behind it, so that each group's prompt is
-repeated for its completions while a layer runs. Attending to both apart and merging by log-sum-exp
-would not repeat it, but has no gradient through the kernels' public functions: splash attention
-cannot be differentiated when asked for its log-sum-exp, and `jax.nn.dot_product_attention` drops
-the gradient through it (and rounds it to the queries' dtype: in bfloat16 by up to 3% of a weight).
+Splash attention takes any mask and skips the blocks that it leaves out: the completions of a group
+stand behind each other, behind their one prompt. cuDNN knows a causal mask alone, so that there the
+prompt is repeated for its group's completions while a layer runs. Attending to both apart and
+merging by log-sum-exp would not repeat it, but has no gradient: `jax.nn.dot_product_attention`
+drops the one through it (and rounds it to the queries' dtype: in bfloat16 by up to 3% of a weight).
 """
 
 import functools
@@ -114,29 +114,31 @@ def splash(
     softcap: float,
     interpret: bool = False,
 ) -> jax.Array:
-    """The TPU's `Kernel`: it skips what lies ahead of the queries; segments mask the padding.
+    """The TPU's `Kernel`: one call for a group, which reads the prompt once; see `shared_prompt`.
 
-    Keys are the prompt's columns, then the row's own, each padded to whole blocks. A completion
-    thus stands at the same column in every group, as the kernel's mask of blocks has to be static.
+    Prompt and completions are padded to whole blocks. A completion thus stands at the same columns
+    in every group, as the mask has to be static; segments mask the padding of the prompts.
 
     `interpret` runs it on any platform, slowly; the rest is that of any `Kernel`.
     """
-    # Here, as importing it takes part of a second.
+    # Here, as importing them takes part of a second.
     from jax.experimental.pallas.ops.tpu import splash_attention as tpu
 
+    from grpo_jax.models.shared_prompt import SharedPromptMask
+
     rows, length, heads = q.shape[1:4]
-    columns = prompt[0].shape[2]
-    size, past = (-(-n // _LANES) * _LANES for n in (length, columns))
-    block = math.gcd(_BLOCK, size, past)
-    q = _pad((q * jnp.asarray(scale, q.dtype)).swapaxes(2, 3), size)
+    size = _whole(length, _LANES)
+    block = math.gcd(_BLOCK, size)
+    past = _whole(prompt[0].shape[2], block)
+    q = _line_up((q * jnp.asarray(scale, q.dtype)).swapaxes(2, 3), size)
     k, v = (
-        jnp.concatenate([_repeat(_pad(p, past), rows), _pad(o, size)], axis=3)
+        jnp.concatenate([_pad(p, past), _line_up(o, size)], axis=2)
         for p, o in zip(prompt, own, strict=True)
     )
     seen = (jnp.arange(past) < start[:, None]).astype(jnp.int32)
-    seen = jnp.pad(seen, ((0, 0), (0, size)), constant_values=1)
+    seen = jnp.pad(seen, ((0, 0), (0, rows * size)), constant_values=1)
     attention = tpu.make_splash_mha_single_device(
-        tpu.MultiHeadMask([tpu.CausalMask((size, past + size), offset=past)] * heads),
+        tpu.MultiHeadMask([SharedPromptMask(rows, size, past)] * heads),
         block_sizes=tpu.BlockSizes(
             block_q=block,
             block_kv=block,
@@ -150,15 +152,26 @@ def splash(
     )
 
     def one(q, k, v, seen):  # a query reads the keys whose segment is its own, 1
-        return attention(q, k, v, tpu.SegmentIds(jnp.ones(size, jnp.int32), seen))
+        return attention(q, k, v, tpu.SegmentIds(jnp.ones(rows * size, jnp.int32), seen))
 
-    out = jax.vmap(jax.vmap(one, in_axes=(0, 0, 0, None)))(q, k, v, seen)
-    return out[..., :length, :].swapaxes(2, 3)
+    out = jax.vmap(one)(q, k, v, seen).reshape(-1, heads, rows, size, q.shape[-1])
+    return out[..., :length, :].transpose(0, 2, 3, 1, 4)
+
+
+def _whole(n: int, part: int) -> int:
+    """The least multiple of part from n on."""
+    return -(-n // part) * part
 
 
 def _pad(x: jax.Array, size: int) -> jax.Array:
     """[..., N, h] to [..., size, h]."""
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, size - x.shape[-2]), (0, 0)])
+
+
+def _line_up(x: jax.Array, size: int) -> jax.Array:
+    """[B, G, N, S, h] to [B, N, G * size, h], completions behind each other."""
+    x = _pad(x, size).swapaxes(1, 2)
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
 def _repeat(x: jax.Array, rows: int) -> jax.Array:
