@@ -104,8 +104,10 @@ def softmax_attention(arrays, weights, start, *, scale=8**-0.5, softcap=0.0):
 CASES = {
     'prompts of all lengths': ({}, (6, 1), {}),
     'prefill': ({'rows': 1, 'columns': 0}, (0, 0), {'scale': 0.7}),
-    # Several blocks, some of which show nothing to anybody.
-    'long': ({'rows': 2, 'length': 130, 'columns': 270, 'heads': 2, 'kv_heads': 1}, (9, 200), {}),
+    # Several blocks, some of which show nothing to anybody; in a call for each completion,
+    'long': ({'rows': 2, 'length': 130, 'columns': 250, 'heads': 2, 'kv_heads': 1}, (9, 200), {}),
+    # and in one for the group.
+    'longer': ({'rows': 3, 'columns': 300, 'heads': 2, 'kv_heads': 1}, (9, 300), {}),
     'soft cap': ({}, (6, 1), {'scale': 0.7, 'softcap': 1.5}),
 }
 
@@ -223,7 +225,8 @@ def test_equal_masks_are_one():
     assert mask != SharedPromptMask(4, 3, 5)
 
 
-def test_blocks_of_other_completions_are_skipped(monkeypatch):
+@pytest.mark.parametrize(('past', 'rows'), [(8, 3), (6, 3), (5, 1)])  # the three are six blocks
+def test_blocks_of_other_completions_are_skipped(past, rows, monkeypatch):
     make, kernels = splash_attention.make_splash_mha_single_device, []
 
     def spy(*args, **options):
@@ -232,19 +235,19 @@ def test_blocks_of_other_completions_are_skipped(monkeypatch):
 
     monkeypatch.setattr(flash, '_BLOCK', 128)
     monkeypatch.setattr(splash_attention, 'make_splash_mha_single_device', spy)
-    arrays, _ = make_arrays(batch=1, rows=3, length=250, columns=1000, heads=2)
-    HERE['splash'](*arrays, jnp.array([999]), scale=1.0, softcap=0.0)
-    (kernel,) = kernels
-    # Of a completion's two blocks of queries, one sees the prompt's eight and itself, and the other
-    # one more. The gradient of keys has as many steps for each block as the prompt's take.
+    arrays, _ = make_arrays(batch=1, rows=3, length=250, columns=128 * past - 9, heads=2)
+    HERE['splash'](*arrays, jnp.array([9]), scale=1.0, softcap=0.0)
+    (kernel,) = kernels  # of `rows` completions
+    # Of a completion's two blocks of queries, one sees the prompt and itself, the other one more.
+    # The gradient of keys has as many steps for each block as queries have blocks.
     for info, steps in (
-        (kernel.fwd_mask_info, (1, 6, 10)),
-        (kernel.dq_mask_info, (1, 6, 10)),
-        (kernel.dkv_mask_info, (1, 6, 14)),
+        (kernel.fwd_mask_info, (1, 2 * rows, past + 2)),
+        (kernel.dq_mask_info, (1, 2 * rows, past + 2)),
+        (kernel.dkv_mask_info, (1, 2 * rows, past + 2 * rows)),
     ):
         assert info.block_mask.shape == steps
-        assert (info.block_mask > 0).sum() == 3 * (9 + 10)
-        assert (info.block_mask == 1).sum() == 3 * 2
+        assert (info.block_mask > 0).sum() == rows * (2 * past + 3)
+        assert (info.block_mask == 1).sum() == rows * 2
         assert len(info.partial_mask_blocks) == 1
 
 
@@ -352,7 +355,7 @@ def test_compiled_for_a_tpu(compile_for_a_tpu):
 
 
 def test_compiled_for_a_tpu_no_prompt_is_repeated(compile_for_a_tpu):
-    """Of a long one for few short completions, nothing is as large as a copy for each."""
+    """If it is a long one: nothing is as large as a copy for each completion."""
     arrays, _ = make_arrays(rows=6, length=128, columns=1024, heads=2, width=128)
     compiled = compile_for_a_tpu(jax.grad(loss_on_a_tpu), arrays)
     shapes = re.findall(r'\b[a-z]+\d+\[([\d,]+)\]', compiled.as_text())

@@ -5,10 +5,12 @@ GPUs that of cuDNN (both after Dao, arXiv 2307.08691), for several tokens at a t
 as in decoding, is the einsum form's everywhere.
 
 Splash attention takes any mask and skips the blocks that it leaves out: the completions of a group
-stand behind each other, behind their one prompt. cuDNN knows a causal mask alone, so that there the
-prompt is repeated for its group's completions while a layer runs. Attending to both apart and
-merging by log-sum-exp would not repeat it, but has no gradient: `jax.nn.dot_product_attention`
-drops the one through it (and rounds it to the queries' dtype: in bfloat16 by up to 3% of a weight).
+stand behind each other, behind their one prompt, if that is long. If not, and for cuDNN, which has
+a causal mask alone, the prompt is repeated for its completions while a layer runs. Attending to
+both apart and merging by log-sum-exp would not repeat it, but has no gradient through the kernels'
+public functions: splash attention cannot be differentiated when asked for its log-sum-exp, and
+`jax.nn.dot_product_attention` drops the gradient through it (and rounds it to the queries' dtype:
+in bfloat16 by up to 3% of a weight).
 """
 
 import functools
@@ -114,7 +116,11 @@ def splash(
     softcap: float,
     interpret: bool = False,
 ) -> jax.Array:
-    """The TPU's `Kernel`: one call for a group, which reads the prompt once; see `shared_prompt`.
+    """The TPU's `Kernel`: one call for a group, if its prompt is long; see `shared_prompt`.
+
+    Else there is one for each completion, with a copy of the prompt: the gradient of keys steps
+    through all pairs of a call's blocks, also those that it skips. Behind a prompt that is at least
+    as long as its completions together these are at most twice as many as in calls for each.
 
     Prompt and completions are padded to whole blocks. A completion thus stands at the same columns
     in every group, as the mask has to be static; segments mask the padding of the prompts.
@@ -130,15 +136,18 @@ def splash(
     size = _whole(length, _LANES)
     block = math.gcd(_BLOCK, size)
     past = _whole(prompt[0].shape[2], block)
-    q = _line_up((q * jnp.asarray(scale, q.dtype)).swapaxes(2, 3), size)
+    calls = 1 if rows * size <= past else rows
+    columns = rows // calls * size
+    line_up = functools.partial(_line_up, size=size, calls=calls)
+    queries = line_up((q * jnp.asarray(scale, q.dtype)).swapaxes(2, 3))
     k, v = (
-        jnp.concatenate([_pad(p, past), _line_up(o, size)], axis=2)
+        jnp.concatenate([_repeat(_pad(p, past), calls), line_up(o)], axis=3)
         for p, o in zip(prompt, own, strict=True)
     )
     seen = (jnp.arange(past) < start[:, None]).astype(jnp.int32)
-    seen = jnp.pad(seen, ((0, 0), (0, rows * size)), constant_values=1)
+    seen = jnp.pad(seen, ((0, 0), (0, columns)), constant_values=1)
     attention = tpu.make_splash_mha_single_device(
-        tpu.MultiHeadMask([SharedPromptMask(rows, size, past)] * heads),
+        tpu.MultiHeadMask([SharedPromptMask(rows // calls, size, past)] * heads),
         block_sizes=tpu.BlockSizes(
             block_q=block,
             block_kv=block,
@@ -152,10 +161,11 @@ def splash(
     )
 
     def one(q, k, v, seen):  # a query reads the keys whose segment is its own, 1
-        return attention(q, k, v, tpu.SegmentIds(jnp.ones(rows * size, jnp.int32), seen))
+        return attention(q, k, v, tpu.SegmentIds(jnp.ones(columns, jnp.int32), seen))
 
-    out = jax.vmap(one)(q, k, v, seen).reshape(-1, heads, rows, size, q.shape[-1])
-    return out[..., :length, :].transpose(0, 2, 3, 1, 4)
+    out = jax.vmap(jax.vmap(one, in_axes=(0, 0, 0, None)))(queries, k, v, seen)
+    out = out.reshape(-1, calls, heads, rows // calls, size, q.shape[-1])[..., :length, :]
+    return out.transpose(0, 1, 3, 4, 2, 5).reshape(q.shape)
 
 
 def _whole(n: int, part: int) -> int:
@@ -168,10 +178,10 @@ def _pad(x: jax.Array, size: int) -> jax.Array:
     return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, size - x.shape[-2]), (0, 0)])
 
 
-def _line_up(x: jax.Array, size: int) -> jax.Array:
-    """[B, G, N, S, h] to [B, N, G * size, h], completions behind each other."""
-    x = _pad(x, size).swapaxes(1, 2)
-    return x.reshape(*x.shape[:2], -1, x.shape[-1])
+def _line_up(x: jax.Array, *, size: int, calls: int) -> jax.Array:
+    """[B, G, N, S, h] to [B, calls, N, G / calls * size, h], completions behind each other."""
+    x = _pad(x, size).reshape(x.shape[0], calls, -1, x.shape[2], size, x.shape[-1])
+    return x.swapaxes(2, 3).reshape(*x.shape[:2], x.shape[3], -1, x.shape[-1])
 
 
 def _repeat(x: jax.Array, rows: int) -> jax.Array:
