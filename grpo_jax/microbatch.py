@@ -142,7 +142,7 @@ class Microbatches:
         total, out = jax.lax.scan(bundle, total, order)
         return total, jax.tree.map(lambda x: _put_back(x, order, mask.shape), out)
 
-    def _read(self, read, total, some: Batch, take):
+    def _read(self, read, total, some: Batch, take: Callable[[models.KeyValues], Any]):
         """What `read` makes of the total for rows whose prompts' keys and values `take` picks."""
 
         def within(total, cut: Batch):
