@@ -20,7 +20,6 @@ from grpo_jax import models, sharding
 from grpo_jax.models import attention as attention_module
 from grpo_jax.models import flash
 from grpo_jax.models.attention import NOWHERE, Piece
-from grpo_jax.models.shared_prompt import SharedPromptMask
 
 HERE = {
     'splash': functools.partial(flash.splash, interpret=True),
@@ -199,30 +198,7 @@ def test_a_window_of_one_position_reads_what_stands_there():
     np.testing.assert_allclose(out, values, atol=1e-6)
 
 
-# The mask of a group
-
-
-def test_a_query_sees_the_prompt_and_its_completion_up_to_itself():
-    rows, size, past = 3, 4, 5
-    expected = np.zeros((12, 17), bool)
-    for g, i in np.ndindex(rows, size):
-        expected[g * size + i, :past] = True
-        for j in range(i + 1):
-            expected[g * size + i, past + g * size + j] = True
-    mask = SharedPromptMask(rows, size, past)
-    assert mask.shape == expected.shape
-    np.testing.assert_array_equal(mask[:, :], expected)
-    for q, k, queries, keys in np.ndindex(12, 17, 6, 6):  # blocks wherever they lie
-        block = slice(q, q + queries + 1), slice(k, k + keys + 1)
-        np.testing.assert_array_equal(mask[block], expected[block])
-
-
-def test_equal_masks_are_one():
-    """So that they are worked through once, for all heads and layers."""
-    mask = SharedPromptMask(3, 4, 5)
-    assert mask == SharedPromptMask(3, 4, 5)
-    assert hash(mask) == hash(SharedPromptMask(3, 4, 5))
-    assert mask != SharedPromptMask(4, 3, 5)
+# A group in one call
 
 
 @pytest.mark.parametrize(('past', 'rows'), [(8, 3), (6, 3), (5, 1)])  # the three are six blocks

@@ -374,6 +374,9 @@ def continuation_hidden(
       last: i32[B] from `last_tokens`.
       length: i32[B], real prompt tokens.
       tokens: i32[B, G, T].
+
+    Returns:
+      [B, G, T, D], as `completion_hidden`.
     """
     first = jnp.broadcast_to(last[:, None, None], (*tokens.shape[:2], 1))
     read = jnp.concatenate([first, tokens[..., :-1]], axis=2)
