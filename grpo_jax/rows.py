@@ -15,7 +15,8 @@ from grpo_jax import sharding
 from grpo_jax.models import KeyValues
 from grpo_jax.types import Array, Params, Prompts, Sampling
 
-FEWEST = 8  # rows of a device; fewer take as long, as weights are what is read then
+FEWEST = 4  # rows of a device; fewer take as long, as weights are what is read then
+NOBODY = (0, 0)  # as `enough`: all are waited for
 
 
 class Given(NamedTuple):
@@ -52,10 +53,9 @@ class State(NamedTuple):
     """Between two blocks."""
 
     t: jax.Array  # i32[], columns drawn so far
-    rows: Rows
     drawn: Columns  # [B, G, T]
     ended: jax.Array  # bool[B, G]
-    live: jax.Array  # i32[2], rows that have not ended: the most of a group, and of a device
+    live: jax.Array  # i32[2], see `live`
 
 
 class Shape(NamedTuple):
@@ -66,10 +66,16 @@ class Shape(NamedTuple):
     apart: bool = False  # in place of groups there are rows, which bring their prompts
 
 
-def shape_of(state: State, mesh: Mesh | None) -> Shape:
+def shape_of(rows: Rows, mesh: Mesh | None) -> Shape:
     """The present one, as if of groups."""
-    groups, rows = state.rows.done.shape
-    return Shape(groups // devices(mesh), rows)
+    groups, size = rows.done.shape
+    return Shape(groups // devices(mesh), size)
+
+
+def live(rows: Rows, mesh: Mesh | None) -> jax.Array:
+    """i32[2], rows that have not ended: the most of a group, and of a device."""
+    groups = ~rows.done
+    return jnp.stack([x.sum(1).max() for x in (groups, groups.reshape(devices(mesh), -1))])
 
 
 def devices(mesh: Mesh | None) -> int:
@@ -98,6 +104,20 @@ def fewest(most: int, total: int, now: Shape, prompt: int, columns: int) -> Shap
     return Shape(now.groups, rows)
 
 
+def enough(now: Shape, prompt: int, columns: int) -> tuple[int, int]:
+    """Rows of a group, and of a device: `fewest` finds a smaller shape if no more of either go on.
+
+    Arguments are those of `fewest`.
+    """
+    rows, size = -(-now.rows // 2), now.groups * now.rows
+    if rows == now.rows or rows * now.groups < FEWEST:
+        rows = 0
+    apart = -(-size // 2)
+    while apart >= FEWEST and fewest(now.rows, apart, now, prompt, columns) == now:
+        apart = -(-apart // 2)
+    return rows, apart if FEWEST <= apart < size else 0
+
+
 def _halved(size: int, least: int) -> int:
     """The smallest of size, size / 2, size / 4, ... (rounded up) that is not below `least`."""
     while size > 1 and -(-size // 2) >= least:
@@ -106,9 +126,9 @@ def _halved(size: int, least: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=('shape', 'mesh'))
-def leave_out(given: Given, state: State, shape: Shape, mesh: Mesh | None) -> tuple[Given, State]:
+def leave_out(given: Given, rows: Rows, shape: Shape, mesh: Mesh | None) -> tuple[Given, Rows]:
     """Keeps the rows of a shape, those that go on among them."""
-    (groups, size, _), done = shape_of(state, mesh), state.rows.done
+    (groups, size, _), done = shape_of(rows, mesh), rows.done
     if shape.apart:
         kept = jnp.argsort(done.reshape(-1, groups * size), axis=1, stable=True)[:, : shape.groups]
     else:
@@ -121,17 +141,16 @@ def leave_out(given: Given, state: State, shape: Shape, mesh: Mesh | None) -> tu
 
     nothing: Any = None
     with sharding.use(mesh):
-        few = jax.tree.map(take, state.rows._replace(own=nothing))
-        own = jax.tree.map(jax.vmap(take), state.rows.own)
-        state = state._replace(rows=few._replace(own=own))
+        own = jax.tree.map(jax.vmap(take), rows.own)
+        rows = jax.tree.map(take, rows._replace(own=nothing))._replace(own=own)
         if not shape.apart:
-            return given, state
+            return given, rows
 
         def bring(x):
             return take_rows(x[:, None], kept // size)
 
         prompt = jax.tree.map(jax.vmap(bring), given.prompt)
-        return given._replace(prompts=jax.tree.map(bring, given.prompts), prompt=prompt), state
+        return given._replace(prompts=jax.tree.map(bring, given.prompts), prompt=prompt), rows
 
 
 def numbers(shape: tuple[int, ...], mesh: Mesh | None) -> jax.Array:

@@ -1,9 +1,10 @@
 """Sampling a group of completions for each prompt: prefill once per prompt, decode [B, G] rows.
 
-Rows are decoded in blocks of columns. Between two blocks the keys and values grow by one block, and
-rows that have ended are left out: no step reads columns that are still empty, and the rows that
-nobody waits for any more cost nothing. Few rows of many groups are decoded one by one, each with
-its own copy of the prompt's keys, once these are no more than what was left out.
+Rows are decoded in blocks of columns, before each of which the keys and values grow: no step reads
+columns that are still empty. As soon as so many rows have ended that a smaller program holds the
+others, decoding stops and goes on with that: rows that nobody waits for cost next to nothing. Few
+rows of many groups are decoded one by one, each with its own copy of the prompt's keys, once these
+are no more than what was left out.
 """
 
 import collections
@@ -13,20 +14,23 @@ from typing import Any, ParamSpec
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from grpo_jax import sharding
 from grpo_jax.distribution import draw, row_keys
 from grpo_jax.models import KeyValues, Quantized, Transformer, apply, quantized
 from grpo_jax.rows import (
+    NOBODY,
     Columns,
     Given,
     Rows,
+    Shape,
     State,
     devices,
+    enough,
     fewest,
     leave_out,
+    live,
     numbers,
     put_rows,
     shape_of,
@@ -58,9 +62,9 @@ def blocks(
     """Samples `group_size` completions of each prompt, a block of columns at a time.
 
     Each prompt is prefilled once, whatever the group size. Decoding ends when every row has ended.
-    After each block of columns the host looks how many rows still go on, and goes on with half of
-    them, or half of these, as long as they are among them; up to `block` columns the whole is one
-    program that can be traced.
+    A block is left early when so few rows go on that `rows.fewest` has a smaller shape for them,
+    half of each group at first, and the rest of the block is decoded in that. Up to `block` columns
+    the whole is one program with all rows, which can be traced.
 
     Args:
       model: the decoder.
@@ -80,10 +84,10 @@ def blocks(
         log-probs are those of the model that this makes.
 
     Yields:
-      What there is after each block, once that block is dispatched: a Rollout of [B, G, T] arrays,
-      of which the last is whole. By then the block before has been decoded, so whoever reads that
-      one's completions keeps no device waiting. Tokens after the end are 0 and masked; the one that
-      ends is not.
+      What there is after each block, or part of one, once that is dispatched: a Rollout of
+      [B, G, T] arrays, of which the last is whole. By then what came before has been decoded, so
+      whoever reads those completions keeps no device waiting. Tokens after the end are 0 and
+      masked; the one that ends is not.
 
     Raises:
       ValueError: unknown weights.
@@ -92,21 +96,30 @@ def blocks(
         raise ValueError(f'weights={weights!r} is unknown: use one of {", ".join(WEIGHTS)}')
     block = block or _block(max_tokens)
     params = _compute_copy(params, model.config.dtype, weights)
-    given, state = _first_block(
-        model, params, prompts, seed, step, sampling, eos_ids, stops, group_size=group_size,
-        max_tokens=max_tokens, width=min(block, max_tokens), mesh=mesh,
+    width, columns = min(block, max_tokens), prompts.tokens.shape[1]
+    now = Shape(len(prompts.index) // devices(mesh), group_size)
+    given, rows, state = _first_block(
+        model, params, prompts, seed, step, sampling, eos_ids, stops,
+        enough(now, columns, width) if width < max_tokens else NOBODY,
+        group_size=group_size, max_tokens=max_tokens, width=width, mesh=mesh,
     )  # fmt: skip
     yield _rollout(prompts, state)
-    for width in range(2 * block, max_tokens + block, block):
-        width = min(width, max_tokens)
-        most, total = map(int, np.asarray(state.live))
-        if not most:
-            break
-        now = shape_of(state, mesh)
-        fewer = fewest(most, total, now, prompts.tokens.shape[1], width)
+    if width == max_tokens:
+        return  # what is traced has no numbers to look at
+    while True:
+        t, (most, total) = jax.device_get((state.t, state.live))
+        if not most or t == max_tokens:
+            return
+        if t == width:
+            width = min(width + block, max_tokens)
+        now = shape_of(rows, mesh)
+        fewer = fewest(most, total, now, columns, width)
         if fewer != now:
-            given, state = leave_out(given, state, fewer, mesh)
-        state = _next_block(model, params, given, state, width, mesh)
+            given, rows = leave_out(given, rows, fewer, mesh)
+        rows, state = _next_block(
+            model, params, given, _grown(rows, width), state, enough(fewer, columns, width),
+            width=width, mesh=mesh,
+        )  # fmt: skip
         yield _rollout(prompts, state)
 
 
@@ -163,9 +176,9 @@ def _converted(params: Params, dtype: str, weights: str) -> Params:
 
 @functools.partial(jax.jit, static_argnames=('model', 'group_size', 'max_tokens', 'width', 'mesh'))
 def _first_block(
-    model, params, prompts, seed, step, sampling, eos_ids, stops, *, group_size: int,
+    model, params, prompts, seed, step, sampling, eos_ids, stops, until, *, group_size: int,
     max_tokens: int, width: int, mesh: Mesh | None,
-) -> tuple[Any, State]:  # fmt: skip
+) -> tuple[Any, Rows, State]:  # fmt: skip
     """Reads the prompts and decodes columns up to `width`."""
     with sharding.use(mesh):
         keys = row_keys(seed, step, prompts.index, group_size)
@@ -177,35 +190,39 @@ def _first_block(
             token=jnp.zeros(keys.shape, jnp.int32),
             done=jnp.zeros(keys.shape, bool),
             matched=jnp.zeros(keys.shape, jnp.int32),
-            own=_no_cache(model, keys.shape),
+            own=_empty_cache(model, keys.shape, width),
         )
         hidden = jnp.broadcast_to(last[:, None], (*keys.shape, last.shape[-1]))
         rows, column = _pick(model, given, hidden, jnp.int32(0), rows)
-        state = State(
-            t=jnp.int32(1),
-            rows=rows,
-            drawn=jax.tree.map(lambda x: _padded(x, max_tokens), column),
-            ended=rows.done,
-            live=jnp.int32([group_size, keys.size]),
-        )
-        return given._replace(params=None), _decode(model, given, state, 0, width, mesh)
+        drawn = jax.tree.map(lambda x: _padded(x, max_tokens), column)
+        state = State(jnp.int32(1), drawn, rows.done, live(rows, mesh))
+        rows, state = _decode(model, given, rows, state, until, width, mesh)
+        return given._replace(params=None), rows, state
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'width', 'mesh'))
-def _next_block(model, params, given, state, width: int, mesh: Mesh | None) -> State:
+@functools.partial(jax.jit, static_argnames=('model', 'width', 'mesh'), donate_argnames='rows')
+def _next_block(
+    model, params, given, rows, state, until, *, width: int, mesh: Mesh | None
+) -> tuple[Rows, State]:
     """Decodes on to column `width`."""
     with sharding.use(mesh):
-        start = state.rows.own.k.shape[-2]
-        return _decode(model, given._replace(params=params), state, start, width, mesh)
+        given = given._replace(params=params)
+        return _decode(model, given, rows, state, until, width, mesh)
 
 
-def _decode(model, given: Given, state: State, start: int, width: int, mesh: Mesh | None) -> State:
-    """Columns from state.t on, to the end of the block [start, width) or of all rows."""
-    rows = state.rows
-    rows = rows._replace(own=jax.tree.map(lambda x: _padded(x, width, axis=-2), rows.own))
+@functools.partial(jax.jit, static_argnames='width')
+def _grown(rows: Rows, width: int) -> Rows:
+    """With keys and values of so many columns."""
+    return rows._replace(own=jax.tree.map(lambda x: _padded(x, width, axis=-2), rows.own))
+
+
+def _decode(
+    model, given: Given, rows: Rows, state: State, until, width: int, mesh: Mesh | None
+) -> tuple[Rows, State]:
+    """Columns from state.t on, up to `width` or until few rows go on, `until` of `enough`."""
     place = rows.place.reshape(devices(mesh), -1)
     drawn = jax.tree.map(
-        lambda x: take_rows(x[..., start:width], place).reshape(*rows.done.shape, -1), state.drawn
+        lambda x: take_rows(x[..., :width], place).reshape(*rows.done.shape, -1), state.drawn
     )
 
     def advance(carry):
@@ -221,29 +238,23 @@ def _decode(model, given: Given, state: State, start: int, width: int, mesh: Mes
         )
         rows, column = _pick(model, given, hidden, t, rows._replace(own=own))
         drawn = jax.tree.map(
-            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, t - start, axis=2),
+            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, t, axis=2),
             drawn,
             column,
         )
         return t + 1, rows, drawn
 
     t, rows, drawn = jax.lax.while_loop(
-        lambda carry: (carry[0] < width) & ~carry[1].done.all(), advance, (state.t, rows, drawn)
+        lambda carry: (carry[0] < width) & (live(carry[1], mesh) > jnp.asarray(until)).all(),
+        advance,
+        (state.t, rows, drawn),
     )
 
     def columns(whole, new):
-        return jax.lax.dynamic_update_slice_in_dim(
-            whole, put_rows(whole[..., start:width], place, new), start, 2
-        )
+        return whole.at[..., :width].set(put_rows(whole[..., :width], place, new))
 
-    live = ~rows.done
-    return State(
-        t=t,
-        rows=rows,
-        drawn=jax.tree.map(columns, state.drawn, drawn),
-        ended=put_rows(state.ended, place, rows.done),
-        live=jnp.stack([live.sum(1).max(), live.reshape(len(place), -1).sum(1).max()]),
-    )
+    drawn = jax.tree.map(columns, state.drawn, drawn)
+    return rows, State(t, drawn, put_rows(state.ended, place, rows.done), live(rows, mesh))
 
 
 def _pick(model, given: Given, hidden, t, rows: Rows) -> tuple[Rows, Columns]:
@@ -271,8 +282,8 @@ def _padded(x: jax.Array, size: int, axis: int = 2) -> jax.Array:
     return jnp.pad(x, widths)
 
 
-def _no_cache(model: Transformer, shape: tuple[int, ...]) -> KeyValues:
-    """Keys and values of no columns of `shape` [B, G] rows."""
+def _empty_cache(model: Transformer, shape: tuple[int, ...], columns: int) -> KeyValues:
+    """Zeros for keys and values of `shape` [B, G] rows."""
     c = model.config
-    empty = jnp.zeros((c.layers, *shape, c.kv_heads, 0, c.head_dim), c.dtype)
+    empty = jnp.zeros((c.layers, *shape, c.kv_heads, columns, c.head_dim), c.dtype)
     return KeyValues(empty, empty)

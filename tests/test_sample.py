@@ -377,32 +377,65 @@ def test_blocks_change_no_completion(model, params, prompts, monkeypatch, apart)
     """Rows that have ended are left out, and those that go on are not."""
     sizes = []
 
-    def fewest(most, total, now, prompt, columns):
-        return rows.fewest(most, total, now, prompt, columns if apart else -(10**6))
+    def choosing(choose):
+        """Without rows apart: there are never few enough keys."""
+        return lambda *args: choose(*args[:-1], args[-1] if apart else -(10**6))
 
-    def leave_out(given, state, shape, mesh):
+    def leave_out(given, before, shape, mesh):
         sizes.append(shape)
-        ended = np.asarray(state.ended).reshape(-1)
-        _, left = kept = rows.leave_out(given, state, shape, mesh)
-        places = np.asarray(left.rows.place)
+        _, left = kept = rows.leave_out(given, before, shape, mesh)
+        places = np.asarray(left.place)
         assert places.shape == (shape.groups, shape.rows)
         assert len(set(places.flat)) == places.size
-        assert set(np.flatnonzero(~ended)) <= set(places.flat)
+        assert set(np.asarray(before.place)[~np.asarray(before.done)]) <= set(places.flat)
         return kept
 
-    monkeypatch.setattr(sample_module, 'fewest', fewest)
+    for name in ('fewest', 'enough'):
+        monkeypatch.setattr(sample_module, name, choosing(getattr(rows, name)))
     monkeypatch.setattr(sample_module, 'leave_out', leave_out)
     most = np.flatnonzero(np.arange(tiny.VOCAB) % 3)  # two of three tokens end a row
     for seed in range(3):
         settings = {'seed': seed, 'eos_ids': most, 'group_size': 8, 'max_tokens': 9}
         settings['stops'] = stopping('ab')
         whole = completions(model, params, prompts, **settings)
-        blocks = completions(model, params, prompts, block=2, **settings)
-        for name in ('tokens', 'mask', 'ended'):
-            np.testing.assert_array_equal(getattr(blocks, name), getattr(whole, name), name)
-        np.testing.assert_allclose(blocks.logprobs, whole.logprobs, atol=1e-5)
+        for block in (2, 5):
+            blocks = completions(model, params, prompts, block=block, **settings)
+            for name in ('tokens', 'mask', 'ended'):
+                np.testing.assert_array_equal(getattr(blocks, name), getattr(whole, name), name)
+            np.testing.assert_allclose(blocks.logprobs, whole.logprobs, atol=1e-5)
     assert {shape.apart for shape in sizes} >= {apart}
-    assert len(sizes) > 2
+    assert len(sizes) > 4
+
+
+@pytest.mark.parametrize('devices', [1, 2])
+def test_a_block_is_left_when_few_rows_go_on(model, params, prompts, monkeypatch, devices):
+    """After the first column by which they are few enough, counted in what was drawn."""
+    left = []
+
+    def noting(program, at):
+        def run(*args, width, **options):
+            *given, rows, state = program(*args, width=width, **options)
+            left.append((args[at], width, int(state.t)))
+            return (*given, rows, state)
+
+        return run
+
+    for name, at in (('_first_block', 8), ('_next_block', 5)):
+        monkeypatch.setattr(sample_module, name, noting(getattr(sample_module, name), at))
+    mesh = sharding.make_mesh(fsdp=devices, tensor=1)
+    params = jax.device_put(params, sharding.shardings(params, mesh))
+    some = np.flatnonzero(np.arange(tiny.VOCAB) % 5 == 0)
+    settings = {'eos_ids': some, 'group_size': 8, 'max_tokens': 24, 'block': 8, 'mesh': mesh}
+    out = completions(model, params, sharding.put_groups(prompts, mesh), **settings)
+    goes_on = (out.mask.sum(-1) - out.ended)[..., None] >= np.arange(1, 25)  # behind each column
+    in_groups, in_devices = goes_on.sum(1), goes_on.reshape(devices, -1, 24).sum(1)
+    t = 1
+    for (of_group, of_device), width, end in left:
+        few = (in_groups.max(0) <= of_group) | (in_devices.max(0) <= of_device)
+        assert t < end == next((n for n in range(t, width) if few[n - 1]), width)
+        t = end
+    assert len(left) > 24 / 8 + 1
+    assert sum(end < width for *_, width, end in left) > 1
 
 
 def test_rows_are_left_out_on_a_mesh(model, params, prompts):
@@ -428,9 +461,9 @@ def test_no_block_begins_when_all_rows_have_ended(model, params, prompts, monkey
 def test_fewest_rows():
     """With long prompts: rows of groups are halved."""
     for size, expected in (
-        (24, {24: 24, 13: 24, 12: 12, 7: 12, 6: 6, 4: 6, 3: 3, 1: 3}),
-        (7, {7: 7, 5: 7, 4: 4, 1: 4}),
-        (2, {2: 2, 1: 2}),  # 8 rows of a device are few enough
+        (24, {24: 24, 13: 24, 12: 12, 7: 12, 6: 6, 4: 6, 3: 3, 2: 2, 1: 2}),
+        (7, {7: 7, 5: 7, 4: 4, 3: 4, 1: 2}),
+        (2, {2: 2, 1: 2}),  # 4 rows of a device are few enough
     ):
         for most, rows_left in expected.items():
             found = rows.fewest(most, 3 * most, rows.Shape(3, size), prompt=10**6, columns=1)
@@ -449,13 +482,28 @@ def test_fewest_rows():
         (8, 15, 768, (16, 1, True)),  # keys: 16 (768 + 128) = 8 (768 + 8 * 128)
         (8, 15, 769, (8, 8, False)),
         (1, 5, 64, (8, 1, False)),
-        (1, 1, 64, (8, 1, False)),
+        (1, 1, 64, (4, 1, True)),
         (8, 8, 64, (8, 1, True)),
-        (8, 2, 64, (8, 1, True)),
+        (8, 5, 64, (8, 1, True)),
+        (8, 2, 64, (4, 1, True)),
+        (1, 4, 64, (4, 1, True)),
     ],
 )
 def test_rows_apart_from_their_groups(most, total, prompt, expected):
     assert rows.fewest(most, total, rows.Shape(8, 8), prompt, 128) == rows.Shape(*expected)
+
+
+@pytest.mark.parametrize('prompt', [1, 40, 500])
+def test_enough_is_when_there_is_a_smaller_shape(prompt):
+    """Of all numbers of rows that go on."""
+    for now in itertools.starmap(rows.Shape, itertools.product(range(1, 8), range(1, 8))):
+        in_group, in_all = rows.enough(now, prompt, 64)
+        for most in range(1, now.rows + 1):
+            for total in range(most, most * now.groups + 1):
+                smaller = rows.fewest(most, total, now, prompt, 64)
+                assert (smaller != now) == (most <= in_group or total <= in_all)
+                size = smaller.groups * smaller.rows
+                assert smaller == now or total <= size < now.groups * now.rows
 
 
 @pytest.mark.parametrize(('tokens', 'expected'), [(24, 64), (512, 64), (1024, 128), (1030, 129)])
