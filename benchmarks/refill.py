@@ -6,8 +6,8 @@ Leaving out is measured: seconds of `sample` on W3, programs at hand. Refilling 
 number of slots decode at the measured seconds per column of that many rows, every so many columns
 those that have ended take the next rows, prompts are read and moved for nothing, and once nobody
 waits the rows that go on are decoded in half of the slots, or half of these. Lengths are the same.
-With a slot for each row and a look every 64 columns that is what the sampler does: the difference
-to its measured time says how far the computed ones can be trusted.
+With a slot for each row and a look at every column that is what the sampler does: the difference to
+its measured time says how far the computed ones can be trusted.
 """
 
 import dataclasses
