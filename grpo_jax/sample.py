@@ -116,10 +116,11 @@ def blocks(
         fewer = fewest(most, total, now, columns, width)
         if fewer != now:
             given, rows = leave_out(given, rows, fewer, mesh)
+        if rows.own.k.shape[-2] < width:
+            rows = _grown(rows, width)
         rows, state = _next_block(
-            model, params, given, _grown(rows, width), state, enough(fewer, columns, width),
-            width=width, mesh=mesh,
-        )  # fmt: skip
+            model, params, given, rows, state, enough(fewer, columns, width), width=width, mesh=mesh
+        )
         yield _rollout(prompts, state)
 
 

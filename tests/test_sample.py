@@ -1,4 +1,4 @@
-"""Sampling: the distribution drawn from, how completions end, where randomness comes from."""
+"""Sampling: how completions end, which rows are decoded, where randomness comes from."""
 
 import functools
 import itertools
@@ -12,156 +12,15 @@ import oracle
 import pytest
 import tiny
 import tokenizers
-from scipy import stats
 from transformers import PreTrainedTokenizerFast
 
 from grpo_jax import rows, sharding, tokens
 from grpo_jax import sample as sample_module
-from grpo_jax.distribution import check_sampling, draw, filter_logits, row_keys
+from grpo_jax.distribution import row_keys
 from grpo_jax.models import Transformer
 from grpo_jax.sample import sample
 from grpo_jax.tokens import stop_table
 from grpo_jax.types import Prompts, Sampling
-
-filters = jax.jit(filter_logits)
-drawing = jax.jit(draw)
-
-FILTERS = {
-    'plain': Sampling(),
-    'temperature': Sampling(temperature=0.6),
-    'top-k': Sampling(top_k=3),
-    'top-k of more than all': Sampling(top_k=1000),
-    'top-p': Sampling(top_p=0.7),
-    'tiny top-p': Sampling(top_p=1e-6),
-    'min-p': Sampling(min_p=0.2),
-    'top-k, top-p': Sampling(top_k=6, top_p=0.6),
-    'all': Sampling(temperature=1.5, top_k=40, top_p=0.9, min_p=0.05),
-}
-
-
-# The distribution
-
-
-@pytest.mark.parametrize('name', FILTERS)
-def test_filters_equal_the_oracle(name):
-    """The order matters: top-p cuts what top-k left, renormalised."""
-    logits = 2 * np.random.default_rng(0).standard_normal((6, tiny.VOCAB)).astype(np.float32)
-    ours = jax.nn.softmax(filters(logits, FILTERS[name]))
-    expected = np.stack([oracle.distribution(row, *FILTERS[name]) for row in logits])
-    np.testing.assert_array_equal(np.asarray(ours) > 0, expected > 0)
-    np.testing.assert_allclose(ours, expected, atol=1e-6)
-
-
-def test_filters_by_hand():
-    logits = np.log(np.float32([0.5, 0.25, 0.125, 0.125]))
-
-    def kept(**options):
-        return (np.asarray(filters(logits, Sampling(**options))) > -np.inf).tolist()
-
-    assert kept(top_k=2) == [True, True, False, False]
-    assert kept(top_k=3) == [True, True, True, True]  # the fourth is tied with the third
-    assert kept(top_p=0.45) == [True, False, False, False]
-    assert kept(top_p=0.6) == [True, True, False, False]
-    assert kept(top_k=2, top_p=0.7) == [True, True, False, False]  # 0.5 of 0.75 is below 0.7
-    assert kept(top_k=2, top_p=0.6) == [True, False, False, False]  # and above 0.6
-    assert kept(min_p=0.4) == [True, True, False, False]
-    assert kept(temperature=0.5, min_p=0.4) == [True, False, False, False]  # squared: a quarter
-
-
-@pytest.mark.parametrize('positions', [1, 7, 12, 64])  # in 1, 1, 4 and 32 pieces
-def test_positions_are_filtered_alone(positions):
-    logits = np.random.default_rng(0).standard_normal((2, 3, positions, 9)).astype(np.float32)
-    sampling = Sampling(top_k=6, top_p=0.8)
-    rows = [filters(row, sampling) for row in logits.reshape(-1, 9)]
-    np.testing.assert_array_equal(filters(logits, sampling).reshape(-1, 9), rows)
-
-
-@pytest.mark.parametrize('sampling', [Sampling(), Sampling(min_p=0.1), Sampling(top_k=2)])
-def test_no_filter_hides_a_nan(sampling):
-    """Not even that of a token which nobody has drawn."""
-    logits = np.float32([[0.0, 2.0, np.nan, 1.0]])
-    assert np.isnan(filter_logits(logits, sampling)).any()
-    assert np.isnan(filter_logits(logits, sampling, keep=np.array([1]))).any()
-
-
-def test_a_kept_token_joins_the_support():
-    logits = np.random.default_rng(0).standard_normal((5, tiny.VOCAB)).astype(np.float32)
-    token = np.argmin(logits, axis=-1)
-    ours = jax.nn.softmax(filters(logits, Sampling(top_k=3), keep=token))
-    expected = [
-        oracle.distribution(row, top_k=3, keep=i) for row, i in zip(logits, token, strict=True)
-    ]
-    np.testing.assert_allclose(ours, np.stack(expected), atol=1e-6)
-
-
-@pytest.mark.parametrize('name', FILTERS)
-def test_draws_follow_the_distribution(name):
-    """Chi-square over 20,000 draws from one row of logits, at tokens of both blocks."""
-    logits = np.random.default_rng(1).standard_normal(tiny.VOCAB).astype(np.float32)
-    logits[[5, 65]] += 3  # one in each block
-    count = 20_000
-    keys = jax.random.split(jax.random.key(0), count)
-    rows = np.broadcast_to(logits, (count, tiny.VOCAB))
-    tokens, logprobs = drawing(keys, rows, FILTERS[name])
-    expected = oracle.distribution(logits, *FILTERS[name])
-    observed = np.bincount(tokens, minlength=tiny.VOCAB)
-    assert (observed[expected == 0] == 0).all()
-    inside = expected > 0
-    if inside.sum() > 1:
-        p = stats.chisquare(observed[inside], count * expected[inside]).pvalue
-        assert p > 1e-3
-    np.testing.assert_allclose(logprobs, np.log(expected[np.asarray(tokens)]), atol=1e-5)
-
-
-@pytest.mark.parametrize('size', [1, 63, 64, 65, 129])
-def test_draws_at_the_edges_of_the_vocabulary(size):
-    """All tokens impossible but one, wherever it stands among the blocks."""
-    places = sorted({0, size // 2, size - 1})
-    logits = np.full((len(places), size), -np.inf, np.float32)
-    logits[range(len(places)), places] = -3.0
-    keys = jax.random.split(jax.random.key(0), len(places))
-    tokens, logprobs = drawing(keys, logits, Sampling())
-    assert tokens.tolist() == places
-    np.testing.assert_allclose(logprobs, 0, atol=1e-6)
-
-
-def test_draws_survive_extreme_logits():
-    logits = np.float32([[1e4, 0, -1e4], [-1e4, -1e4, -1e4], [1e30, 0, 0]])
-    keys = jax.random.split(jax.random.key(0), 3)
-    tokens, logprobs = drawing(keys, logits, Sampling())
-    assert tokens[0] == tokens[2] == 0
-    np.testing.assert_allclose(logprobs, [0, np.log(1 / 3), 0], atol=1e-5)
-
-
-def test_temperature_zero_takes_the_largest():
-    logits = np.random.default_rng(0).standard_normal((500, tiny.VOCAB)).astype(np.float32)
-    keys = jax.random.split(jax.random.key(0), len(logits))
-    tokens, logprobs = drawing(keys, logits, Sampling(temperature=0.0))
-    np.testing.assert_array_equal(tokens, logits.argmax(-1))
-    np.testing.assert_allclose(logprobs, jax.nn.log_softmax(logits).max(-1), atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ('options', 'message'),
-    [
-        ({'temperature': 0.0}, r'sampling temperature=0.0: make it above 0'),
-        ({'temperature': -1.0}, r'sampling temperature=-1.0: make it above 0'),
-        ({'top_k': -1}, r'sampling top_k=-1: make it at least 0'),
-        ({'top_p': 0.0}, r'sampling top_p=0.0: make it above 0'),
-        ({'top_p': 1.5}, r'sampling top_p=1.5: make it above 0 and at most 1'),
-        ({'min_p': -0.1}, r'sampling min_p=-0.1: make it at least 0'),
-        ({'min_p': 1.0}, r'sampling min_p=1.0: make it at least 0 and below 1'),
-    ],
-)
-def test_bad_sampling(options, message):
-    with pytest.raises(ValueError, match=message):
-        check_sampling(Sampling(**options))
-
-
-def test_good_sampling():
-    for sampling in FILTERS.values():
-        check_sampling(sampling)
-
 
 # Completions
 
@@ -458,54 +317,6 @@ def test_no_block_begins_when_all_rows_have_ended(model, params, prompts, monkey
     assert out.ended.all()
 
 
-def test_fewest_rows():
-    """With long prompts: rows of groups are halved."""
-    for size, expected in (
-        (24, {24: 24, 13: 24, 12: 12, 7: 12, 6: 6, 4: 6, 3: 3, 2: 2, 1: 2}),
-        (7, {7: 7, 5: 7, 4: 4, 3: 4, 1: 2}),
-        (2, {2: 2, 1: 2}),  # 4 rows of a device are few enough
-    ):
-        for most, rows_left in expected.items():
-            found = rows.fewest(most, 3 * most, rows.Shape(3, size), prompt=10**6, columns=1)
-            assert found == rows.Shape(3, rows_left)
-
-
-@pytest.mark.parametrize(
-    ('most', 'total', 'prompt', 'expected'),
-    [
-        (8, 15, 64, (16, 1, True)),
-        (3, 15, 64, (16, 1, True)),
-        (2, 15, 64, (8, 2, False)),  # no fewer rows apart
-        (8, 17, 64, (32, 1, True)),
-        (4, 17, 64, (8, 4, False)),
-        (8, 33, 64, (8, 8, False)),
-        (8, 15, 768, (16, 1, True)),  # keys: 16 (768 + 128) = 8 (768 + 8 * 128)
-        (8, 15, 769, (8, 8, False)),
-        (1, 5, 64, (8, 1, False)),
-        (1, 1, 64, (4, 1, True)),
-        (8, 8, 64, (8, 1, True)),
-        (8, 5, 64, (8, 1, True)),
-        (8, 2, 64, (4, 1, True)),
-        (1, 4, 64, (4, 1, True)),
-    ],
-)
-def test_rows_apart_from_their_groups(most, total, prompt, expected):
-    assert rows.fewest(most, total, rows.Shape(8, 8), prompt, 128) == rows.Shape(*expected)
-
-
-@pytest.mark.parametrize('prompt', [1, 40, 500])
-def test_enough_is_when_there_is_a_smaller_shape(prompt):
-    """Of all numbers of rows that go on."""
-    for now in itertools.starmap(rows.Shape, itertools.product(range(1, 8), range(1, 8))):
-        in_group, in_all = rows.enough(now, prompt, 64)
-        for most in range(1, now.rows + 1):
-            for total in range(most, most * now.groups + 1):
-                smaller = rows.fewest(most, total, now, prompt, 64)
-                assert (smaller != now) == (most <= in_group or total <= in_all)
-                size = smaller.groups * smaller.rows
-                assert smaller == now or total <= size < now.groups * now.rows
-
-
 @pytest.mark.parametrize(('tokens', 'expected'), [(24, 64), (512, 64), (1024, 128), (1030, 129)])
 def test_there_are_at_most_eight_blocks(tokens, expected):
     assert block_of(tokens) == expected
@@ -563,7 +374,7 @@ def test_row_keys_are_all_different():
 def test_sampling_compiles_once_per_shape(model, params, prompts, drawn):
     del drawn  # compiled by now
     before = compiled()
-    for i, sampling in enumerate(FILTERS.values()):
+    for i, sampling in enumerate(tiny.FILTERS.values()):
         completions(model, params, prompts, seed=i, step=2 * i, sampling=sampling, eos_ids=EOS + i)
     assert compiled() == before
     completions(model, params, prompts, max_tokens=2)

@@ -11,10 +11,22 @@ import tokenizers
 
 from grpo_jax import tokens
 from grpo_jax.models import Lora, ModelConfig, Transformer, init
-from grpo_jax.types import Prompts, Rollout
+from grpo_jax.types import Prompts, Rollout, Sampling
 
 VOCAB = 67  # more than one block of the sampler, and no multiple of it
 LENGTHS = (6, 1, 4, 5)  # of the prompts; padded to 6
+
+FILTERS = {
+    'plain': Sampling(),
+    'temperature': Sampling(temperature=0.6),
+    'top-k': Sampling(top_k=3),
+    'top-k of more than all': Sampling(top_k=1000),
+    'top-p': Sampling(top_p=0.7),
+    'tiny top-p': Sampling(top_p=1e-6),
+    'min-p': Sampling(min_p=0.2),
+    'top-k, top-p': Sampling(top_k=6, top_p=0.6),
+    'all': Sampling(temperature=1.5, top_k=40, top_p=0.9, min_p=0.05),
+}
 
 # For programs that run once: they compile in half the time and run as slowly as they like.
 jit = functools.partial(jax.jit, compiler_options={'xla_backend_optimization_level': 0})
