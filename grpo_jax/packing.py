@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.models import KeyValues, Owner, Transformer, apply, last_tokens
+from grpo_jax.models import KeyValues, Owners, Transformer, apply, last_tokens
 from grpo_jax.models.attention import NOWHERE
 from grpo_jax.sharding import anchor
 from grpo_jax.types import Batch, Params, Prompts
@@ -40,8 +40,7 @@ class Sequences(NamedTuple):
     part: Batch  # arrays [N, 1, T]; without prompts and what belongs to whole rows
     tokens: jax.Array  # i32[N, T], what is read
     positions: jax.Array  # i32[N, T]
-    row: jax.Array  # i32[N, T], row of the shard or NOBODY
-    group: jax.Array  # i32[N, T], group of the shard or NOBODY
+    reads: jax.Array  # i32[N, T, 2], its own completion and its prompt as owners, or NOBODY
     read: jax.Array  # i32[shards, sequences, 2], the groups of a sequence; one twice if alone
     prompts: Prompts  # of the whole microbatch
 
@@ -118,15 +117,14 @@ def take(part: Batch, source: jax.Array) -> Sequences:
     t = (index % columns).reshape(-1, columns)
     last = last_tokens(prompts.tokens, prompts.length)
     before = of_columns(rollout.tokens.reshape(-1), jnp.maximum(index - 1, 0))
-    owner = [jnp.where(here[:, 0], x.reshape(-1, columns), NOBODY) for x in (row, group)]
+    reads = jnp.stack([_completion(row), _prompt(group)], -1).reshape(-1, columns, 2)
     groups = len(rollout.mask) // shards
     ends = jnp.where(there, group, groups - 1).min(-1), jnp.where(there, group, 0).max(-1)
     return Sequences(
         held,
         tokens=jnp.where(t > 0, before, of_columns(last, group)),
         positions=of_columns(prompts.length, group) - 1 + t,
-        row=owner[0],
-        group=owner[1],
+        reads=jnp.where(here[:, 0, :, None], reads, NOBODY),
         read=jnp.stack(ends, -1),
         prompts=prompts,
     )
@@ -153,14 +151,25 @@ def hidden(model: Transformer, params: Params, prompt: KeyValues, some: Sequence
     positions = jnp.where(columns < some.prompts.length[:, None] - 1, columns, NOWHERE)
     positions = _from_shares(positions, some.read)
     alone = some.read[..., :1] == some.read[..., 1:]  # whose prompt is there once
-    owner = jnp.concatenate([some.read[..., :1], jnp.where(alone, UNREAD, some.read[..., 1:])], -1)
+    first, second = _prompt(some.read[..., :1]), _prompt(some.read[..., 1:])
+    owner = jnp.concatenate([first, jnp.where(alone, UNREAD, second)], -1)
     owner = jnp.repeat(owner, width, axis=-1).reshape(-1, 2 * width)
-    owners = (Owner(owner, some.group), Owner(some.row, some.row))
+    owners = Owners(jnp.concatenate([owner, some.reads[..., 0]], -1), some.reads)
     read = apply(
         model, params, some.tokens, some.positions, KeyValues(*map(jax.vmap(both), prompt)),
         positions.reshape(-1, 2 * width), owners, method='extend_packed',
     )  # fmt: skip
     return read[:, None]
+
+
+def _prompt(group: jax.Array) -> jax.Array:
+    """The owner that a group's prompt is."""
+    return 2 * group
+
+
+def _completion(row: jax.Array) -> jax.Array:
+    """The owner that a row is, which no prompt is."""
+    return 2 * row + 1
 
 
 def _from_shares(x: jax.Array, index: jax.Array) -> jax.Array:

@@ -19,7 +19,7 @@ from jax.experimental.pallas.ops.tpu import splash_attention
 from grpo_jax import models, sharding
 from grpo_jax.models import attention as attention_module
 from grpo_jax.models import flash
-from grpo_jax.models.attention import NOWHERE, Piece
+from grpo_jax.models.attention import NOWHERE, Piece, joined
 
 HERE = {
     'splash': functools.partial(flash.splash, interpret=True),
@@ -130,28 +130,30 @@ def test_output_and_gradients(form, case):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), found, expected)
 
 
+@pytest.mark.parametrize('owned', [False, True])
 @pytest.mark.parametrize('form', ['einsum', 'recomputed'])
-def test_stripes_of_queries_change_nothing(form, monkeypatch):
-    """Nor with a window and several owners of the keys."""
-    (q, own, prompt), weights = make_arrays(length=7)
+def test_stripes_of_queries_change_nothing(form, owned, monkeypatch):
+    """Nor with a window, and several owners of the keys of one row."""
+    (q, own, prompt), weights = make_arrays(length=7, rows=1 if owned else 3)
     owner = jnp.asarray([[0, 0, 1, 1, 1, 2, 2]] * 2)
-    positions = 6 + jnp.asarray([[0, 1, 0, 1, 2, 0, 1]] * 2)
+    positions = 6 + jnp.asarray([[0, 1, 0, 1, 2, 0, 1] if owned else range(7)] * 2)
     columns = jnp.broadcast_to(jnp.arange(6), (2, 6))
 
     def value_and_gradient(q, own, prompt):
         def loss(arrays):
             q, own, prompt = arrays
-            pieces = [
-                Piece(*prompt, columns, jnp.zeros((2, 6), int), jnp.zeros((2, 7), int)),
-                Piece(*own, positions, owner, owner),
-            ]
+            pieces = [Piece(*prompt, columns), Piece(*own, positions)]
+            if owned:
+                owners = jnp.concatenate([jnp.full((2, 6), 3), owner], axis=1)
+                names = jnp.stack([owner, jnp.full((2, 7), 3)], axis=-1)
+                pieces = [joined(*pieces)._replace(owner=owners, read_by=names)]
             out = flash.attend_groups(configure(form), q, pieces, positions, jnp.int32(5))
             return (weights * out).sum(), out
 
         return tiny.jit(jax.value_and_grad(loss, has_aux=True))((q, own, prompt))
 
     whole = value_and_gradient(q, own, prompt)
-    monkeypatch.setattr(attention_module, 'STRIPE', 2)
+    monkeypatch.setattr(attention_module, 'OWNED_STRIPE' if owned else 'STRIPE', 2)
     monkeypatch.setattr(attention_module, 'STRIPES', 100)
     stripes = value_and_gradient(q, own, prompt)
     assert 0 < tiny.gap(stripes, whole) < 1e-5

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import tiny
 from grpo_jax import models
 from grpo_jax.flops import count_flops
 from grpo_jax.models import rope
-from grpo_jax.models.attention import NOWHERE, Piece, attend
+from grpo_jax.models.attention import NOWHERE, Piece, attend, joined
 
 EVERYTHING = {
     'attention_bias': True,
@@ -279,7 +280,10 @@ def test_attention_over_pieces_is_attention_over_their_union(shown, scale):
 
 @pytest.mark.parametrize('window', [None, 3])
 def test_keys_are_read_by_whom_they_belong_to(window):
-    """Two sequences of 3 and 2 behind each other, over a prompt of 4 and one of 2 (5 columns)."""
+    """Two sequences of 3 and 2 behind each other, over a prompt of 4 and one of 2 (5 columns).
+
+    As two pieces, and as one, where a token names the owners of both.
+    """
     rng = np.random.default_rng(1)
     shared, own = pieces_of(rng, 1, 2, 6, (9, 5))
     q = jnp.asarray(rng.standard_normal((1, 5, 4, 6)), jnp.float32)
@@ -289,8 +293,13 @@ def test_keys_are_read_by_whom_they_belong_to(window):
     stands = jnp.array([0, 1, 2, 3, 0, 1, NOWHERE, NOWHERE, NOWHERE])
     limit = None if window is None else jnp.int32(window)
 
-    def together(q, shared, own, recompute):
-        pieces = [Piece(*shared, stands, prompt, sequence), Piece(*own, place, sequence, sequence)]
+    def together(q, shared, own, recompute, one):
+        names = sequence[:, None]
+        pieces = [Piece(*shared, stands, prompt, names), Piece(*own, place, sequence, names)]
+        if one:
+            names = jnp.stack([sequence, 2 + sequence], axis=-1)
+            owner = jnp.concatenate([prompt, 2 + sequence])
+            pieces = [joined(*pieces)._replace(owner=owner, read_by=names)]
         return attend(q, pieces, place, scale=0.5, window=limit, recompute=recompute)
 
     def apart(q, shared, own):
@@ -309,8 +318,8 @@ def test_keys_are_read_by_whom_they_belong_to(window):
         return out, pull(jnp.asarray(weights, jnp.float32))
 
     expected = value_and_gradient(apart, (q, shared, own))
-    for recompute in (False, True):
-        form = functools.partial(together, recompute=recompute)
+    for recompute, one in itertools.product((False, True), repeat=2):
+        form = functools.partial(together, recompute=recompute, one=one)
         found = value_and_gradient(form, (q, shared, own))
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found, expected)
 

@@ -83,8 +83,9 @@ def test_what_a_sequence_holds():
     start = np.asarray(prompts.length) - 1
     expected = [*(start[1] + np.arange(5)), start[0], start[0] + 1]
     np.testing.assert_array_equal(some.positions[0], expected)
-    np.testing.assert_array_equal(some.row, [[3] * 5 + [0] * 2, [1] * 6 + [packing.NOBODY]])
-    np.testing.assert_array_equal(some.group, [[1] * 5 + [0] * 2, [0] * 6 + [packing.NOBODY]])
+    completion, prompt = np.moveaxis(np.asarray(some.reads), -1, 0)  # odd and even owners
+    np.testing.assert_array_equal(completion, [[7] * 5 + [1] * 2, [3] * 6 + [packing.NOBODY]])
+    np.testing.assert_array_equal(prompt, [[2] * 5 + [0] * 2, [0] * 6 + [packing.NOBODY]])
     np.testing.assert_array_equal(some.read, [[[0, 1], [0, 0]]])
     np.testing.assert_array_equal(some.part.rollout.tokens[0, 0, :5], tokens[1, 1, :5])
     np.testing.assert_array_equal(some.part.weights[0, 0], [21, 22, 23, 24, 25, 0, 1])

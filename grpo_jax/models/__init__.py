@@ -6,7 +6,7 @@ from grpo_jax.models.lora import join, merge, split
 from grpo_jax.models.quantized import Quantized, quantized
 from grpo_jax.models.transformer import (
     KeyValues,
-    Owner,
+    Owners,
     Transformer,
     apply,
     completion_hidden,
@@ -22,7 +22,7 @@ __all__ = [
     'KeyValues',
     'Lora',
     'ModelConfig',
-    'Owner',
+    'Owners',
     'Quantized',
     'Transformer',
     'apply',

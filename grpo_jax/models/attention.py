@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 NOWHERE = 2**30  # position of a key that no query may read: all of them stand before it
 STRIPE, STRIPES = 64, 8  # least queries that are computed together, and most parts of them
+OWNED_STRIPE = 128  # least queries of sequences that lie behind each other
 _MASKED = -1e30  # finite, so that a fully masked piece gives weight 0 and not NaN
 
 
@@ -24,10 +25,22 @@ class Piece(NamedTuple):
     k: jax.Array  # [G, K, N, h], or [K, N, h] when shared
     v: jax.Array  # like k
     positions: jax.Array  # i32[N], where they stand; NOWHERE where there is none
-    # Where several sequences lie behind each other, query s reads keys of the owner that it names:
+    # Where several sequences lie behind each other, query s reads keys of the owners that it names:
     # both or neither.
     owner: jax.Array | None = None  # i32[N]
-    read_by: jax.Array | None = None  # i32[S]
+    read_by: jax.Array | None = None  # i32[S, names]
+
+
+def joined(shared: Piece, own: Piece) -> Piece:
+    """A shared piece of both where there is one row: nothing is repeated, and calls are halved.
+
+    Arrays may have further leading axes.
+    """
+    k, v = (
+        jnp.concatenate([x, y.squeeze(-4)], axis=-2)
+        for x, y in ((shared.k, own.k), (shared.v, own.v))
+    )
+    return Piece(k, v, jnp.concatenate([shared.positions, own.positions], axis=-1))
 
 
 def attend(
@@ -44,8 +57,8 @@ def attend(
 
     Args:
       q: [G, S, H, h] rotated queries of G rows, S positions each.
-      pieces: every query must see at least one position of them. If the last one has S positions,
-        they are the queries' own, and no query sees any of them behind its own.
+      pieces: every query must see at least one position of them. The last S of the last one are
+        the queries' own, and no query sees any of them behind its own.
       positions: i32[S], where the queries stand; a query sees keys up to its own position.
       scale: of the scores.
       softcap: scores are softcap * tanh(score / softcap), unless it is 0 (Gemma 2, arXiv
@@ -64,27 +77,29 @@ def attend(
     q = q * jnp.asarray(scale, q.dtype)
     form = _recomputed if recompute else _in_stripes
     keys_values = tuple((piece.k, piece.v) for piece in pieces)
-    visible = tuple(_read_by(stripe, pieces, positions, window) for stripe in _stripes(length))
+    least = STRIPE if pieces[-1].owner is None else OWNED_STRIPE
+    stripes = _stripes(length, least)
+    visible = tuple(_read_by(stripe, pieces, positions, window) for stripe in stripes)
     # Compilers for CPUs would compare positions anew for every score.
     out, _ = form(softcap, q, keys_values, jax.lax.optimization_barrier(visible))
     return out.astype(q.dtype).transpose(0, 2, 1, 3, 4).reshape(rows, length, heads, width)
 
 
-def _stripes(length: int) -> list[slice]:
+def _stripes(length: int, least: int) -> list[slice]:
     """Parts of the queries, none of which is computed with keys that stand behind all of it."""
-    size = max(STRIPE, -(-length // STRIPES))
+    size = max(least, -(-length // STRIPES))
     return [slice(i, min(i + size, length)) for i in range(0, length, size)]
 
 
 def _read_by(stripe: slice, pieces: Sequence[Piece], positions: jax.Array, window):
     """Which keys each query of a stripe reads: bool[S, N] for each piece, of its first N keys.
 
-    Where the last piece are the queries' own tokens, none of these that stands after the stripe.
+    None of the queries' own that stands after the stripe.
     """
     *past, own = pieces
-    if len(own.positions) == len(positions):
-        owner = None if own.owner is None else own.owner[: stripe.stop]
-        own = own._replace(positions=own.positions[: stripe.stop], owner=owner)
+    stop = len(own.positions) - len(positions) + stripe.stop
+    owner = None if own.owner is None else own.owner[:stop]
+    own = own._replace(positions=own.positions[:stop], owner=owner)
     return tuple(_visible(piece, positions, window, stripe) for piece in (*past, own))
 
 
@@ -96,7 +111,7 @@ def _visible(piece: Piece, positions: jax.Array, window, stripe: slice) -> jax.A
         visible &= piece.positions > positions[:, None] - window
     if piece.owner is not None:
         assert piece.read_by is not None
-        visible &= piece.owner == piece.read_by[stripe, None]
+        visible &= (piece.owner[:, None] == piece.read_by[stripe, None]).any(-1)
     return visible
 
 
@@ -109,7 +124,7 @@ def _in_stripes(softcap: float, q, keys_values, visible) -> tuple[jax.Array, jax
     """What queries [G, K, S, R, h] read, f32, and the logarithms [G, K, S, R] of their sums."""
     found = [_softmax(softcap, *stripe) for stripe in _cut(q, keys_values, visible)]
     out, log_sum = zip(*found, strict=True)
-    return _joined(out), _joined(log_sum)
+    return _whole(out), _whole(log_sum)
 
 
 def _cut(q, keys_values, visible):
@@ -125,7 +140,7 @@ def _cut(q, keys_values, visible):
         start = stop
 
 
-def _joined(stripes: Sequence[jax.Array]) -> jax.Array:
+def _whole(stripes: Sequence[jax.Array]) -> jax.Array:
     return jnp.concatenate(stripes, axis=2) if len(stripes) > 1 else stripes[0]
 
 
@@ -173,7 +188,7 @@ def _backward(softcap: float, kept, cotangents):
     def like(new, old):
         return new.astype(old.dtype)
 
-    return like(_joined(to_q), q), jax.tree.map(like, tuple(to_keys_values), keys_values), None
+    return like(_whole(to_q), q), jax.tree.map(like, tuple(to_keys_values), keys_values), None
 
 
 def _slopes(softcap: float, q, keys_values, visible, log_sum, slope, mean):

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.models import rope
-from grpo_jax.models.attention import NOWHERE, Piece
+from grpo_jax.models.attention import NOWHERE, Piece, joined
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.flash import attend_groups
 from grpo_jax.models.layers import RMSNorm, capped, experts, mlp, project
@@ -32,11 +32,11 @@ class KeyValues(NamedTuple):
     v: jax.Array
 
 
-class Owner(NamedTuple):
+class Owners(NamedTuple):
     """Whose keys are whose, see `attention.Piece`."""
 
-    owner: jax.Array  # i32[B, N]
-    read_by: jax.Array  # i32[B, S]
+    owner: jax.Array  # i32[B, N], of all keys: those that came before, and the new tokens'
+    read_by: jax.Array  # i32[B, S, names]
 
 
 class _Where(NamedTuple):
@@ -44,7 +44,7 @@ class _Where(NamedTuple):
 
     positions: jax.Array  # i32[B, S]
     past: tuple[jax.Array, ...]  # i32[B, N] for each piece of keys and values that came before
-    owners: tuple[Owner, ...]  # of each piece and of the new tokens; empty: all is everyone's
+    owners: Owners | None  # None: all is everyone's
     cos: jax.Array  # f32[kinds, B, S, n], see `_rotations`
     sin: jax.Array
 
@@ -86,11 +86,8 @@ class Block(nn.Module):
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin).swapaxes(2, 3)
         pieces = [Piece(kv.k, kv.v, at) for kv, at in zip(past, where.past, strict=True)]
         pieces.append(Piece(k, v, where.positions))
-        if where.owners:
-            pieces = [
-                piece._replace(**owner._asdict())
-                for piece, owner in zip(pieces, where.owners, strict=True)
-            ]
+        if where.owners is not None:
+            pieces = [joined(*pieces)._replace(**where.owners._asdict())]
         out = attend_groups(c, q, pieces, where.positions, layer.window)
         out = project(self, 'out', out, (c.width,), inputs=2, bias=c.out_bias)
         return out, KeyValues(k, v)
@@ -170,7 +167,7 @@ class Transformer(nn.Module):
         positions: jax.Array,
         prompts: KeyValues,
         prompt_positions: jax.Array,
-        owners: tuple[Owner, Owner],
+        owners: Owners,
     ) -> jax.Array:
         """Reads sequences in which completions of several prompts lie behind each other.
 
@@ -179,7 +176,7 @@ class Transformer(nn.Module):
           positions: i32[N, S], of each token behind its prompt's start.
           prompts: [L, N, K, M, h], the keys and values of all prompts that a sequence reads.
           prompt_positions: i32[N, M], NOWHERE where there is no token.
-          owners: which prompt key is read by whom, and which key of the sequence.
+          owners: whose the prompts' keys and those of the sequence are, and who reads them.
 
         Returns:
           Hidden states [N, S, D]; each has read its token.
@@ -242,7 +239,7 @@ class Transformer(nn.Module):
         scores = jnp.matmul(rows, self.score.astype(c.dtype), preferred_element_type=jnp.float32)
         return scores.reshape(hidden.shape[:-1])
 
-    def _run(self, tokens, past, positions, seen, past_positions, owners=()):
+    def _run(self, tokens, past, positions, seen, past_positions, owners=None):
         """Hidden states [B, G, S, D] of tokens [B, G, S], and their keys and values of all layers.
 
         positions, seen: i32[B, S], see `rope.tables`.
