@@ -15,6 +15,7 @@ from grpo_jax import models
 from grpo_jax.flops import count_flops
 from grpo_jax.models import rope
 from grpo_jax.models.attention import NOWHERE, Piece, attend, joined
+from grpo_jax.models.layers import Projection, multiply
 
 EVERYTHING = {
     'attention_bias': True,
@@ -322,6 +323,31 @@ def test_keys_are_read_by_whom_they_belong_to(window):
         form = functools.partial(together, recompute=recompute, one=one)
         found = value_and_gradient(form, (q, shared, own))
         jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), found, expected)
+
+
+# Products
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize('sizes', [(6, 4), (4, 6), (5, 5)])
+def test_slopes_of_a_product_by_hand(sizes, dtype):
+    """d/dx of sum(w * (x m)) is w m^T, and d/dm is x^T w, in whichever form the model has it."""
+    rng = np.random.default_rng(0)
+    x, m, w = (rng.integers(-4, 5, shape) for shape in ((7, sizes[0]), sizes, (7, sizes[1])))
+    arrays = tuple(jnp.asarray(array, dtype) for array in (x, m))
+
+    def slopes(attention):
+        config = tiny.make_model(attention=attention, dtype=dtype).config
+
+        def loss(x, m):
+            return (w * multiply(config, x, Projection(m, None, None, None))).sum()
+
+        return tiny.jit(jax.grad(loss, argnums=(0, 1)))(*arrays)
+
+    for found in (slopes('einsum'), slopes('recomputed')):
+        np.testing.assert_array_equal(found[0], w @ m.T)
+        np.testing.assert_array_equal(found[1], x.T @ w)
+        assert all(slope.dtype == dtype for slope in found)
 
 
 def turn(x, position, theta):
