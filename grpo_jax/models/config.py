@@ -102,9 +102,9 @@ class ModelConfig:
     # How it is computed
     dtype: str = 'float32'  # of the computation
     param_dtype: str = 'float32'  # of the parameters; adapters are always float32
-    # Attention to several tokens: 'einsum'; 'recomputed', for CPUs: its gradient computes the scores
-    # again, and that of the other matrices turns an operand first; by a kernel that never has
-    # scores in memory, 'splash' on TPUs and 'cudnn' on NVIDIA GPUs; or 'auto', the platform's
+    # Attention to several tokens: 'einsum'; 'recomputed', for CPUs, whose gradient computes the
+    # scores again, and that of the other matrices turns an operand first; by a kernel that never
+    # has scores in memory, 'splash' on TPUs and 'cudnn' on NVIDIA GPUs; or 'auto', the platform's
     # kernel if it takes the model and else 'recomputed'.
     attention: str = 'auto'
     remat: bool = True  # recompute each layer in the backward pass instead of storing it
