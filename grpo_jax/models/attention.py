@@ -32,9 +32,14 @@ class Piece(NamedTuple):
 
 
 def joined(shared: Piece, own: Piece) -> Piece:
-    """A shared piece of both where there is one row: nothing is repeated, and calls are halved.
+    """One shared piece of both for a group of one row: nothing is repeated, and calls are halved.
 
-    Arrays may have further leading axes.
+    Args:
+      shared: keys and values [..., K, M, h].
+      own: [..., 1, K, N, h], with positions [..., N].
+
+    Returns:
+      [..., K, M + N, h] and positions [..., M + N], without owners.
     """
     k, v = (
         jnp.concatenate([x, y.squeeze(-4)], axis=-2)
