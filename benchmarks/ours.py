@@ -21,10 +21,14 @@ from grpo_jax.score import completion_logprobs
 from grpo_jax.types import Objective, Params, Prompts, Rollout, Sampling
 
 # What suits a workload on CPUs: one width where all completions are equally long, packing where
-# few are; logits that stay in the cache; layers that need not be copied out of a stack.
+# few are; logits that stay in the cache; layers that need not be copied out of a stack. On
+# accelerators as many rows and logits as fit, and all prompts together.
 _SUITED = ('unroll=True', 'widths=1')
+_ACCELERATED = (*_SUITED, 'microbatch=4', 'rows=16', 'logprob_chunk=256')
 SUITED = dict.fromkeys(('W1', 'W2', 'W4'), (*_SUITED, 'logprob_chunk=32')) | {
-    'W3': (*_SUITED, 'packed=True', 'microbatch=8', 'rows=2', 'logprob_chunk=64')
+    'W3': (*_SUITED, 'packed=True', 'microbatch=8', 'rows=2', 'logprob_chunk=64'),
+    'qwen2.5-1.5b': _ACCELERATED,
+    'qwen2.5-7b': (*_ACCELERATED, 'remat=True'),
 }
 
 
@@ -179,15 +183,13 @@ class Ours:
         return self._logprobs(self.reference, rollout)
 
     def _map_logprobs(self, params: Params, rollout: Rollout) -> jax.Array:
-        a = self.algorithm
-        parts = jax.tree.map(lambda x: x.reshape(-1, a.microbatch, *x.shape[1:]), rollout)
+        chunk = self.algorithm.logprob_chunk
+        groups = jax.tree.map(lambda x: x[:, None], rollout)
 
-        def one(part):
-            return completion_logprobs(self.model, params, part, Sampling(), chunk=a.logprob_chunk)[
-                0
-            ]
+        def one(group):
+            return completion_logprobs(self.model, params, group, Sampling(), chunk=chunk)[0]
 
-        return jax.lax.map(one, parts).reshape(rollout.tokens.shape)
+        return jax.lax.map(one, groups).reshape(rollout.tokens.shape)
 
     def temporaries(self) -> dict[str, int]:
         """Bytes that the compiled programs need beside their arguments and results.

@@ -81,8 +81,8 @@ WORKLOADS = {
     'W2': Workload(8, 8, 512, 64),  # a long prompt
     'W3': Workload(8, 8, 64, 256, ends=85),  # ragged: mean length near 44
     'W4': Workload(8, 8, 128, 64, shape=Shape(vocab_size=32_768)),  # a larger vocabulary
-    'qwen2.5-1.5b': Workload(8, 16, 512, 1024, shape=QWEN_1_5B),  # these two for accelerators
-    'qwen2.5-7b': Workload(8, 16, 512, 1024, shape=QWEN_7B),
+    'qwen2.5-1.5b': Workload(4, 16, 512, 1024, shape=QWEN_1_5B),  # these two for accelerators
+    'qwen2.5-7b': Workload(4, 16, 512, 1024, shape=QWEN_7B),
 }
 
 

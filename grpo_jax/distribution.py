@@ -48,6 +48,16 @@ def filter_logits(
     Returns:
       f32[..., V], -inf outside the support; not normalised.
     """
+    return filter_with_peak(logits, sampling, keep)[0]
+
+
+def filter_with_peak(
+    logits: jax.Array, sampling: Sampling, keep: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """`filter_logits`, and the largest f32[...] of what is returned, without its gradient.
+
+    Every filter keeps the largest logit, so it is known before they are applied: one pass less.
+    """
     temperature = jnp.asarray(sampling.temperature, jnp.float32)
     scale = jnp.where(temperature > 0, temperature, 1.0)
     top_k, top_p = map(jnp.asarray, (sampling.top_k, sampling.top_p))
@@ -57,21 +67,20 @@ def filter_logits(
     rows = logits.reshape(-1, logits.shape[-1])
     fixed = jax.lax.stop_gradient(rows)
 
-    def where(active, smallest_kept):
-        return jax.lax.cond(
-            active,
-            lambda rows: smallest_kept(rows.reshape(logits.shape)).reshape(-1, 1),
-            lambda rows: jnp.full((len(rows), 1), -jnp.inf),
-            fixed,
-        )
-
     ranked = functools.partial(_ranked, scale=scale, top_k=top_k, top_p=top_p)
-    ranked = where((top_k > 0) | (top_p < 1), functools.partial(_in_pieces, ranked))
-    likely = where(min_p > 0, lambda logits: logits.max(-1) + scale * jnp.log(min_p))
-    inside = ~(fixed < jnp.maximum(ranked, likely))  # so a NaN stays one
+    smallest = jax.lax.cond(
+        (top_k > 0) | (top_p < 1),
+        lambda rows: _in_pieces(ranked, rows.reshape(logits.shape)).reshape(-1, 1),
+        lambda rows: jnp.full((len(rows), 1), -jnp.inf),
+        fixed,
+    )
+    peak = fixed.max(-1, keepdims=True)
+    likely = peak + scale * jnp.log(min_p)  # -inf where min_p is 0
+    inside = ~(fixed < jnp.maximum(smallest, likely))  # so a NaN stays one
     if keep is not None:
         inside |= jnp.arange(rows.shape[-1]) == keep.reshape(-1, 1)
-    return _outside_out(rows / scale, inside).reshape(logits.shape)
+    filtered = _outside_out(rows / scale, inside)
+    return filtered.reshape(logits.shape), (peak / scale).reshape(logits.shape[:-1])
 
 
 @jax.custom_jvp
@@ -155,8 +164,8 @@ def draw(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> tuple[jax.Ar
       under the filtered softmax at temperature 1).
     """
     rows, size = logits.shape
-    filtered = filter_logits(logits, sampling)
-    peak = filtered.max(-1, keepdims=True)
+    filtered, peak = filter_with_peak(logits, sampling)
+    peak = peak[:, None]
     mass = jnp.exp(filtered - peak)
     blocks = jnp.pad(mass, ((0, 0), (0, -size % _BLOCK))).reshape(rows, -1, _BLOCK)
     u = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys)
@@ -171,7 +180,9 @@ def draw(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> tuple[jax.Ar
         filtered,
     )
     chosen = jnp.take_along_axis(filtered - peak, token[:, None], 1)[:, 0]
-    return token, chosen - jnp.log(block_mass.sum(-1))
+    # Not a sum of them, which compilers would make one of the whole vocabulary.
+    total = jnp.cumsum(block_mass, axis=-1)[:, -1]
+    return token, chosen - jnp.log(total)
 
 
 def row_keys(seed: Array, step: Array, index: Array, group_size: int) -> jax.Array:

@@ -83,9 +83,12 @@ _product = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 def _add_product(total: jax.Array, rows: jax.Array, slope: jax.Array, axis: int) -> jax.Array:
     """Adds rows^T slope [D, V] to a total whose vocabulary is along `axis`.
 
-    A few columns at a time, so that the product does not need the memory of another matrix; but
-    columns that lie on several devices all together.
+    GPUs have products that add to what there is. Elsewhere it is a few columns at a time, so that
+    the product does not need the memory of another matrix; but columns that lie on several devices
+    all together.
     """
+    if jax.default_backend() == 'gpu':
+        return total + (_product(rows.T, slope) if axis else _product(slope.T, rows))
     pieces = _pieces(slope.shape[-1]) if jax.sharding.get_abstract_mesh().empty else 1
     width = slope.shape[-1] // pieces
     # Compilers for CPUs are faster at products of a matrix that was turned before, and whose longer

@@ -16,9 +16,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from grpo_jax import sharding
+from grpo_jax import models, sharding
 from grpo_jax.distribution import draw, row_keys
-from grpo_jax.models import KeyValues, Quantized, Transformer, apply, quantized
+from grpo_jax.models import KeyValues, Quantized, Transformer, apply, quantized, unstacked
 from grpo_jax.rows import (
     NOBODY,
     Columns,
@@ -58,6 +58,7 @@ def blocks(
     mesh: Mesh | None = None,
     block: int = 0,
     weights: str = 'model',
+    unroll: bool | None = None,
 ) -> Iterator[Rollout]:
     """Samples `group_size` completions of each prompt, a block of columns at a time.
 
@@ -78,10 +79,13 @@ def blocks(
       max_tokens: T.
       stops: [states, V] from `tokens.stop_table`, where strings end a completion as well.
       mesh: the devices; with one, prompts lie as `sharding.groups` says.
-      block: columns of a block, 0: 64, or an eighth of T if that is more. It changes no
-        completion.
+      block: columns of a block, 0: 64, or an eighth of T if that is more, or half of T where
+        attention reads no columns but those that hold tokens. It changes no completion.
       weights: 'model', or 'int8': matrices are quantised first (`models.quantized`), and tokens and
         log-probs are those of the model that this makes.
+      unroll: take each layer's matrices out of their stack first, a copy, and compile all layers;
+        None: where attention is `flash.attend_token`, so on NVIDIA GPUs, which would otherwise take
+        them out for every token. CPUs would copy keys and values.
 
     Yields:
       What there is after each block, or part of one, once that is dispatched: a Rollout of
@@ -94,8 +98,11 @@ def blocks(
     """
     if weights not in WEIGHTS:
         raise ValueError(f'weights={weights!r} is unknown: use one of {", ".join(WEIGHTS)}')
-    block = block or _block(max_tokens)
-    params = _compute_copy(params, model.config.dtype, weights)
+    in_place = models.from_stacks(model.config)
+    block = block or _block(max_tokens, most=2 if in_place else BLOCKS)
+    unroll = in_place if unroll is None else unroll
+    params = _compute_copy(params, model.config.dtype, weights, unroll)
+    model = model.clone(unrolled=unroll)
     width, columns = min(block, max_tokens), prompts.tokens.shape[1]
     now = Shape(len(prompts.index) // devices(mesh), group_size)
     given, rows, state = _first_block(
@@ -147,21 +154,21 @@ def _rollout(prompts: Prompts, state: State) -> Rollout:
     return Rollout(prompts, drawn.tokens, drawn.mask, drawn.logprobs, state.ended)
 
 
-def _block(max_tokens: int) -> int:
-    return max(BLOCK, -(-max_tokens // BLOCKS))
+def _block(max_tokens: int, most: int) -> int:
+    return max(BLOCK, -(-max_tokens // most))
 
 
-def _compute_copy(params: Params, dtype: str, weights: str) -> Params:
+def _compute_copy(params: Params, dtype: str, weights: str, unroll: bool) -> Params:
     """What is read in every decode step, converted once."""
-    convert = functools.partial(_converted, dtype=dtype, weights=weights)
+    convert = functools.partial(_converted, dtype=dtype, weights=weights, unroll=unroll)
     before, after = jax.tree.leaves(params), jax.tree.leaves(jax.eval_shape(convert, params))
     same = [x.dtype for x in before] == [x.dtype for x in after]
     return params if same else convert(params)
 
 
-@functools.partial(jax.jit, static_argnames=('dtype', 'weights'))
-def _converted(params: Params, dtype: str, weights: str) -> Params:
-    """Matrices in the computation's dtype or quantised.
+@functools.partial(jax.jit, static_argnames=('dtype', 'weights', 'unroll'))
+def _converted(params: Params, dtype: str, weights: str, unroll: bool) -> Params:
+    """Matrices in the computation's dtype or quantised, with `unroll` each layer's by themselves.
 
     Norm scales stay as they are, since they are used in float32.
     """
@@ -170,9 +177,10 @@ def _converted(params: Params, dtype: str, weights: str) -> Params:
         return x if isinstance(x, Quantized) or path[-1].key == 'scale' else x.astype(dtype)
 
     params = quantized(params) if weights == 'int8' else params
-    return jax.tree_util.tree_map_with_path(
+    params = jax.tree_util.tree_map_with_path(
         cast, params, is_leaf=lambda x: isinstance(x, Quantized)
     )
+    return unstacked(params) if unroll else params
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'group_size', 'max_tokens', 'width', 'mesh'))

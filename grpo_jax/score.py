@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.distribution import filter_logits
+from grpo_jax.distribution import filter_logits, filter_with_peak
 from grpo_jax.models import Transformer, apply, completion_hidden
 from grpo_jax.types import Params, Rollout, Sampling
 
@@ -74,9 +74,9 @@ def token_logprobs(
     logits: jax.Array, targets: jax.Array, sampling: Sampling, *, entropy: bool = False
 ) -> tuple[jax.Array, jax.Array | None]:
     """`completion_logprobs` from logits f32[..., V] of the targets i32[...]."""
-    logits = filter_logits(logits, sampling, keep=targets)
-    rows = logits.reshape(-1, logits.shape[-1])  # see `filter_logits`
-    norm = jax.nn.logsumexp(rows, axis=-1)
+    logits, peak = filter_with_peak(logits, sampling, keep=targets)
+    rows, peak = logits.reshape(-1, logits.shape[-1]), peak.reshape(-1)  # see `filter_logits`
+    norm = peak + jnp.log(jnp.exp(rows - peak[:, None]).sum(-1))
     logprob = (_at(rows, targets.reshape(-1)) - norm).reshape(targets.shape)
     if not entropy:
         return logprob, None

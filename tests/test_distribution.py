@@ -7,7 +7,7 @@ import pytest
 import tiny
 from scipy import stats
 
-from grpo_jax.distribution import check_sampling, draw, filter_logits
+from grpo_jax.distribution import check_sampling, draw, filter_logits, filter_with_peak
 from grpo_jax.types import Sampling
 
 filters = jax.jit(filter_logits)
@@ -54,6 +54,13 @@ def test_no_filter_hides_a_nan(sampling):
     logits = np.float32([[0.0, 2.0, np.nan, 1.0]])
     assert np.isnan(filter_logits(logits, sampling)).any()
     assert np.isnan(filter_logits(logits, sampling, keep=np.array([1]))).any()
+
+
+@pytest.mark.parametrize('name', tiny.FILTERS)
+def test_the_largest_logit_is_known_before_the_filters(name):
+    logits = np.random.default_rng(0).standard_normal((2, 3, tiny.VOCAB)).astype(np.float32)
+    filtered, peak = jax.jit(filter_with_peak)(logits, tiny.FILTERS[name])
+    np.testing.assert_array_equal(peak, filtered.max(-1))
 
 
 def test_a_kept_token_joins_the_support():

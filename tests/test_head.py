@@ -69,6 +69,14 @@ def both(name, chunk, frozen=False):
     return [tiny.jit(f)(params, hidden) for f in (chunked, plain)]
 
 
+@pytest.mark.parametrize('name', ['tied', 'untied'])
+def test_gpus_add_to_the_total_in_one_product(name, monkeypatch):
+    monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+    monkeypatch.setattr(head, '_pieces', None)  # nothing is cut
+    ours, expected = both(name, 3)
+    assert tiny.gap(ours[0], expected[0]) <= 1e-5 * tiny.largest(expected[0])
+
+
 @pytest.mark.parametrize(
     ('name', 'chunk'), [*((name, 3) for name in MODELS), ('tied', 1), ('tied', 7), ('tied', 20)]
 )

@@ -15,7 +15,7 @@ from grpo_jax import models
 from grpo_jax.flops import count_flops
 from grpo_jax.models import rope
 from grpo_jax.models.attention import NOWHERE, Piece, attend, joined
-from grpo_jax.models.layers import Projection, multiply
+from grpo_jax.models.layers import Projection, RMSNorm, multiply
 
 EVERYTHING = {
     'attention_bias': True,
@@ -125,6 +125,17 @@ def test_remat_computes_layers_again(rollout):
     (stored, stored_gradient), (recomputed, recomputed_gradient) = flops(False), flops(True)
     assert recomputed == stored
     assert 1.1 < recomputed_gradient / stored_gradient < 4 / 3
+
+
+@pytest.mark.parametrize(('dtype', 'kept'), [('bfloat16', 0), ('float32', 2)])
+def test_norms_keep_nothing_in_float32(dtype, kept):
+    """What is left to the backward pass has the computation's dtype, if that is a shorter one."""
+    norm = RMSNorm(tiny.make_model(dtype=dtype).config)
+    x = jnp.ones((2, 3, 8), dtype)
+    params = norm.init(jax.random.key(0), x)
+    _, pull = jax.vjp(norm.apply, params, x)
+    found = [leaf for leaf in jax.tree.leaves(pull) if leaf.shape == x.shape]
+    assert sum(leaf.dtype == jnp.float32 for leaf in found) == kept
 
 
 def test_init():

@@ -319,7 +319,11 @@ def test_no_block_begins_when_all_rows_have_ended(model, params, prompts, monkey
 
 @pytest.mark.parametrize(('tokens', 'expected'), [(24, 64), (512, 64), (1024, 128), (1030, 129)])
 def test_there_are_at_most_eight_blocks(tokens, expected):
-    assert block_of(tokens) == expected
+    assert block_of(tokens, most=8) == expected
+
+
+def test_there_are_two_blocks_where_only_filled_columns_are_read():
+    assert block_of(1024, most=2) == 512
 
 
 # Randomness

@@ -1,21 +1,17 @@
 """The policy network. Only this folder imports flax."""
 
 from grpo_jax.models.config import Lora, ModelConfig, with_scalar_head
+from grpo_jax.models.flash import from_stacks
 from grpo_jax.models.layers import capped
 from grpo_jax.models.lora import join, merge, split
 from grpo_jax.models.quantized import Quantized, quantized
-from grpo_jax.models.transformer import (
-    KeyValues,
-    Owners,
-    Transformer,
-    apply,
+from grpo_jax.models.reading import (
     completion_hidden,
     continuation_hidden,
-    init,
     last_tokens,
     read_hidden,
-    scalar_params,
 )
+from grpo_jax.models.transformer import KeyValues, Owners, Transformer, apply, init, scalar_params
 from grpo_jax.models.unrolled import stacked, unstacked
 
 __all__ = [
@@ -29,6 +25,7 @@ __all__ = [
     'capped',
     'completion_hidden',
     'continuation_hidden',
+    'from_stacks',
     'init',
     'join',
     'last_tokens',

@@ -31,6 +31,13 @@ class Piece(NamedTuple):
     read_by: jax.Array | None = None  # i32[S, names]
 
 
+class Stacks(NamedTuple):
+    """Keys and values of all layers, of the prompts and of the rows' tokens before."""
+
+    prompt: tuple[jax.Array, jax.Array]  # [L, B, K, P, h] each
+    own: tuple[jax.Array, jax.Array]  # [L, B, G, K, W, h] each
+
+
 def joined(shared: Piece, own: Piece) -> Piece:
     """One shared piece of both for a group of one row: nothing is repeated, and calls are halved.
 

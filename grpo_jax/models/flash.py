@@ -1,8 +1,8 @@
 """Attention of all groups, by kernels that keep no scores in memory where there is one.
 
 `attention.attend` is the reference and what CPUs run. On TPUs it is splash attention, on NVIDIA
-GPUs that of cuDNN (both after Dao, arXiv 2307.08691), for several tokens at a time; a single one,
-as in decoding, is the einsum form's everywhere.
+GPUs that of cuDNN (both after Dao, arXiv 2307.08691), for several tokens at a time. A single one,
+as in decoding, is the einsum form's, but for those GPUs' `decoding.attend_token`.
 
 Splash attention takes any mask and skips the blocks that it leaves out: the completions of a group
 stand behind each other, behind their one prompt, if that is long. If not, and for cuDNN, which has
@@ -16,13 +16,13 @@ in bfloat16 by up to 3% of a weight).
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from grpo_jax.models.attention import Piece, attend
+from grpo_jax.models.attention import Piece, Stacks, attend
 from grpo_jax.models.config import ModelConfig
 
 # (q [B, G, S, H, h], own keys and values [B, G, K, S, h], those of the prompt [B, K, P, h], start
@@ -44,6 +44,53 @@ def choose(config: ModelConfig) -> str:
     if name == 'cudnn' and float(getattr(device, 'compute_capability', '0')) < 8:
         name = 'recomputed'
     return 'recomputed' if config.obstacle(name) else name
+
+
+def from_stacks(config: ModelConfig) -> bool:
+    """Whether a token is attended to by `attend_token`, and not by `attend_groups`."""
+    width = config.head_dim  # of which the kernel takes powers of two
+    return choose(config) == 'cudnn' and width >= 16 and not width & (width - 1)
+
+
+def attend_token(
+    config: ModelConfig,
+    q: jax.Array,
+    new: KeysValues,
+    stacks: Stacks,
+    layer: jax.Array,
+    length: jax.Array,
+    t: jax.Array,
+) -> tuple[jax.Array, KeysValues]:
+    """`decoding.attend_token` on each device's groups and heads; arguments are the same.
+
+    Args:
+      config: its scale.
+      q: [B, G, H, h].
+      new: [B, G, K, h] each.
+      stacks: prompts' and own keys and values of all layers.
+      layer: i32[].
+      length: i32[B].
+      t: i32[].
+
+    Returns:
+      [B, G, H, h], and `new`.
+    """
+    from grpo_jax.models import decoding  # here, as importing Pallas takes part of a second
+
+    scale = config.attention_scale or config.head_dim**-0.5
+
+    def kernel(q, new, stacks, *rest):
+        return decoding.attend_token(q, new, Stacks(*stacks), *rest, scale=scale)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return kernel(q, new, stacks, layer, length, t)
+    groups, heads = _axes(mesh, len(q), new[0].shape[2])
+    rows, everywhere = PartitionSpec(groups, None, heads), PartitionSpec()
+    of_stacks = PartitionSpec(None, groups, heads), PartitionSpec(None, groups, None, heads)
+    specs = rows, rows, of_stacks, everywhere, PartitionSpec(groups), everywhere
+    spread = jax.shard_map(kernel, in_specs=specs, out_specs=rows, check_vma=False)
+    return spread(q, new, tuple(stacks), layer, length, t)
 
 
 def attend_groups(
@@ -97,13 +144,20 @@ def _spread(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel(q, own, prompt, start)
-    groups = 'fsdp' if q.shape[0] % mesh.shape['fsdp'] == 0 else None
-    heads = 'tensor' if own[0].shape[2] % mesh.shape['tensor'] == 0 else None
+    groups, heads = _axes(mesh, len(q), own[0].shape[2])
     rows = PartitionSpec(groups, None, None, heads)
     of_own, of_prompt = PartitionSpec(groups, None, heads), PartitionSpec(groups, heads)
     specs = rows, of_own, of_prompt, PartitionSpec(groups)
     spread = jax.shard_map(kernel, in_specs=specs, out_specs=rows, check_vma=False)
     return spread(q, own, prompt, start)
+
+
+def _axes(mesh: Any, groups: int, kv_heads: int) -> tuple[str | None, str | None]:
+    """The mesh's axes that groups and heads are spread over, None where they do not divide."""
+    return (
+        'fsdp' if groups % mesh.shape['fsdp'] == 0 else None,
+        'tensor' if kv_heads % mesh.shape['tensor'] == 0 else None,
+    )
 
 
 def splash(
@@ -214,10 +268,15 @@ def cudnn(
     if softcap:
         raise ValueError(f"cudnn attention has no softcap={softcap}: use attention='einsum'")
     rows, length = q.shape[1:3]
-    empty = jnp.zeros((*q.shape[:2], prompt[0].shape[2], *q.shape[3:]), q.dtype)
-    q = _lay(q, empty, start)
+    columns = prompt[0].shape[2] + length
+    q = _laid(q, start, columns)
+    stands = jnp.arange(columns)[:, None, None] < start[:, None, None, None, None]
     k, v = (
-        _lay(o.swapaxes(2, 3), _repeat(p, rows).swapaxes(2, 3), start)
+        jnp.where(
+            stands,
+            _repeat(_pad(p, columns), rows).swapaxes(2, 3),
+            _laid(o.swapaxes(2, 3), start, columns),
+        )
         for p, o in zip(prompt, own, strict=True)
     )
     of_rows = [x.reshape(-1, *x.shape[2:]) for x in (q, k, v)]
@@ -229,15 +288,32 @@ def cudnn(
         is_causal=True,
         implementation=implementation,
     )
-    take = functools.partial(jax.lax.dynamic_slice_in_dim, slice_size=length, axis=1)
-    return jax.vmap(take)(out.reshape(q.shape), start)
+    return _laid(out.reshape(*q.shape[:2], *out.shape[1:]), -start, length)
 
 
-def _lay(x: jax.Array, before: jax.Array, start: jax.Array) -> jax.Array:
-    """[B, G, P + S, ...]: x [B, G, S, ...] from start i32[B] on, before [B, G, P, ...] up to it."""
-    whole = jnp.concatenate([before, jnp.zeros_like(x)], axis=2)
-    lay = functools.partial(jax.lax.dynamic_update_slice_in_dim, axis=1)
-    return jax.vmap(lay)(whole, x, start)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _laid(x: jax.Array, start: jax.Array, size: int) -> jax.Array:
+    """[B, G, size, ...]: column p is that of x [B, G, S, ...] at p - start i32[B], else 0.
+
+    Both it and its gradient are gathered: a scatter would first make and then copy the zeros.
+    """
+    taken = jnp.arange(size) - start[:, None]
+    column = jnp.clip(taken, 0, x.shape[2] - 1)
+    found = jax.vmap(lambda x, i: x.at[:, i].get(mode='promise_in_bounds'))(x, column)
+    real = (taken == column).reshape(len(x), 1, size, *(1,) * (x.ndim - 3))
+    return jnp.where(real, found, jnp.zeros((), x.dtype))
+
+
+def _laid_forward(x, start, size):
+    return _laid(x, start, size), (start, x.shape[2])
+
+
+def _laid_backward(size, kept, slope):
+    start, columns = kept
+    return _laid(slope, -start, columns), None
+
+
+_laid.defvjp(_laid_forward, _laid_backward)
 
 
 KERNELS: dict[str, Kernel] = {'splash': splash, 'cudnn': cudnn}

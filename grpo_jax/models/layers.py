@@ -32,13 +32,20 @@ class RMSNorm(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         c = self.config
         init = nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones
-        scale = self.param('scale', init, (x.shape[-1],), c.param_dtype).astype(jnp.float32)
-        x32 = x.astype(jnp.float32)
-        inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1) + c.norm_eps)
-        # A product whose gradient is one again: XLA before 0.12 takes ten times as long for the sum
-        # of two arrays' products on CPUs, where one of their axes is 1.
-        x32 = jnp.einsum('...d,...->...d', x32, inverse, precision='highest')
-        return (x32 * (1 + scale if c.norm_plus_one else scale)).astype(x.dtype)
+        scale = self.param('scale', init, (x.shape[-1],), c.param_dtype)
+        normalized: Callable[..., jax.Array] = functools.partial(_normalized, c)
+        if x.dtype != jnp.float32:  # or the backward pass would be left two copies in float32
+            normalized = jax.checkpoint(normalized, prevent_cse=False)
+        return normalized(x, scale)
+
+
+def _normalized(c: ModelConfig, x: jax.Array, scale: jax.Array) -> jax.Array:
+    x32, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1) + c.norm_eps)
+    # A product whose gradient is one again: XLA before 0.12 takes ten times as long for the sum
+    # of two arrays' products on CPUs, where one of their axes is 1.
+    x32 = jnp.einsum('...d,...->...d', x32, inverse, precision='highest')
+    return (x32 * (1 + scale if c.norm_plus_one else scale)).astype(x.dtype)
 
 
 class Projection(NamedTuple):

@@ -6,6 +6,7 @@ of groups. Parameters are a plain nested dict, the layers stacked along a leadin
 one scan, so compile time does not grow with depth; or, see `unrolled`, each layer by itself.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -15,14 +16,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.models import rope
-from grpo_jax.models.attention import NOWHERE, Piece, joined
+from grpo_jax.models.attention import NOWHERE, Piece, Stacks, joined
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.flash import attend_groups
+from grpo_jax.models.flash import attend_groups, attend_token, from_stacks
 from grpo_jax.models.layers import RMSNorm, capped, experts, mlp, project
 from grpo_jax.models.lora import split
 from grpo_jax.models.quantized import lookup, unpacked
 from grpo_jax.sharding import anchor
-from grpo_jax.types import Params
+from grpo_jax.types import Array, Params
 
 
 class KeyValues(NamedTuple):
@@ -39,12 +40,21 @@ class Owners(NamedTuple):
     read_by: jax.Array  # i32[B, S, names]
 
 
+class _Before(NamedTuple):
+    """Of a token of each row."""
+
+    stacks: Stacks
+    length: jax.Array  # i32[B], of the prompts
+    t: jax.Array  # i32[], of the rows
+
+
 class _Where(NamedTuple):
     """Where the new tokens stand and what they may read; the same for all layers."""
 
     positions: jax.Array  # i32[B, S]
     past: tuple[jax.Array, ...]  # i32[B, N] for each piece of keys and values that came before
     owners: Owners | None  # None: all is everyone's
+    before: _Before | None  # all that came before one token, where that stays in its stacks
     cos: jax.Array  # f32[kinds, B, S, n], see `_rotations`
     sin: jax.Array
 
@@ -52,6 +62,7 @@ class _Where(NamedTuple):
 class _Layer(NamedTuple):
     """What differs from layer to layer; [L] each, scanned."""
 
+    index: Array  # i32
     rotation: jax.Array  # i32, which kind of rotation
     window: jax.Array | None  # i32
 
@@ -84,11 +95,17 @@ class Block(nn.Module):
         q, k = self._qk_norm('query_norm', q), self._qk_norm('key_norm', k)
         cos, sin = (table[layer.rotation][:, None] for table in (where.cos, where.sin))
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin).swapaxes(2, 3)
-        pieces = [Piece(kv.k, kv.v, at) for kv, at in zip(past, where.past, strict=True)]
-        pieces.append(Piece(k, v, where.positions))
-        if where.owners is not None:
-            pieces = [joined(*pieces)._replace(**where.owners._asdict())]
-        out = attend_groups(c, q, pieces, where.positions, layer.window)
+        if where.before is not None:
+            stacks, length, t = where.before
+            new = k[..., 0, :], v[..., 0, :]
+            out, new = attend_token(c, q[:, :, 0], new, stacks, layer.index, length, t)
+            out, (k, v) = out[:, :, None], (x[..., None, :] for x in new)
+        else:
+            pieces = [Piece(kv.k, kv.v, at) for kv, at in zip(past, where.past, strict=True)]
+            pieces.append(Piece(k, v, where.positions))
+            if where.owners is not None:
+                pieces = [joined(*pieces)._replace(**where.owners._asdict())]
+            out = attend_groups(c, q, pieces, where.positions, layer.window)
         out = project(self, 'out', out, (c.width,), inputs=2, bias=c.out_bias)
         return out, KeyValues(k, v)
 
@@ -122,6 +139,7 @@ class Transformer(nn.Module):
                 split_rngs={'params': True},
                 in_axes=(0, 0, nn.broadcast),
                 length=c.layers,
+                check_constancy_invariants=False,  # which would trace everything once more
             )(c)
         self.final_norm = RMSNorm(c)
         if c.scalar_head:
@@ -202,11 +220,16 @@ class Transformer(nn.Module):
           Hidden states [B, G, D] that predict token t + 1, and the column [L, B, G, K, 1, h] of
           keys and values that the caller writes at t.
         """
-        columns = jnp.arange(own.k.shape[-2])
-        before = jnp.where(columns < t, length[:, None] + columns, NOWHERE)
         positions = (length + t)[:, None]
-        past = (_prompt_positions(prompt, length), before)
-        hidden, column = self._run(token[..., None], (prompt, own), positions, positions + 1, past)
+        run = functools.partial(self._run, token[..., None])
+        if from_stacks(self.config):
+            before = _Before(Stacks((prompt.k, prompt.v), (own.k, own.v)), length, t)
+            hidden, column = run((), positions, positions + 1, (), before=before)
+        else:
+            columns = jnp.arange(own.k.shape[-2])
+            filled = jnp.where(columns < t, length[:, None] + columns, NOWHERE)
+            past = (_prompt_positions(prompt, length), filled)
+            hidden, column = run((prompt, own), positions, positions + 1, past)
         return hidden[:, :, 0], column
 
     def logits(self, hidden: jax.Array) -> jax.Array:
@@ -239,7 +262,7 @@ class Transformer(nn.Module):
         scores = jnp.matmul(rows, self.score.astype(c.dtype), preferred_element_type=jnp.float32)
         return scores.reshape(hidden.shape[:-1])
 
-    def _run(self, tokens, past, positions, seen, past_positions, owners=None):
+    def _run(self, tokens, past, positions, seen, past_positions, owners=None, before=None):
         """Hidden states [B, G, S, D] of tokens [B, G, S], and their keys and values of all layers.
 
         positions, seen: i32[B, S], see `rope.tables`.
@@ -249,7 +272,7 @@ class Transformer(nn.Module):
         if c.embedding_scaled:
             x = x * jnp.asarray(math.sqrt(c.width), x.dtype)
         cos, sin = _rotations(c, positions, seen)
-        where = _Where(positions, past_positions, owners, cos, sin)
+        where = _Where(positions, past_positions, owners, before, cos, sin)
         x, own = self._through(anchor(x), past, where)
         return self.final_norm(x), own
 
@@ -284,11 +307,12 @@ def _layers(c: ModelConfig) -> _Layer:
     rotation = np.zeros(c.layers, np.int32)
     rotation[list(c.window_layers)] = 1
     rotation[list(c.unrotated_layers)] = 2
+    index = np.arange(c.layers, dtype=np.int32)
     if not c.window:
-        return _Layer(jnp.asarray(rotation), None)
+        return _Layer(index, jnp.asarray(rotation), None)
     window = np.full(c.layers, 2 * NOWHERE - 1, np.int32)
     window[list(c.window_layers)] = c.window
-    return _Layer(jnp.asarray(rotation), jnp.asarray(window))
+    return _Layer(index, jnp.asarray(rotation), jnp.asarray(window))
 
 
 def _prompt_positions(prompt: KeyValues, length: jax.Array) -> jax.Array:
@@ -322,73 +346,3 @@ def scalar_params(params: Params, config: ModelConfig) -> Params:
         raise ValueError('scalar_params of parameters with adapters: `merge` them first')
     trunk = {name: value for name, value in params.items() if name != 'head'}
     return trunk | {'score': jnp.zeros((config.width, 1), config.param_dtype)}
-
-
-def completion_hidden(
-    model: Transformer, params: Params, prompt: jax.Array, length: jax.Array, tokens: jax.Array
-) -> jax.Array:
-    """Hidden states that predict each completion token, every prompt read once for its group.
-
-    Args:
-      model: the decoder.
-      params: its parameters.
-      prompt: i32[B, P], padded on the right.
-      length: i32[B], real prompt tokens.
-      tokens: i32[B, G, T].
-
-    Returns:
-      [B, G, T, D]; the state at t predicts tokens[:, :, t]. Gradients flow through the prompt, once
-      per group.
-    """
-    keys_values, _ = apply(model, params, prompt, length, method='prefill')
-    last = last_tokens(prompt, length)
-    return continuation_hidden(model, params, keys_values, last, length, tokens)
-
-
-def last_tokens(prompt: jax.Array, length: jax.Array) -> jax.Array:
-    """i32[B], the last real token of each prompt [B, P]."""
-    return jnp.take_along_axis(prompt, length[:, None] - 1, axis=1)[:, 0]
-
-
-def continuation_hidden(
-    model: Transformer,
-    params: Params,
-    prompt: KeyValues,
-    last: jax.Array,
-    length: jax.Array,
-    tokens: jax.Array,
-) -> jax.Array:
-    """`completion_hidden` after prompts that were read already.
-
-    The last token of a prompt is read once more in front of each completion. So T columns are read
-    and not T - 1, and what prompts make of themselves in the last layer, beyond its keys and
-    values, is read by nobody: compilers leave it out where layers are unrolled.
-
-    Args:
-      model: the decoder.
-      params: its parameters.
-      prompt: [L, B, K, P, h] from `prefill`.
-      last: i32[B] from `last_tokens`.
-      length: i32[B], real prompt tokens.
-      tokens: i32[B, G, T].
-
-    Returns:
-      [B, G, T, D], as `completion_hidden`.
-    """
-    first = jnp.broadcast_to(last[:, None, None], (*tokens.shape[:2], 1))
-    read = jnp.concatenate([first, tokens[..., :-1]], axis=2)
-    return apply(model, params, read, prompt, length - 1, method='extend')
-
-
-def read_hidden(
-    model: Transformer, params: Params, prompt: jax.Array, length: jax.Array, tokens: jax.Array
-) -> jax.Array:
-    """Hidden states that have read each completion token: what a score is computed from.
-
-    Arguments are those of `completion_hidden`.
-
-    Returns:
-      [B, G, T, D]; the state at t has read tokens[:, :, t].
-    """
-    keys_values, _ = apply(model, params, prompt, length, method='prefill')
-    return apply(model, params, tokens, keys_values, length, method='extend')
