@@ -28,7 +28,7 @@ _ACCELERATED = (*_SUITED, 'microbatch=4', 'rows=16', 'logprob_chunk=256')
 SUITED = dict.fromkeys(('W1', 'W2', 'W4'), (*_SUITED, 'logprob_chunk=32')) | {
     'W3': (*_SUITED, 'packed=True', 'microbatch=8', 'rows=2', 'logprob_chunk=64'),
     'qwen2.5-1.5b': _ACCELERATED,
-    'qwen2.5-7b': (*_ACCELERATED, 'remat=True'),
+    'qwen2.5-7b': _ACCELERATED,
 }
 
 
@@ -103,7 +103,8 @@ class Ours:
 
     def __init__(self, workload: Workload, options: Options) -> None:
         self.model = make_model(workload.shape, **options.model)
-        shape = dataclasses.replace(workload.shape, dtype=self.model.config.dtype)
+        c = self.model.config
+        shape = dataclasses.replace(workload.shape, dtype=c.dtype, layers=c.layers)
         self.workload = dataclasses.replace(workload, shape=shape)
         self.algorithm = Algorithm(**options.algorithm)
         self.reference = make_params(self.model)

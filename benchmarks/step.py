@@ -3,7 +3,8 @@
     python -m benchmarks.step --workload=W1
     python -m benchmarks.step --workload=W1 --microbatch=2 --set=entropy=True --record=a.jsonl
     python -m benchmarks.step --workload=W1 --floors
-    python -m benchmarks.step --workload=qwen2.5-1.5b --remat
+    python -m benchmarks.step --workload=qwen2.5-1.5b --profile=10
+    python -m benchmarks.step --workload=qwen2.5-7b --set=layers=6
 
 Prints medians and extremes, tokens and model FLOPs per second and their share of what a matrix
 product and a stream of bytes reach in the same process. With `--floors` every call alternates with
@@ -18,7 +19,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from benchmarks import floors, roofline, timing, workloads
+from benchmarks import floors, kernels, roofline, timing, workloads
 from benchmarks.ours import SUITED, Ours, parse_options
 from grpo_jax import compiled
 from grpo_jax.types import Rollout
@@ -34,6 +35,7 @@ OPTIONS = (
 )
 SET = flags.DEFINE_multi_string('set', [], 'name=value for Algorithm, ModelConfig or sample')
 SUITED_TOO = flags.DEFINE_bool('suited', True, 'begin with the options of `ours.SUITED`')
+PROFILE = flags.DEFINE_integer('profile', 0, 'print so many of the programs that took longest')
 FLOORS = flags.DEFINE_bool('floors', False, 'alternate with bare loops')
 CHECK = flags.DEFINE_bool('check', False, 'compare the bare loops with our programs, time nothing')
 RECORD = flags.DEFINE_string('record', '', 'file that a line of JSON is added to')
@@ -66,6 +68,8 @@ def main(arguments: list[str]) -> None:
     timing.write(row, RECORD.value)
     for line in describe(row):
         print(line)
+    with kernels.profiled(PROFILE.value):
+        ours.step(timing.Clock(), STEPS.value + WARMUP.value)
 
 
 def measure(

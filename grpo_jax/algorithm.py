@@ -43,7 +43,7 @@ class Algorithm:
     rows: int = 0  # completions of a microbatch read at a time, longest first; 0: all of them
     packed: bool = False  # `rows` are sequences of T columns that completions are packed into
     widths: int = 4  # numbers of columns that are compiled: T, T / 2, ..., see `microbatch`
-    unroll: bool = False  # layers, see `models.unrolled`: faster on CPUs, longer to compile
+    unroll: bool = False  # layers, see `models.unrolled`: faster but on TPUs, longer to compile
     logprob_chunk: int = 128  # completion positions whose logits exist at a time
     entropy: bool = False  # compute the policy's entropy: a metric, and what its bonus needs
     entropy_mask: bool = False  # train only the share `top_entropy` of the tokens

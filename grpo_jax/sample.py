@@ -163,7 +163,7 @@ def _compute_copy(params: Params, dtype: str, weights: str, unroll: bool) -> Par
     convert = functools.partial(_converted, dtype=dtype, weights=weights, unroll=unroll)
     before, after = jax.tree.leaves(params), jax.tree.leaves(jax.eval_shape(convert, params))
     same = [x.dtype for x in before] == [x.dtype for x in after]
-    return params if same else convert(params)
+    return params if same and not unroll else convert(params)
 
 
 @functools.partial(jax.jit, static_argnames=('dtype', 'weights', 'unroll'))

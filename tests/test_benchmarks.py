@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import bare, floors, refill, roofline, step, timing, workloads
+from benchmarks import bare, decode, floors, kernels, refill, roofline, step, timing, workloads
 from benchmarks.ours import Ours, parse_options
 from grpo_jax.flops import count_flops
 
@@ -50,6 +50,20 @@ def test_record_of_a_run(ours, tmp_path, capsys):
     assert [json.loads(line) for line in path.read_text().splitlines()] == [row, row]
     assert step.describe(row)
     assert '[grpo_jax smoke]' in capsys.readouterr().out
+
+
+def test_blocks_of_the_sampler(ours, tmp_path):
+    """Their seconds, and the bytes that each of their columns reads at least."""
+    took = decode.seconds(ours.workload, ours.model, ours.reference, 1, block=3)
+    assert list(took) == [3, 6, 8]
+    assert min(took.values()) > 0
+    c = ours.workload.shape
+    matrices = roofline.layer_parameters(c) + c.width * c.vocab_size
+    token = 2 * c.layers * c.kv_heads * c.head_dim
+    # Columns 4 to 6 read both prompts of 8 tokens, and 3 to 5 tokens of their four rows.
+    read = decode.of_columns(ours.workload, 6) - decode.of_columns(ours.workload, 3)
+    assert read == 4 * (3 * matrices + token * (3 * 2 * 8 + 4 * (3 + 4 + 5)))
+    assert kernels.longest(tmp_path, 10) == ['no accelerator ran anything']
 
 
 def test_slots_are_refilled():

@@ -1,5 +1,6 @@
 """Attention of one token by the kernel for GPUs, interpreted, and decoding that goes through it."""
 
+import contextlib
 import functools
 
 import jax
@@ -145,3 +146,29 @@ def test_which_models_it_takes(options, expected):
     if settings['head_dim'] == 12:
         settings['attention'] = 'auto'  # cuDNN takes multiples of 8
     assert flash.from_stacks(tiny.make_model(**settings).config) == expected
+
+
+def on_a_gpu():
+    """The context that JAX from 0.11 on asks for where there is none."""
+    if not hasattr(jax.sharding, 'AbstractDevice'):
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice('NVIDIA H100 80GB HBM3', 132, 'gpu')
+    axes = (jax.sharding.AxisType.Auto,)
+    return jax.sharding.use_abstract_mesh(
+        jax.sharding.AbstractMesh((1,), ('x',), axes, abstract_device=device)
+    )
+
+
+@pytest.mark.filterwarnings('ignore:The Pallas Triton backend:DeprecationWarning')
+@pytest.mark.parametrize('size', SIZES)
+def test_it_lowers_for_a_gpu(size):
+    arrays = jax.tree.map(lambda x: x.astype(jnp.bfloat16), make_arrays(*SIZES[size]))
+    length = np.ones(SIZES[size][0], np.int32)
+    run = jax.jit(functools.partial(decoding.attend_token, scale=0.3))
+    with on_a_gpu():
+        lowered = run.trace(*arrays, np.int32(1), length, np.int32(3)).lower(
+            lowering_platforms=('cuda',)
+        )
+    text = lowered.as_text()
+    assert 'decode_parts' in text
+    assert 'decode_whole' in text

@@ -248,7 +248,7 @@ def test_weights_are_rounded_from_the_parameters_and_not_from_their_copy(rollout
     )
     model = tiny.make_model(dtype='bfloat16')
     params = tiny.make_params(model)
-    made = sample_module._compute_copy(params, 'bfloat16', 'int8')
+    made = sample_module._compute_copy(params, 'bfloat16', 'int8', unroll=False)
     assert tiny.same(
         *([x for _, x in named(tree) if is_quantized(x)] for tree in (made, quantize(params)))
     )
@@ -275,7 +275,7 @@ def test_samples_on_a_mesh():
     alone = completions(model, params, prompts, weights='int8')
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
     placed = jax.device_put(params, sharding.shardings(params, mesh))
-    for name, leaf in named(sample_module._compute_copy(placed, 'float32', 'int8')):
+    for name, leaf in named(sample_module._compute_copy(placed, 'float32', 'int8', unroll=False)):
         if is_quantized(leaf):
             exact = dict(named(placed))[name]
             assert leaf.values.sharding.is_equivalent_to(exact.sharding, exact.ndim)

@@ -11,6 +11,7 @@ import tiny
 from grpo_jax import models, sharding
 from grpo_jax.algorithm import Algorithm
 from grpo_jax.models import Lora
+from grpo_jax.sample import sample
 from grpo_jax.types import Objective, Sampling
 from grpo_jax.update import Critic, init_state, make_step, update
 
@@ -43,6 +44,22 @@ def test_layers_come_back_to_their_stack():
     assert jax.tree.structure(together) == jax.tree.structure(params)
     assert tiny.same(together, params)
     assert models.stacked(models.unstacked(None)) is None
+
+
+@pytest.mark.parametrize('weights', ['model', 'int8'])
+@pytest.mark.parametrize('layers', [1, 2])
+def test_a_rollout_is_the_same(layers, weights, rollout):
+    model = tiny.make_model(layers=layers)
+    drawn, found = (
+        sample(
+            model, tiny.make_params(model), rollout.prompts, seed=0, step=0, sampling=Sampling(),
+            eos_ids=np.array([3, 11, 40]), group_size=3, max_tokens=6, block=2, weights=weights,
+            unroll=unroll,
+        )
+        for unroll in (False, True)
+    )  # fmt: skip
+    np.testing.assert_array_equal(found.tokens, drawn.tokens)
+    np.testing.assert_allclose(found.logprobs, drawn.logprobs, atol=1e-5)
 
 
 @pytest.mark.parametrize('name', CASES)

@@ -46,6 +46,7 @@ def main() -> None:
     class Cut(transformers.TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:
             clock.cut()
+            print(f'step {len(clock.steps)}: {clock.steps[-1]["step"]:.1f} s', flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = make_trainer(workload, folder, options, reward, Cut())

@@ -86,9 +86,8 @@ def attend_token(
     token = jnp.concatenate([q, *(x.swapaxes(1, 2) for x in new)], axis=2)
     token = jax.lax.optimization_barrier(token)
     call = functools.partial(pl.pallas_call, interpret=interpret)
-    like = jax.ShapeDtypeStruct(
-        (groups, kv_heads, prompt.parts + own.parts, rows * share), jnp.float32
-    )
+    parts = pl.next_power_of_2(prompt.parts + own.parts)  # as many as are read; few are unused
+    like = jax.ShapeDtypeStruct((groups, kv_heads, parts, rows * share), jnp.float32)
     of_own = of_rows * own.parts
     sums = call(
         functools.partial(_parts_kernel, prompt=prompt, own=own, share=share, of_own=of_own),
@@ -98,9 +97,9 @@ def attend_token(
         name='decode_parts',
     )(layer, length, t, token, *stacks.prompt, *stacks.own)
     out = call(
-        functools.partial(_whole_kernel, share=share),
+        functools.partial(_whole_kernel, share=share, parts=prompt.parts + own.parts),
         grid=(rows, kv_heads, groups),
-        out_shape=jax.ShapeDtypeStruct((groups, rows, kv_heads, share, width), q.dtype),
+        out_shape=jax.ShapeDtypeStruct((groups, rows * heads, width), q.dtype),
         compiler_params=triton.CompilerParams(num_warps=4, num_stages=1),
         name='decode_whole',
     )(token, *sums)
@@ -166,32 +165,32 @@ def _parts_kernel(
         read(*of_prompt())
 
 
-def _whole_kernel(token, values, weights, peak, out, *, share: int):
+def _whole_kernel(token, values, weights, peak, out, *, share: int, parts: int):
     """One head of a row: its token, and the sums of all parts."""
     row, head, group = (pl.program_id(axis) for axis in range(3))
     size = pl.next_power_of_2(share)
     real = jnp.arange(size) < share
     rows = pl.ds(row * share, size)
     mine = triton.load(token.at[group, head, rows, :], mask=real[:, None], other=0.0)
-    behind = values.shape[3]  # the queries
+    behind, heads = values.shape[3], values.shape[1] * share  # the queries; of a row
     key, value = (
         token[group, head, at, :].astype(jnp.float32)[None, :]
-        for at in (behind + row, behind + out.shape[1] + row)
+        for at in (behind + row, behind + out.shape[1] // heads + row)
     )
     score = (mine.astype(jnp.float32) * key).sum(1)
-    count = pl.next_power_of_2(values.shape[2])
-    parts = pl.ds(0, count)
-    there = (jnp.arange(count) < values.shape[2])[:, None] & real
-    peaks = triton.load(peak.at[group, head, parts, rows], mask=there, other=_NOTHING)
+    every = pl.ds(0, values.shape[2])
+    there = (jnp.arange(values.shape[2]) < parts)[:, None] & real
+    peaks = triton.load(peak.at[group, head, every, rows], mask=there, other=_NOTHING)
     highest = jnp.maximum(score, peaks.max(0))
     share_of = jnp.exp(peaks - highest)  # [parts, n]
-    total = triton.load(weights.at[group, head, parts, rows], mask=there, other=0.0) * share_of
-    read = triton.load(values.at[group, head, parts, rows, :], mask=there[:, :, None], other=0.0)
+    total = triton.load(weights.at[group, head, every, rows], mask=there, other=0.0) * share_of
+    read = triton.load(values.at[group, head, every, rows, :], mask=there[:, :, None], other=0.0)
     read = (read * share_of[:, :, None]).sum(0)
     itself = jnp.exp(score - highest)
     total = total.sum(0) + itself
     found = ((read + itself[:, None] * value) / total[:, None]).astype(out.dtype)
-    triton.store(out.at[group, row, head, pl.ds(0, size), :], found, mask=real[:, None])
+    to = pl.ds(row * heads + head * share, size)
+    triton.store(out.at[group, to, :], found, mask=real[:, None])
 
 
 def _over(keys_values, q, start, stop) -> _Sums:

@@ -1,7 +1,8 @@
 """Parameters whose layers are apart, for a `Transformer` that does not scan over them.
 
-On a CPU a scan copies each layer's matrices out of their stack, and activations into one, in every
-pass. Without it programs are faster there and take longer to compile; what is computed is the same.
+On CPUs and GPUs a scan copies each layer's matrices out of their stack, and activations into one,
+in every pass. Without it programs are faster there and take longer to compile; what is computed is
+the same.
 """
 
 import jax
