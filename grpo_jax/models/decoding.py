@@ -3,9 +3,10 @@
 `attention.attend` multiplies a token with a prompt, with its row's earlier tokens and with itself,
 and puts the three together: some twenty programs for a GPU, which take longer to start than to run,
 after each layer's keys and values were copied out of their stacks. Here it is two. The first reads
-every prompt once, with the queries of all its group, and beside it each row's own columns, no more
-of them than there are; many programs read a part each. The second puts their sums together. As in
-Flash-Decoding (Dao et al., 2023) and Hydragen (Juravsky et al., arXiv 2402.05099).
+every prompt once from memory, with all queries of its group (later blocks of them find it in the
+cache), and beside it each row's own columns, no more of them than there are. The second puts the
+sums of all parts together. As in Flash-Decoding (Dao et al., 2023) and Hydragen (Juravsky et al.,
+arXiv 2402.05099).
 
 Apart from `flash`, which imports it when it runs: Pallas takes part of a second to load. Its Triton
 back end, which JAX 0.12 still has, is to be removed from JAX one day.
@@ -86,7 +87,7 @@ def attend_token(
     token = jnp.concatenate([q, *(x.swapaxes(1, 2) for x in new)], axis=2)
     token = jax.lax.optimization_barrier(token)
     call = functools.partial(pl.pallas_call, interpret=interpret)
-    parts = pl.next_power_of_2(prompt.parts + own.parts)  # as many as are read; few are unused
+    parts = pl.next_power_of_2(prompt.parts + own.parts)  # what one program loads
     like = jax.ShapeDtypeStruct((groups, kv_heads, parts, rows * share), jnp.float32)
     of_own = of_rows * own.parts
     sums = call(
