@@ -35,6 +35,13 @@ def pytest_sessionfinish(session):
         shutil.rmtree(os.environ['GRPO_JAX_TEST_PROGRAMS'], ignore_errors=True)
 
 
+@pytest.fixture(scope='module', autouse=True)
+def no_programs_of_other_files():
+    """XLA has crashed while compiling in a process that held all the suite's programs."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope='session')
 def model():
     """Two layers with grouped-query attention."""
