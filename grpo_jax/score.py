@@ -76,6 +76,9 @@ def token_logprobs(
     """`completion_logprobs` from logits f32[..., V] of the targets i32[...]."""
     logits, peak = filter_with_peak(logits, sampling, keep=targets)
     rows, peak = logits.reshape(-1, logits.shape[-1]), peak.reshape(-1)  # see `filter_logits`
+    if jax.default_backend() != 'gpu':
+        # A pass of its own, for which others write these over the product: a chunk less in memory.
+        peak = jax.lax.stop_gradient(rows).max(-1)
     norm = peak + jnp.log(jnp.exp(rows - peak[:, None]).sum(-1))
     logprob = (_at(rows, targets.reshape(-1)) - norm).reshape(targets.shape)
     if not entropy:
