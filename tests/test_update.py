@@ -374,6 +374,23 @@ def test_no_buffer_of_full_logits():
     assert temporary > 4 * full
 
 
+def test_a_larger_vocabulary_costs_its_head_and_one_chunk():
+    """Of memory, beside the parameters: the sum of the head's gradient, and a chunk's logits.
+
+    With the few optimisations of tests it is up to 1.4 of that; two chunks would be 1.7.
+    """
+    groups, group_size, chunk = 2, 8, 32
+
+    def memory(vocab):
+        model = tiny.make_model(vocab_size=vocab, width=128, layers=1, remat=False)
+        args = shapes_of(model, groups, group_size, 8, 64)
+        program = compiled(model, logprob_chunk=chunk, widths=1).lower(*args).compile()
+        return program.memory_analysis().temp_size_in_bytes
+
+    grown = memory(131_072) - memory(4096)
+    assert grown < 1.5 * 4 * (131_072 - 4096) * (128 + group_size * chunk)
+
+
 def test_init_state_copies_parameters_or_makes_them(model, params):
     state = init_state(model, RECORDER, params)
     assert tiny.same(state.params, params)
