@@ -17,7 +17,7 @@ import numpy as np
 from absl import app, flags
 
 from benchmarks import kernels, roofline, workloads
-from benchmarks.ours import make_model, make_params, parse_options
+from benchmarks.ours import make_model, make_params, of_model, parse_options
 from grpo_jax import sample
 from grpo_jax.types import Params, Prompts, Sampling
 
@@ -32,10 +32,7 @@ def main(arguments: list[str]) -> None:
     if options.algorithm:
         raise app.UsageError(f'{[*options.algorithm]} are options of an update: leave them away')
     model = make_model(workload.shape, **options.model)
-    shape = dataclasses.replace(
-        workload.shape, dtype=model.config.dtype, layers=model.config.layers
-    )
-    workload = dataclasses.replace(workload, shape=shape)
+    workload = of_model(workload, model)
     params = make_params(model)
 
     def run(k: int) -> dict[int, float]:

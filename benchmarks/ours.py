@@ -98,14 +98,19 @@ def make_params(model: models.Transformer, spread: float = workloads.SPREAD) -> 
     return jax.jit(make)(jax.random.key(0))
 
 
+def of_model(workload: Workload, model: models.Transformer) -> Workload:
+    """The workload with the dtype and number of layers that options gave the model."""
+    c = model.config
+    shape = dataclasses.replace(workload.shape, dtype=c.dtype, layers=c.layers)
+    return dataclasses.replace(workload, shape=shape)
+
+
 class Ours:
     """State, reference and programs; one method for each phase of a step."""
 
     def __init__(self, workload: Workload, options: Options) -> None:
         self.model = make_model(workload.shape, **options.model)
-        c = self.model.config
-        shape = dataclasses.replace(workload.shape, dtype=c.dtype, layers=c.layers)
-        self.workload = dataclasses.replace(workload, shape=shape)
+        self.workload = of_model(workload, self.model)
         self.algorithm = Algorithm(**options.algorithm)
         self.reference = make_params(self.model)
         optimizer, _ = adamw(
@@ -115,7 +120,7 @@ class Ours:
         self._sample_options = options.sample
         self._step: Any = update.make_step(self.model, optimizer, self.algorithm)
         self._logprobs = jax.jit(self._map_logprobs)
-        self._words = workloads.words(shape.vocab_size)
+        self._words = workloads.words(workload.shape.vocab_size)
         self._ids = {word: i for i, word in enumerate(self._words)}
 
     def step(self, clock: timing.Clock, k: int) -> Rollout:

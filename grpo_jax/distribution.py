@@ -67,20 +67,22 @@ def filter_with_peak(
     rows = logits.reshape(-1, logits.shape[-1])
     fixed = jax.lax.stop_gradient(rows)
 
+    def where(active, smallest_kept):
+        return jax.lax.cond(
+            active,
+            lambda rows: smallest_kept(rows.reshape(logits.shape)).reshape(-1, 1),
+            lambda rows: jnp.full((len(rows), 1), -jnp.inf),
+            fixed,
+        )
+
     ranked = functools.partial(_ranked, scale=scale, top_k=top_k, top_p=top_p)
-    smallest = jax.lax.cond(
-        (top_k > 0) | (top_p < 1),
-        lambda rows: _in_pieces(ranked, rows.reshape(logits.shape)).reshape(-1, 1),
-        lambda rows: jnp.full((len(rows), 1), -jnp.inf),
-        fixed,
-    )
-    peak = fixed.max(-1, keepdims=True)
-    likely = peak + scale * jnp.log(min_p)  # -inf where min_p is 0
-    inside = ~(fixed < jnp.maximum(smallest, likely))  # so a NaN stays one
+    ranked = where((top_k > 0) | (top_p < 1), functools.partial(_in_pieces, ranked))
+    likely = where(min_p > 0, lambda logits: logits.max(-1) + scale * jnp.log(min_p))
+    inside = ~(fixed < jnp.maximum(ranked, likely))  # so a NaN stays one
     if keep is not None:
         inside |= jnp.arange(rows.shape[-1]) == keep.reshape(-1, 1)
     filtered = _outside_out(rows / scale, inside)
-    return filtered.reshape(logits.shape), (peak / scale).reshape(logits.shape[:-1])
+    return filtered.reshape(logits.shape), (fixed.max(-1) / scale).reshape(logits.shape[:-1])
 
 
 @jax.custom_jvp
