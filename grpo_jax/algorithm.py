@@ -37,7 +37,7 @@ class Algorithm:
     advantage_eps: float = 1e-4
     aggregation: str = 'sequence_mean'  # see `score.token_weights`
     kl: str = 'k3'  # estimator; 'none' leaves the reference out of the program
-    kl_place: str = 'loss'  # 'loss', or 'reward': r - beta * KL, of the row or with a critic token
+    kl_place: str = 'loss'  # 'loss', or 'reward': r - beta * KL, see `penalty_to_go`
     inner_updates: int = 1  # optimizer updates per rollout (the paper's mu)
     microbatch: int = 1  # groups whose gradient is computed at a time
     rows: int = 0  # completions of a microbatch read at a time, longest first; 0: all of them
@@ -87,6 +87,10 @@ class Algorithm:
             )
         if self.loss in PAIRWISE:
             self._require_pairs()
+        if self.loss == 'nll' and self.ratio != 'token':
+            raise ValueError(
+                f"loss='nll' with ratio={self.ratio!r}, of which it has none: use ratio='token'"
+            )
         if self.step == 'trust_region' and (self.loss != 'surrogate' or self.inner_updates > 1):
             raise ValueError(
                 f"step='trust_region' with loss={self.loss!r}, inner_updates={self.inner_updates}: "
@@ -134,6 +138,7 @@ class Algorithm:
             ('aggregation', 'sequence_mean'),
             ('kl', 'none'),
             ('rows', 0),
+            ('entropy_mask', False),
         ):
             if getattr(self, name) != value:
                 raise ValueError(
@@ -147,9 +152,23 @@ class Algorithm:
         return self.ratio == 'token' and self.importance in _OF_TOKENS and self.loss not in PAIRWISE
 
     @property
+    def has_bounds(self) -> bool:
+        """Whether the loss reads `clip_low` and `clip_high`."""
+        return self.loss in ('clipped', 'cispo')
+
+    @property
     def reads_reference(self) -> bool:
         """Whether log-probs of the reference are part of the program."""
         return self.kl != 'none' or self.loss in PAIRWISE
+
+    @property
+    def penalty_to_go(self) -> bool:
+        """Whether a KL in the reward counts at the tokens up to its own, and not at the whole row.
+
+        So it is where advantages differ from token to token anyway: with a critic, and without any
+        group to compare with (REINFORCE++, arXiv 2501.03262: A_t = r - beta * sum of KL_i, i >= t).
+        """
+        return self.has_critic or (self.baseline == 'none' and self.scale in ('none', 'batch'))
 
     @property
     def has_critic(self) -> bool:

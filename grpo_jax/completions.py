@@ -65,6 +65,8 @@ def main(arguments: Sequence[str]) -> None:
         raise ValueError(f'--output={output} is the file of completions: name another')
     if output.is_dir():
         raise ValueError(f'--output={output} is a folder: name a file')
+    if not source.is_file():
+        raise ValueError(f'--completions={source}: no such file: name one of JSON lines')
     rows = read(source)
     sizes = _sizes(rows, options.k)
     _check_references(source, options.dataset, rows)

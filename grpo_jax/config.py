@@ -1,4 +1,4 @@
-"""The configuration: every key with its default and meaning, and the command line that sets it.
+"""The configuration: every key with its default and meaning.
 
 A config file holds one `get_config()` that takes `defaults()` and sets keys. The dictionary is
 locked, so a key that does not exist is an error wherever it is set; only those in `FREE` are open,
@@ -9,19 +9,17 @@ import dataclasses
 import difflib
 import functools
 import importlib.util
+import inspect
 import json
 import operator
 import os
 import re
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from absl import flags
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
 from grpo_jax.algorithm import Algorithm
-from grpo_jax.command import one_line_errors
 from grpo_jax.models import Lora, ModelConfig
 from grpo_jax.types import Objective, Sampling
 
@@ -44,33 +42,27 @@ _OPTIMIZER = {  # see `optimizer.adamw`
     'clip_norm': 1.0,
 }
 
-_LEAST = {  # the smallest value of what nothing else checks before training
-    'seed': 0,
-    'model.layers': 1,
-    'data.completion_length': 1,
-    'sft.steps': 0,
-    'sft.batch_size': 1,
-    'grpo.steps': 0,
-    'grpo.iterations': 1,
-    'grpo.batch_size': 1,
-    'grpo.group_size': 1,
-    'grpo.sample_batch': 0,
-    'grpo.refill': 0,
-    **{f'{stage}.optimizer.learning_rate': 0 for stage in ('sft', 'grpo', 'critic')},
-    **{f'grpo.objective.{name}': 0 for name in Objective._fields},
-    'reward_model.optimizer.learning_rate': 0,
-    'reward_model.steps': 0,
-    'reward_model.batch_size': 1,
-    'reward_model.group_size': 1,
-    'reward_model.replay': 0,
-    'eval.every': 1,
-    'eval.batch_size': 1,
-    'eval.samples': 0,
-    'eval.temperature': 0,
-    'log.completions': 0,
-    'checkpoint.every': 1,
-    'checkpoint.keep': 1,
-}
+_RANGES = {  # of what nothing else checks before training
+    '[0, inf)': (
+        'seed', 'sft.steps', 'grpo.steps', 'grpo.sample_batch', 'grpo.refill', 'reward_model.steps',
+        'eval.samples', 'eval.temperature', 'log.completions',
+        *(f'grpo.objective.{name}' for name in Objective._fields),
+    ),
+    '[1, inf)': (
+        'model.layers', 'data.completion_length', 'sft.batch_size', 'grpo.iterations',
+        'grpo.batch_size', 'grpo.group_size', 'grpo.objective.importance_cap',
+        'reward_model.batch_size', 'reward_model.group_size', 'eval.every', 'eval.batch_size',
+        'checkpoint.every', 'checkpoint.keep',
+    ),
+    '(0, inf)': (
+        'grpo.objective.tau_positive', 'grpo.objective.tau_negative', 'grpo.objective.max_kl',
+    ),
+    '[0, 1]': (
+        'grpo.objective.gamma', 'grpo.objective.lam', 'grpo.objective.reference_decay',
+    ),
+    '(0, 1]': ('grpo.objective.top_entropy',),
+    '[0, 0.5)': ('grpo.objective.label_smoothing',),  # from a half on it prefers the worse
+}  # fmt: skip
 
 
 def _fields(cls: Any) -> dict[str, Any]:
@@ -165,35 +157,45 @@ def defaults() -> ConfigDict:
 
 def check_keys(config: Mapping[str, Any]) -> None:
     """Raises ValueError for a key that nothing reads, or one that is missing."""
-    known, given = set(_flat(defaults())), set(_flat(config))
+    known, given = set(flat(defaults())), set(flat(config))
     for key in sorted(given - known):
-        raise ValueError(f'unknown config key {key!r}: {_nearest(key)}')
+        raise ValueError(f'unknown config key {key!r}: {nearest(key)}')
     for key in sorted(known - given):
         raise ValueError(f'config key {key!r} is missing: start from grpo_jax.config.defaults()')
 
 
 def check_values(config: ConfigDict) -> None:
-    """Raises ValueError for a number that is too small, or a run that would train nothing."""
+    """Raises ValueError for a number out of its range, or a run that would train nothing."""
     if not config.sft.steps and not config.grpo.steps:
         raise ValueError('sft.steps=0 and grpo.steps=0: set one of them to train anything')
     values = config.to_dict()
-    for path, least in _LEAST.items():
-        value = functools.reduce(operator.getitem, path.split('.'), values)
-        if not value >= least:  # a NaN is not
-            raise ValueError(f'{path}={value} is too small: make it at least {least}')
+    for interval, paths in _RANGES.items():
+        for path in paths:
+            value = functools.reduce(operator.getitem, path.split('.'), values)
+            if not _within(value, interval):
+                raise ValueError(f'{path}={value} is out of range: it has to lie in {interval}')
 
 
-def _flat(config: Mapping[str, Any], prefix: str = '', free: Sequence[str] = FREE) -> list[str]:
+def _within(value: float, interval: str) -> bool:
+    """Whether it lies in '[low, high]', or without an end that has a round bracket; no NaN does."""
+    low, high = map(float, interval[1:-1].split(','))
+    above = low <= value if interval[0] == '[' else low < value
+    return above and (value <= high if interval[-1] == ']' else value < high)
+
+
+def flat(config: Mapping[str, Any], prefix: str = '', free: Sequence[str] = FREE) -> list[str]:
+    """All paths of a config; a section in `free` is one, whatever its keys."""
     keys = []
     for name, value in config.items():
         path = f'{prefix}{name}'
         nested = isinstance(value, Mapping | ConfigDict) and path not in free and len(value)
-        keys += _flat(value, f'{path}.', free) if nested else [path]
+        keys += flat(value, f'{path}.', free) if nested else [path]
     return keys
 
 
-def _nearest(key: str) -> str:
-    known = _flat(defaults())
+def nearest(key: str) -> str:
+    """Which key was most likely meant."""
+    known = flat(defaults())
     last = key.rpartition('.')[2]
     # Of several with one name that of the `grpo` section.
     known = sorted(known, key=lambda path: path.startswith('grpo.'))
@@ -226,7 +228,7 @@ def differing_defaults(
         ours, theirs = (functools.reduce(operator.getitem, keys, tree) for tree in (given, usual))
         if not isinstance(ours, dict):
             section, ours, theirs = '.'.join(keys[:-1]), {keys[-1]: ours}, {keys[-1]: theirs}
-        for path in _flat(ours):
+        for path in flat(ours):
             found, expected = (
                 functools.reduce(operator.getitem, path.split('.'), tree) for tree in (ours, theirs)
             )
@@ -258,74 +260,14 @@ def _restore_tuples(values: dict[str, Any], like: ConfigDict) -> None:
             _restore_tuples(value, like[name])
 
 
-def run_command(main: Callable[[ConfigDict, str], Any], *, saved: bool = False) -> None:
-    """Calls main(config, workdir) with what the command line says.
-
-    `--config=FILE` names a config file and `--config.key=value` changes a key of it; with `saved`
-    the config is that of the run in the workdir. What the user can mend ends the program with one
-    line on standard error (`command.one_line_errors`).
-
-    Args:
-      main: the command.
-      saved: take the config from the workdir.
-    """
-    with one_line_errors():
-        main(*parse(sys.argv[1:], saved=saved))
-
-
-def parse(arguments: Sequence[str], *, saved: bool = False) -> tuple[ConfigDict, str]:
-    """The config and the workdir from command-line arguments.
-
-    Raises:
-      ValueError: an argument or key that does not exist, a value of the wrong type, a missing file.
-    """
-    rest = [re.sub('^--?', '--', argument) for argument in arguments]
-    workdir = take(rest, 'workdir')
-    if not workdir:
-        raise ValueError('--workdir=FOLDER is missing: name the folder of the run')
-    if saved:
-        path = os.path.join(workdir, 'config.json')
-        if not os.path.isfile(path):
-            raise ValueError(f'{path}: no such file: --workdir has to name the folder of a run')
-        with open(path) as file:
-            config = from_json(file.read())
-    else:
-        path = take(rest, 'config')
-        config = load(path)
-        check_keys(config)
-    for argument in rest:
-        match = re.match(r'--config\.([\w.]+)=', argument)
-        if not match:
-            raise ValueError(
-                f'unexpected argument {argument!r}: options are --config=FILE, '
-                '--config.key=value and --workdir=FOLDER'
-            )
-        if match[1] not in _leaves(config):
-            raise ValueError(f'unknown config key {match[1]!r}: {_nearest(match[1])}')
-    holder = flags.FlagValues()
-    config_flags.DEFINE_config_dict(
-        'config', config, flag_values=holder, sys_argv=['command', *rest]
-    )
-    try:
-        holder(['command', *rest])
-    except (flags.Error, TypeError) as error:
-        raise ValueError(f'{error}: give a value of the same type as the default') from error
-    return config, workdir
-
-
-def take(arguments: list[str], name: str) -> str:
-    """Removes `--name=value` and returns the value of the last one, or nothing."""
-    values = [a.partition('=')[2] for a in arguments if a.startswith(f'--{name}=')]
-    arguments[:] = [a for a in arguments if not a.startswith(f'--{name}=')]
-    return values[-1] if values else ''
-
-
 def load(path: str | os.PathLike[str]) -> ConfigDict:
     """What the `get_config()` of a config file returns; of `FILE.py:NAME`, get_config(NAME).
 
     Raises:
       ValueError: the file does not exist, raises or returns no ConfigDict.
     """
+    if not path:
+        raise ValueError('--config=FILE is missing: name a config file')
     file, colon, argument = str(path).partition('.py:')
     file += '.py' if colon else ''
     if not os.path.isfile(file):
@@ -336,6 +278,8 @@ def load(path: str | os.PathLike[str]) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
+        if not colon and _required(module.get_config):
+            raise ValueError(f'it holds several configs: name one, as in {file}:NAME')
         config = module.get_config(argument) if colon else module.get_config()
     except Exception as error:
         raise ValueError(f'--config={path}: {_reason(error)}') from error
@@ -345,12 +289,17 @@ def load(path: str | os.PathLike[str]) -> ConfigDict:
 
 
 def _reason(error: Exception) -> str:
-    unknown = re.search(r'Key "(\w+)" does not exist', str(error))  # what a locked config says
-    if unknown:
-        return f'unknown config key {unknown[1]!r}: {_nearest(unknown[1])}'
+    text = str(error)  # what a locked config says
+    if unknown := re.search(r'Key "(\w+)" does not exist', text):
+        return f'unknown config key {unknown[1]!r}: {nearest(unknown[1])}'
+    if wrong := re.search(r"override field '(\w+)'.*?\. (.*) is of original .* type (.*)$", text):
+        return f'config key {wrong[1]!r} is {wrong[2]}: give a value of type {wrong[3]}'
+    if isinstance(error, ValueError):
+        return text
     return f'{type(error).__name__}: {error}: mend the file (GRPO_JAX_TRACEBACK=1 shows where)'
 
 
-def _leaves(config: ConfigDict) -> list[str]:
-    """All paths that can be set, those inside the free sections too."""
-    return _flat(config, free=())
+def _required(function: Callable[..., Any]) -> bool:
+    """Whether it cannot be called without arguments."""
+    given = inspect.signature(function).parameters.values()
+    return any(p.default is p.empty for p in given)

@@ -276,13 +276,17 @@ def _pad(
 
 
 def batches(
-    table: PromptTable | DemonstrationTable, batch_size: int, *, seed: int
+    table: PromptTable | DemonstrationTable,
+    batch_size: int,
+    *,
+    seed: int,
+    name: str = 'batch_size',
 ) -> grain.MapDataset:
     """An endless random-access sequence whose element k is the batch of step k, in numpy.
 
     Batch k depends on the table, the seed and k alone. Each epoch holds every row once, in an order
     of its own. Batches run on across the end of an epoch: every batch is full and no remainder is
-    dropped, but a batch across that end can hold a row twice.
+    dropped, but a batch across that end can hold a row twice. An error calls the batch `name`.
 
     Returns:
         Prompts for a table of prompts, Rollout with G = 1 and zero log-probs for demonstrations.
@@ -292,7 +296,7 @@ def batches(
     """
     size = len(_prompts(table).index)
     if not 1 <= batch_size <= size:
-        raise ValueError(f'batch_size is {batch_size}: make it 1 to {size}, the rows of the table')
+        raise ValueError(f'{name} is {batch_size}: make it 1 to {size}, the rows of the table')
     if seed < 0:
         raise ValueError(f'seed is {seed}: make it at least 0')
     # Grain shuffles epoch e by seed + e: the epochs of seed 1 would be those of seed 0, one later.

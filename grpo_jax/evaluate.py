@@ -50,7 +50,7 @@ def run() -> None:
         with one_line_errors():
             completions.main(given)
     else:
-        from grpo_jax.config import run_command
+        from grpo_jax.arguments import run_command
 
         run_command(main, saved=True)
 

@@ -18,8 +18,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from grpo_jax import setup
+from grpo_jax.arguments import parse, take
 from grpo_jax.command import one_line_errors
-from grpo_jax.config import parse, take
 from grpo_jax.models import families, folders, hf
 from grpo_jax.models.config import DTYPES
 from grpo_jax.tokens import load_tokenizer
@@ -40,7 +40,7 @@ def export(config: ConfigDict, workdir: str, output: str, *, dtype: str = '') ->
       ValueError: there is no checkpoint, no Hugging Face architecture is like the model, or the
         output folder is not empty.
     """
-    made = setup.prepare(config, pathlib.Path(workdir).absolute())
+    made = _prepare(config, workdir)
     fields = _fields(made)
     dtype = dtype or fields.get('dtype') or fields.get('torch_dtype') or config.model.param_dtype
     if dtype not in DTYPES:
@@ -64,7 +64,7 @@ def export_adapter(config: ConfigDict, workdir: str, output: str) -> None:
     Raises:
       ValueError: as `export`; or the adapters do not belong to a pretrained checkpoint as it is.
     """
-    made = setup.prepare(config, pathlib.Path(workdir).absolute())
+    made = _prepare(config, workdir)
     fields = _fields(made)
     with _folder(output) as folder:
         policy = setup.newest_policy(made)
@@ -118,6 +118,13 @@ def _save_tokenizer(made: setup.Setup, folder: pathlib.Path) -> None:
         )
 
 
+def _prepare(config: ConfigDict, workdir: str) -> setup.Setup:
+    """Without a reward model: it is not part of the policy, and its folder may be gone."""
+    config = config.copy_and_resolve_references()
+    config.reward_model.weight = 0.0
+    return setup.prepare(config, pathlib.Path(workdir).absolute())
+
+
 @contextlib.contextmanager
 def _folder(output: str) -> Iterator[pathlib.Path]:
     """A folder to write into, which takes the place of `output` when all went well."""
@@ -138,8 +145,11 @@ def _folder(output: str) -> Iterator[pathlib.Path]:
 
 def run() -> None:
     """The console entry point."""
+    given = sys.argv[1:]
+    if '--help' in given:
+        print(__doc__)
+        return
     with one_line_errors():
-        given = sys.argv[1:]
         adapter = '--adapter' in given
         given = [argument for argument in given if argument != '--adapter']
         output, dtype = take(given, 'output'), take(given, 'dtype')

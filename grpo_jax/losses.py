@@ -221,13 +221,17 @@ def importance_weights(group: Batch, kind: str, cap: Array) -> jax.Array:
 
 
 def clip_masks(
-    logprobs: jax.Array, group: Batch, objective: Objective
+    logprobs: jax.Array, group: Batch, objective: Objective, loss: str = 'clipped'
 ) -> tuple[jax.Array, jax.Array]:
-    """bool[G, T] each: where the lower and where the upper bound cut `clipped`s gradient."""
+    """bool[G, T] each: where the lower and where the upper bound of a loss come into effect.
+
+    `clipped` has no gradient there. `cispo` bounds its weights whatever the advantage's sign.
+    """
     ratio = jnp.exp(logprobs - group.old_logprobs)
-    low = (ratio < 1 - objective.clip_low) & (group.advantages < 0)
-    high = (ratio > 1 + objective.clip_high) & (group.advantages > 0)
-    return low, high
+    low, high = ratio < 1 - objective.clip_low, ratio > 1 + objective.clip_high
+    if loss == 'cispo':
+        return low, high
+    return low & (group.advantages < 0), high & (group.advantages > 0)
 
 
 def kl_term(

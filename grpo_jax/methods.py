@@ -33,19 +33,17 @@ def parts_of(config: ConfigDict) -> Parts:
         algorithm = dataclasses.replace(algorithm, kl='none')
     if objective.entropy_bonus:
         algorithm = dataclasses.replace(algorithm, entropy=True)
-    if objective.top_entropy < 1:
-        algorithm = dataclasses.replace(algorithm, entropy_mask=True)
-    bounded = algorithm.loss in ('clipped', 'cispo')
     trusted = algorithm.step == 'trust_region'
     read = {
-        'clip_low': bounded,
-        'clip_high': bounded,
+        'clip_low': algorithm.has_bounds,
+        'clip_high': algorithm.has_bounds,
         'dual_clip': algorithm.loss == 'clipped',
         'tau_positive': algorithm.loss == 'sapo',
         'tau_negative': algorithm.loss == 'sapo',
         'importance_cap': algorithm.importance != 'none',
         'kl_clamp': algorithm.kl != 'none',
         'reference_decay': algorithm.reads_reference,
+        'top_entropy': algorithm.loss not in PAIRWISE,
         'label_smoothing': algorithm.loss == 'dpo',
         'gamma': algorithm.has_critic,
         'lam': algorithm.has_critic,
@@ -62,6 +60,8 @@ def parts_of(config: ConfigDict) -> Parts:
                 f'importance={algorithm.importance!r}, baseline={algorithm.baseline!r}, '
                 f'step={algorithm.step!r} and kl={algorithm.kl!r}: leave it away'
             )
+    if objective.top_entropy < 1:
+        algorithm = dataclasses.replace(algorithm, entropy_mask=True)
     for name, active in {
         'cg_steps': trusted,
         'backtracks': trusted,
@@ -137,7 +137,7 @@ def _check_sampler(c: ConfigDict, algorithm: Algorithm) -> None:
             "of rounded weights; correct for it by importance='token' or another, or sample with "
             "weights='model'"
         )
-    if c.ahead and algorithm.importance == 'none':
+    if c.ahead and c.source == 'policy' and algorithm.importance == 'none':
         raise ValueError(
             "grpo.ahead=True with grpo.algorithm.importance='none': what is sampled ahead is of a "
             "policy one update old; correct for it by importance='token' or another"

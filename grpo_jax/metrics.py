@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 
-from grpo_jax import losses
 from grpo_jax.preferences import margin
 from grpo_jax.types import Batch, Objective, Rollout, StepRewards
 
@@ -41,10 +40,10 @@ def rollout_metrics(rollout: Rollout, rewards: jax.Array | StepRewards) -> dict[
     }
 
 
-def group_terms(logprobs, group: Batch, objective: Objective, kl, entropy) -> dict[str, jax.Array]:
+def group_terms(group: Batch, clipped, kl, entropy) -> dict[str, jax.Array]:
     """Sums and extremes over one group's tokens, from which `reduce_terms` makes the metrics.
 
-    logprobs: those whose ratio the loss clips, None where it clips none.
+    clipped: the two masks of `losses.clip_masks`, or None; kl and entropy f32[G, T], or None.
     """
     mask = group.rollout.mask
     count = mask.sum()
@@ -59,10 +58,9 @@ def group_terms(logprobs, group: Batch, objective: Objective, kl, entropy) -> di
         'ratio_sum': jnp.where(mask, ratio, 0.0).sum(),
         'ratio_max': jnp.where(inside, ratio, -jnp.inf).max(),
     }
-    if logprobs is not None:
-        low, high = losses.clip_masks(logprobs, group, objective)
-        terms['clip_low'] = (low & mask).sum() / jnp.maximum(count, 1)
-        terms['clip_high'] = (high & mask).sum() / jnp.maximum(count, 1)
+    if clipped is not None:
+        for name, cut in zip(('clip_low', 'clip_high'), clipped, strict=True):
+            terms[name] = (cut & mask).sum() / jnp.maximum(count, 1)
     if kl is not None:
         terms['kl_sum'] = jnp.where(mask, kl, 0.0).sum()
     if entropy is not None:

@@ -1,5 +1,6 @@
 """The optimizer: optax's AdamW behind a gradient clip, with warm-up and decay; and its step."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -35,14 +36,28 @@ def adamw(
       b2: decay of the second moment.
       eps: Adam's epsilon.
       weight_decay: of matrices; norm scales and biases are left alone.
-      clip_norm: largest global norm of the gradient.
+      clip_norm: largest global norm of the gradient; 0: any.
 
     Returns:
       The transformation, and its schedule from the number of updates made to the learning rate.
 
     Raises:
-      ValueError: unknown decay, or a warm-up and hold that are longer than the run.
+      ValueError: unknown decay, a number that is out of its range, or a warm-up and hold that are
+        longer than the run.
     """
+    for name, value, most in (
+        ('learning_rate', learning_rate, math.inf),
+        ('warmup_steps', warmup_steps, math.inf),
+        ('hold_steps', hold_steps, math.inf),
+        ('b1', b1, 1.0),
+        ('b2', b2, 1.0),
+        ('eps', eps, math.inf),
+        ('weight_decay', weight_decay, math.inf),
+        ('clip_norm', clip_norm, math.inf),
+    ):
+        if not 0 <= value < most:  # a NaN is not
+            below = f' and below {most:g}' if most < math.inf else ''
+            raise ValueError(f'{name}={value} is out of range: make it at least 0{below}')
     start = warmup_steps + hold_steps
     if start > steps:
         raise ValueError(
@@ -68,7 +83,7 @@ def adamw(
         )
 
     optimizer = optax.chain(
-        optax.clip_by_global_norm(clip_norm),
+        optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
         optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=matrices),
     )
     return optimizer, schedule

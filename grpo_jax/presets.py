@@ -92,15 +92,16 @@ PRESETS: dict[str, dict[str, Any]] = {
         'refill': 3,
     },
     'bnpo': {'algorithm': {'aggregation': 'microbatch_token_mean'}},  # TRL's loss_type='bnpo'
-    'rloo': {  # Ahmadian et al., arXiv 2402.14740: KL in the reward
+    'rloo': {  # Ahmadian et al., arXiv 2402.14740: KL in the reward, log-probs of whole completions
         'algorithm': {
             'baseline': 'leave_one_out',
             'scale': 'none',
+            'aggregation': 'constant',  # their sum, but for the constant 1 / T
             'kl': 'k1',
             'kl_place': 'reward',
         },
     },
-    'reinforce_pp': {  # Hu, arXiv 2501.03262
+    'reinforce_pp': {  # Hu, arXiv 2501.03262: a token's reward less the KL from it on
         'algorithm': {
             'baseline': 'none',
             'scale': 'batch',

@@ -42,10 +42,14 @@ class Actor:
         """The policy's parameters from the trained ones."""
         return models.join(self.frozen, trained) if self.model.config.lora.rank else trained
 
-    def logprobs(self, trained: Params, rollout: Rollout) -> jax.Array:
+    def logprobs(
+        self, trained: Params, rollout: Rollout, *, entropy: bool = False
+    ) -> tuple[jax.Array, jax.Array | None]:
         """See `score.completion_logprobs`."""
-        params = self.params(trained)
-        return completion_logprobs(self.model, params, rollout, self.sampling, chunk=self.chunk)[0]
+        return completion_logprobs(
+            self.model, self.params(trained), rollout, self.sampling, chunk=self.chunk,
+            entropy=entropy,
+        )  # fmt: skip
 
     def scores(
         self, params: Params, hidden: jax.Array, part: Batch, *, entropy: bool = False
@@ -161,7 +165,7 @@ class Program:
                 )
                 return product, None
 
-            product, _ = self.microbatches.sum(one, rollout, like=params)
+            product, _ = self.microbatches.sum(one, rollout, like=vector)
             return jax.tree.map(lambda p, v: p + o.damping * v, product, vector)
 
         return trust_region.natural_step(
@@ -177,8 +181,8 @@ class Program:
 
     def _surrogate(self, params, part: Batch) -> jax.Array:
         """The loss of a microbatch."""
-        logprobs = self.actor.logprobs(params, part.rollout)
-        return self._loss(logprobs, None, part)
+        found = self.actor.logprobs(params, part.rollout, entropy=self.algorithm.entropy)
+        return self._loss(*found, part)
 
     def _token_learner(self, trained, hidden, part: Batch, total):
         """`microbatch.Learner` of a loss that is a sum over tokens."""
@@ -232,9 +236,11 @@ class Program:
         a, objective = self.algorithm, self.actor.objective
         loss, kl = self._group_loss(logprobs, entropy, group)
         group = _with_old(logprobs, group)
-        bounded = a.loss not in ('nll', 'surrogate', *PAIRWISE)
-        level = losses.at_level(logprobs, group, a.ratio) if bounded else None
-        terms = group_terms(level, group, objective, kl, entropy) | {'loss': loss}
+        clipped = None
+        if a.has_bounds:
+            level = losses.at_level(logprobs, group, a.ratio)
+            clipped = losses.clip_masks(level, group, objective, a.loss)
+        terms = group_terms(group, clipped, kl, entropy) | {'loss': loss}
         if a.loss in PAIRWISE:
             terms |= pair_terms(logprobs, group, objective)
         return terms

@@ -158,10 +158,11 @@ def _ends(config: ConfigDict, tokenizer: Any, source: pathlib.Path | None) -> np
 def _make_sampler(config, mesh, model, tokenizer, ends: np.ndarray) -> Sampler:
     table = stop_table(tokenizer, stop_strings(config), model.config.vocab_size)
     stops = None if table is None else jax.device_put(table, sharding.replicated(mesh))
+    base = models.Transformer(model.config.base)
 
     def sampler(params: Params, prompts: Prompts, draw: Any = sample, **rest: Any) -> Any:
         return draw(
-            model,
+            model if models.split(params)[1] else base,  # without adapters: what a stage began with
             params,
             sharding.put_groups(prompts, mesh),
             seed=config.seed,
@@ -204,7 +205,8 @@ def prompting(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
 def heldout_problems(setup: Setup) -> Problems:
     """The held-out problems; says how many prompts were too long and dropped."""
     config = setup.config
-    sharding.check_batch(config.eval.batch_size, config.eval.batch_size, setup.mesh)
+    size = config.eval.batch_size
+    sharding.check_batch(size, size, setup.mesh, of='eval.batch_size')
     rows = list(load_rows(config, setup.workdir, config.data.heldout_split))
     return _problems(setup, rows, config.data.heldout_split, 0)
 

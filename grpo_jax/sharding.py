@@ -148,7 +148,12 @@ def put_groups(tree: Any, mesh: Mesh) -> Any:
 
 
 def check_batch(
-    batch: int, microbatch: int, mesh: Mesh | None = None, *, name: str = 'microbatch'
+    batch: int,
+    microbatch: int,
+    mesh: Mesh | None = None,
+    *,
+    of: str = 'a batch',
+    name: str = 'microbatch',
 ) -> None:
     """Raises ValueError, with the sizes that work, where B groups cannot be cut as asked.
 
@@ -156,7 +161,8 @@ def check_batch(
       batch: B.
       microbatch: groups per microbatch, over all devices.
       mesh: each microbatch is spread over its fsdp axis.
-      name: what an error calls it.
+      of: what an error calls the batch.
+      name: what it calls the microbatch.
     """
     devices = mesh.shape['fsdp'] if mesh is not None else 1
     if batch % devices:
@@ -164,11 +170,11 @@ def check_batch(
             str(n) for n in (batch // devices * devices, -(-batch // devices) * devices) if n
         )
         raise ValueError(
-            f'batch of {batch} prompts does not divide over mesh fsdp={devices}: use {near} prompts'
+            f'{of} of {batch} prompts does not divide over mesh fsdp={devices}: use {near} prompts'
         )
     works = [n for n in range(devices, batch + 1, devices) if batch % n == 0]
     if microbatch not in works:
         raise ValueError(
-            f'{name}={microbatch} does not cut a batch of {batch} prompts over '
+            f'{name}={microbatch} does not cut {of} of {batch} prompts over '
             f'fsdp={devices} into equal pieces: use one of {", ".join(map(str, works))}'
         )

@@ -71,7 +71,7 @@ def sft_stage(made: Setup, training: Problems, heldout: Problems | None = None) 
     c, config = made.config.sft, made.config
     algorithm = dataclasses.replace(SFT, microbatch=c.microbatch)
     ones = np.ones((c.batch_size, 1), np.float32)
-    sharding.check_batch(c.batch_size, c.microbatch, made.mesh)
+    _check_batch(made, 'sft', 'microbatch', c.microbatch)
     table = data.tokenize_demonstrations(
         training.rows,
         made.tokenizer,
@@ -81,7 +81,7 @@ def sft_stage(made: Setup, training: Problems, heldout: Problems | None = None) 
     )
     if table.prompts.dropped:
         log.warning('demonstrations: %s', table.prompts.summary())
-    batches = data.batches(table, c.batch_size, seed=config.seed)
+    batches = data.batches(table, c.batch_size, seed=config.seed, name='sft.batch_size')
 
     def sample(step: int, policy: Params, began: Models) -> list[Rollout]:
         return [sharding.put_groups(batches[step], made.mesh)]
@@ -112,11 +112,11 @@ def grpo_stage(made: Setup, training: Problems, heldout: Problems, iteration: in
     algorithm, _, sampling = parts
     check_sampling(sampling)
     check_group_options(c.group_size, baseline=algorithm.baseline, scale=algorithm.scale)
-    sharding.check_batch(c.batch_size, algorithm.microbatch, made.mesh)
+    _check_batch(made, 'grpo', 'algorithm.microbatch', algorithm.microbatch)
     if c.sample_batch:
-        sharding.check_batch(c.batch_size, c.sample_batch, made.mesh, name='sample_batch')
+        _check_batch(made, 'grpo', 'sample_batch', c.sample_batch)
     judge = _judge(made, training, algorithm)
-    batches = data.batches(training.table, c.batch_size, seed=config.seed)
+    batches = data.batches(training.table, c.batch_size, seed=config.seed, name='grpo.batch_size')
     prompts = collecting.Prefetched(
         lambda number: collecting.cut(batches[number], c.sample_batch, made.mesh)
     )
@@ -175,7 +175,7 @@ def grpo_stage(made: Setup, training: Problems, heldout: Problems, iteration: in
         optimizer, schedule = optax.identity(), None
     name = _numbered('grpo', iteration)
     stage = _policy_stage(made, name, c.steps, parts, optimizer, schedule, sample, collect, heldout)
-    return dataclasses.replace(stage, ahead=c.ahead, stale=c.ahead)
+    return dataclasses.replace(stage, ahead=c.ahead, stale=c.ahead and c.source == 'policy')
 
 
 def _policy_stage(
@@ -251,12 +251,19 @@ def reward_stage(made: Setup, training: Problems, iteration: int = 1) -> Stage:
             f'reward_model.loss={c.loss!r} with kind={c.kind!r}: an outcome model is trained by '
             "'bradley_terry' or 'label', a process model by 'step'"
         )
-    sharding.check_batch(c.batch_size, c.microbatch, made.mesh)
+    if c.loss == 'bradley_terry' and c.group_size < 2:
+        raise ValueError(
+            f"reward_model.group_size={c.group_size} with loss='bradley_terry', which compares "
+            "completions of one prompt: make it at least 2, or use loss='label'"
+        )
+    _check_batch(made, 'reward_model', 'microbatch', c.microbatch)
     sampling = Sampling(**config.grpo.sampling)
     correct, _ = rewards.build({config.eval.correct: 1.0})
     labels = _step_labels(config) if c.kind == 'process' else None
     judge = Judge(training, correct, {config.eval.correct: 0.0}, labels)
-    batches = data.batches(training.table, c.batch_size, seed=config.seed + 1)
+    batches = data.batches(
+        training.table, c.batch_size, seed=config.seed + 1, name='reward_model.batch_size'
+    )
     replay = Replay(made.workdir / 'replay', iteration, c.replay, config.seed)
     model, mesh = made.reward_model, made.mesh
     optimizer, schedule = adamw(steps=c.steps, **c.optimizer)
@@ -324,6 +331,13 @@ def _step_labels(config: ConfigDict) -> tuple[str, Callable[..., Any], float]:
     """The step function unweighted: the truth that a process reward model learns."""
     name, function, _ = rewards.build_steps(config.grpo.step_rewards)
     return name, function, 1.0
+
+
+def _check_batch(made: Setup, section: str, name: str, microbatch: int) -> None:
+    sharding.check_batch(
+        made.config[section].batch_size, microbatch, made.mesh,
+        of=f'{section}.batch_size', name=f'{section}.{name}',
+    )  # fmt: skip
 
 
 def _numbered(kind: str, iteration: int) -> str:

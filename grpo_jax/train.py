@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from grpo_jax import checkpoint, compiled, report, setup
-from grpo_jax.config import run_command
+from grpo_jax.arguments import run_command
 from grpo_jax.progress import Progress
 from grpo_jax.setup import Problems, Setup
 from grpo_jax.stages import Models, Stage, grpo_stage, reward_stage, sft_stage

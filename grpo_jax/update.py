@@ -76,7 +76,9 @@ def init_state(
             moments = critic.optimizer.init(value_params)
             state = state._replace(value_params=value_params, value_opt_state=moments)
         if moving_reference:
-            state = state._replace(reference=jax.tree.map(jnp.copy, params))
+            # In float32 whatever the policy is: bfloat16 would round most steps of it away.
+            wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
+            state = state._replace(reference=jax.tree.map(jnp.copy, wide))
         return state
 
     out = None
@@ -199,14 +201,11 @@ def update(
         )
         state, terms = jax.lax.scan(inner, state, length=a.inner_updates)
     if state.reference is not None:
-        decay = jnp.asarray(objective.reference_decay)
-        state = state._replace(
-            reference=jax.tree.map(
-                lambda old, new: (decay * old + (1 - decay) * new).astype(old.dtype),
-                state.reference,
-                state.params,
-            )
+        share = 1 - jnp.asarray(objective.reference_decay, jnp.float32)
+        moved = jax.tree.map(
+            lambda old, new: old + share * (new - old), state.reference, state.params
         )
+        state = state._replace(reference=moved)
     return state._replace(step=state.step + 1), metrics | reduce_terms(terms)
 
 

@@ -12,9 +12,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import bare, decode, floors, kernels, refill, roofline, step, timing, workloads
-from benchmarks.ours import Ours, parse_options
+from benchmarks import (
+    accuracy,
+    bare,
+    decode,
+    floors,
+    kernels,
+    refill,
+    roofline,
+    step,
+    timing,
+    workloads,
+)
+from benchmarks.ours import Ours, make_model, parse_options
 from grpo_jax.flops import count_flops
+from grpo_jax.models import decoding
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -64,6 +76,23 @@ def test_blocks_of_the_sampler(ours, tmp_path):
     read = decode.of_columns(ours.workload, 6) - decode.of_columns(ours.workload, 3)
     assert read == 4 * (3 * matrices + token * (3 * 2 * 8 + 4 * (3 + 4 + 5)))
     assert kernels.longest(tmp_path, 10) == ['no accelerator ran anything']
+
+
+@pytest.mark.parametrize('late', [0, 1])
+def test_accuracy_of_attention(late, monkeypatch):
+    """Rounding is within the tolerance, and a kernel that reads a column too many is not."""
+
+    def token(q, new, stacks, layer, length, t, **options):
+        return kernel(q, new, stacks, layer, length, t + late, interpret=True, **options)
+
+    kernel = decoding.attend_token
+    monkeypatch.setattr(decoding, 'attend_token', token)
+    shape = workloads.Shape(layers=1, heads=4, kv_heads=2, head_dim=16, dtype='bfloat16')
+    config = make_model(shape).config
+    groups = dict(accuracy.of_groups(config, 2, 2, 10, 12))
+    assert 0 < max(groups.values()) < accuracy.TOLERANCE
+    tokens = accuracy.of_token(config, 2, 2, 10, 70)
+    assert all((0 < error < accuracy.TOLERANCE) == (late == 0) for _, error in tokens)
 
 
 def test_slots_are_refilled():

@@ -131,6 +131,10 @@ def sigmoid(x):
 LOG_RATIO = W.logp - W.ref
 PULL = BETA * (np.exp(-LOG_RATIO) - 1)  # of k3: beta (ref / pi - 1)
 PENALISED = W.rewards - BETA * np.where(W.mask, LOG_RATIO, 0).sum(-1)  # k1 in the reward
+PULLS_TO_GO = np.array([  # of k1 from each token on
+    [[BETA * sum(row[t:]) for t in range(T)] for row in group]
+    for group in np.where(W.mask, LOG_RATIO, 0)
+])  # fmt: skip
 OUTCOMES = np.where(W.last, W.rewards[..., None], 0.0)  # r comes with the last token
 EVERY = np.ones(SIZE)
 MISMATCH = np.exp(W.logp - W.sampled)
@@ -210,7 +214,7 @@ ROWS = {
     'DAPO': row(outcome(), 'dapo'),
     'BNPO': row(outcome() + PULL, 'bnpo', options={'microbatch': 1}, beta=BETA),
     'RLOO': row(outcome(PENALISED, 'leave_one_out', 'none'), 'rloo', beta=BETA),
-    'REINFORCE++': row(whitened(PENALISED[..., None] * EVERY), 'reinforce_pp', beta=BETA),
+    'REINFORCE++': row(whitened(W.rewards[..., None] - PULLS_TO_GO), 'reinforce_pp', beta=BETA),
     'GSPO': row(outcome(), 'gspo'),
     'GSPO, token': row(outcome(), 'gspo_token'),
     'CISPO': row(outcome(), 'cispo'),
@@ -241,7 +245,7 @@ def compiled(algorithm):
         )
         actor = Actor(model, None, Sampling(), objective, algorithm.logprob_chunk)
         batch = make_batch(algorithm, actor, critic, state, ref, rollout, rewards, pieces)
-        logprobs = actor.logprobs(state.params, rollout)
+        logprobs, _ = actor.logprobs(state.params, rollout)
         coefficient = jax.vmap(
             lambda x, group: losses.gradient_coefficient(x, group, objective, **options)
         )(logprobs, batch)

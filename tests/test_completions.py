@@ -253,7 +253,10 @@ def test_scores_that_begin_late(tmp_path, capsys):
         (['--completions=FILE'], 'the following arguments are required: --dataset'),
         (['--dataset=gsm8k'], 'the following arguments are required: --completions'),
         (['--completions=FILE', '--dataset=gsm8k', '--n=3'], 'unrecognized arguments: --n=3'),
-        (['--completions=none.jsonl', '--dataset=gsm8k'], "No such file or directory: 'none.jsonl"),
+        (
+            ['--completions=none.jsonl', '--dataset=gsm8k'],
+            '--completions=none.jsonl: no such file: name one of JSON lines',
+        ),
         (['--completions=FILE', '--dataset=gsm8k'], 'FILE has no rows'),
     ],
 )

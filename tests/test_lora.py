@@ -122,6 +122,8 @@ def test_experts_keep_theirs_out():
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
+        ({'alpha': 32.0}, r'lora alpha=32.0 with rank=0, .*: set a rank, or alpha=16.0'),
+        ({'targets': ('q_proj',)}, r"lora targets=\('q_proj',\) with rank=0"),
         ({'rank': -1}, r'lora rank=-1: make it 0 \(no adapters\) or more'),
         (
             {'rank': 2, 'targets': ('q_proj', 'lm_head')},

@@ -108,6 +108,18 @@ def test_clip_masks_say_where_the_gradient_is_cut(low, high):
     assert above.any()
 
 
+@pytest.mark.parametrize(('low', 'high'), BOUNDS)
+def test_clip_masks_say_where_a_weight_is_bounded(low, high):
+    """CISPO's slope is A times the ratio but there, for either sign."""
+    below, above = losses.clip_masks(jnp.asarray(LOGPROB), group(), Objective(low, high), 'cispo')
+    _, slopes = value_and_slope(losses.cispo, LOGPROB, group(), Objective(low, high))
+    bounded = ~np.isclose(slopes, -ADVANTAGE * np.exp(LOGPROB - OLD), rtol=1e-5)
+    moved = (np.asarray(below) | np.asarray(above)) & (ADVANTAGE != 0)
+    np.testing.assert_array_equal(moved, bounded)
+    assert (moved & (ADVANTAGE > 0) & (LOGPROB > OLD)).any()
+    assert (moved & (ADVANTAGE < 0) & (LOGPROB > OLD)).any()
+
+
 @pytest.mark.parametrize('name', ['k1', 'k2', 'k3'])
 def test_kl_estimators(name):
     """The grid's old log-probs stand for the reference's."""

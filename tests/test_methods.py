@@ -77,6 +77,7 @@ READ = {  # scalar -> another value, options that read it, options that do not
     'importance_cap': (3.0, [{'importance': 'token'}, {'importance': 'sequence_mask'}], [{}]),
     'kl_clamp': (10.0, [{}, {'kl': 'k2'}], [{'kl': 'none'}, PAIR]),
     'reference_decay': (0.9, [{}, PAIR], [{'kl': 'none'}]),
+    'top_entropy': (0.5, [{}, {'loss': 'nll'}], [PAIR, PAIR | {'loss': 'hinge'}]),
     'label_smoothing': (0.1, [PAIR], [{}, PAIR | {'loss': 'ipo'}, PAIR | {'loss': 'hinge'}]),
     'gamma': (0.9, [CRITIC], [{}]),
     'lam': (0.9, [CRITIC], [{}]),
@@ -84,7 +85,7 @@ READ = {  # scalar -> another value, options that read it, options that do not
     'max_kl': (0.1, [TRUST], [{}, {'loss': 'surrogate'}]),
     'damping': (0.2, [TRUST], [{}, {'loss': 'surrogate'}]),
 }
-ALWAYS = {'beta', 'entropy_bonus', 'top_entropy'}  # put their term into the program themselves
+ALWAYS = {'beta', 'entropy_bonus'}  # put their term into the program themselves
 
 
 def test_every_scalar_is_checked():
@@ -245,7 +246,16 @@ TABLE = {
         {'refill': 3},
     ),
     'bnpo': ({'aggregation': 'microbatch_token_mean'}, {}, {}),
-    'rloo': ({'baseline': 'leave_one_out', 'scale': 'none', **KL_IN_REWARD}, {}, {}),
+    'rloo': (
+        {
+            'baseline': 'leave_one_out',
+            'scale': 'none',
+            'aggregation': 'constant',
+            **KL_IN_REWARD,
+        },
+        {},
+        {},
+    ),
     'reinforce_pp': (
         {'baseline': 'none', 'scale': 'batch', 'aggregation': 'token_mean', **KL_IN_REWARD},
         {},

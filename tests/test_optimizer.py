@@ -18,7 +18,7 @@ def adamw_by_hand(params, gradients, rates, *, b1, b2, eps, weight_decay, clip_n
     for t, (gradient, rate) in enumerate(zip(gradients, rates, strict=True), start=1):
         norm = np.sqrt(sum((g**2).sum() for g in gradient.values()))
         for name, g in gradient.items():
-            g = g * min(1, clip_norm / norm)
+            g = g * min(1, clip_norm / norm) if clip_norm else g
             first[name] = b1 * first[name] + (1 - b1) * g
             second[name] = b2 * second[name] + (1 - b2) * g**2
             change = first[name] / (1 - b1**t) / (np.sqrt(second[name] / (1 - b2**t)) + eps)
@@ -33,8 +33,16 @@ ADAMW = {'b1': 0.9, 'b2': 0.999, 'eps': 1e-8, 'weight_decay': 0.0, 'clip_norm': 
 
 @pytest.mark.parametrize(
     'change',
-    [{}, {'b1': 0.5}, {'b2': 0.9}, {'eps': 0.1}, {'weight_decay': 0.3}, {'clip_norm': 0.2}],
-    ids=lambda change: next(iter(change), 'default'),
+    [
+        {},
+        {'b1': 0.5},
+        {'b2': 0.9},
+        {'eps': 0.1},
+        {'weight_decay': 0.3},
+        {'clip_norm': 0.2},
+        {'clip_norm': 0},
+    ],
+    ids=str,
 )
 def test_adamw(change):
     """Its defaults are ADAMW; every option counts, and weight decay leaves vectors alone."""
@@ -86,8 +94,15 @@ def test_learning_rates(options, expected):
         ({'decay': 'step'}, r"decay='step' is unknown: use one of constant, linear, cosine"),
         ({'warmup_steps': 2, 'hold_steps': 9}, r'hold_steps=9 are more than steps=10: shorten'),
         ({'warmup_steps': 11}, r'warmup_steps=11 and hold_steps=0 are more than steps=10'),
+        ({'warmup_steps': -1}, r'warmup_steps=-1 is out of range: make it at least 0'),
+        ({'learning_rate': -0.1}, r'learning_rate=-0.1 is out of range: make it at least 0'),
+        ({'learning_rate': np.nan}, r'learning_rate=nan is out of range'),
+        ({'clip_norm': -1.0}, r'clip_norm=-1.0 is out of range: make it at least 0$'),
+        ({'weight_decay': -0.1}, r'weight_decay=-0.1 is out of range'),
+        ({'b1': 2.0}, r'b1=2.0 is out of range: make it at least 0 and below 1'),
+        ({'b2': 1.0}, r'b2=1.0 is out of range: make it at least 0 and below 1'),
     ],
 )
 def test_bad_optimizer(options, message):
     with pytest.raises(ValueError, match=message):
-        adamw(learning_rate=1.0, steps=10, **options)
+        adamw(**{'learning_rate': 1.0, 'steps': 10, **options})

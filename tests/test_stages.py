@@ -228,9 +228,13 @@ def test_parts_on_a_mesh(asked, plain, tmp_path):
 @pytest.mark.parametrize(
     ('size', 'devices', 'message'),
     [
-        (3, 1, 'sample_batch=3 does not cut a batch of 4 prompts .* use one of 1, 2, 4$'),
-        (8, 1, 'sample_batch=8 does not cut a batch of 4 prompts .* use one of 1, 2, 4$'),
-        (1, 2, r'sample_batch=1 does not cut a batch of 4 prompts over fsdp=2 .* one of 2, 4$'),
+        (3, 1, 'sample_batch=3 does not cut grpo.batch_size of 4 prompts .* use one of 1, 2, 4$'),
+        (8, 1, 'sample_batch=8 does not cut grpo.batch_size of 4 prompts .* use one of 1, 2, 4$'),
+        (
+            1,
+            2,
+            r'sample_batch=1 does not cut grpo.batch_size of 4 prompts over fsdp=2 .* one of 2, 4$',
+        ),
     ],
 )
 def test_parts_that_do_not_divide(size, devices, message, asked):
@@ -245,7 +249,7 @@ def test_parts_that_do_not_divide(size, devices, message, asked):
 
 def test_a_negative_part(source, tmp_path):
     config = changed(folders.get_config(source), sample_batch=-1)
-    with pytest.raises(ValueError, match=r'grpo.sample_batch=-1 is too small: make it at least 0'):
+    with pytest.raises(ValueError, match=r'grpo.sample_batch=-1 is out of range'):
         setup.prepare(config, tmp_path)
 
 

@@ -314,22 +314,25 @@ def changed(changes, **fixed):
 
 
 BAD = [
-    ({'seed': -1}, 'seed=-1 is too small: make it at least 0'),
+    ({'seed': -1}, r'seed=-1 is out of range: it has to lie in \[0, inf\)'),
     ({'mesh.fsdp': 16}, 'mesh fsdp=16 x tensor=1 needs 16 devices, but JAX sees 8: make the mesh'),
     (
         {'mesh.fsdp': 3},
-        'batch of 4 prompts does not divide over mesh fsdp=3: use 3, 6 prompts',
+        'eval.batch_size of 4 prompts does not divide over mesh fsdp=3: use 3, 6 prompts',
     ),
     (
         {'mesh.fsdp': 4},
-        'microbatch=2 does not cut a batch of 4 prompts over fsdp=4 into .* pieces: use one of 4$',
+        'algorithm.microbatch=2 does not cut grpo.batch_size of 4 prompts over fsdp=4 .* one of 4$',
     ),
     (
         {'grpo.algorithm.microbatch': 3},
-        'microbatch=3 does not cut a batch of 4 prompts over fsdp=1 .* use one of 1, 2, 4$',
+        'grpo.algorithm.microbatch=3 does not cut grpo.batch_size of 4 .* use one of 1, 2, 4$',
     ),
-    ({'sft.microbatch': 5}, 'microbatch=5 does not cut a batch of 16 prompts .* use one of 1, 2'),
-    ({'sft.batch_size': 96, 'sft.microbatch': 96}, 'batch_size is 96: make it 1 to 90, the'),
+    (
+        {'sft.microbatch': 5},
+        'sft.microbatch=5 does not cut sft.batch_size of 16 .* use one of 1, 2',
+    ),
+    ({'sft.batch_size': 96, 'sft.microbatch': 96}, 'sft.batch_size is 96: make it 1 to 90, the'),
     ({'grpo.group_size': 1}, "group_size=1 with baseline='mean', scale='std': .* group_size >= 2"),
     (
         {'grpo.group_size': 1, 'grpo.algorithm.baseline': 'leave_one_out'},
@@ -405,10 +408,16 @@ BAD = [
     ({'data.options': {'mistakes': 2.0}}, 'arithmetic: mistakes is 2.0: make it between 0 and 1'),
     ({'data.cache_dir': f'{__file__}/x'}, 'cache_dir .*test_train.py/x: Not a directory: name'),
     ({'tokenizer': '/no/folder'}, "tokenizer '/no/folder' cannot be loaded: give 'bytes'"),
-    ({'grpo.batch_size': 0}, 'grpo.batch_size=0 is too small: make it at least 1'),
-    ({'eval.every': 0}, 'eval.every=0 is too small: make it at least 1'),
-    ({'checkpoint.every': 0}, 'checkpoint.every=0 is too small: make it at least 1'),
-    ({'log.completions': -1}, 'log.completions=-1 is too small: make it at least 0'),
+    ({'grpo.batch_size': 0}, r'grpo.batch_size=0 is out of range: it has to lie in \[1, inf\)'),
+    ({'eval.every': 0}, r'eval.every=0 is out of range: it has to lie in \[1, inf\)'),
+    ({'grpo.objective.importance_cap': 0.5}, r'importance_cap=0.5 .* lie in \[1, inf\)'),
+    ({'grpo.objective.tau_positive': 0.0}, r'tau_positive=0.0 .* lie in \(0, inf\)'),
+    ({'grpo.objective.top_entropy': 1.5}, r'top_entropy=1.5 .* lie in \(0, 1\]'),
+    ({'grpo.objective.reference_decay': 1.5}, r'reference_decay=1.5 .* lie in \[0, 1\]'),
+    ({'grpo.objective.label_smoothing': 0.5}, r'label_smoothing=0.5 .* lie in \[0, 0.5\)'),
+    ({'grpo.optimizer.clip_norm': -1.0}, 'clip_norm=-1.0 is out of range: make it at least 0'),
+    ({'checkpoint.every': 0}, r'checkpoint.every=0 is out of range: it has to lie in \[1, inf\)'),
+    ({'log.completions': -1}, r'log.completions=-1 is out of range: it has to lie in \[0, inf\)'),
     ({'model.kv_heads': 3}, 'model heads=4 is not a multiple of kv_heads=3'),
 ]
 

@@ -11,6 +11,7 @@ default wherever the activations fit.
 import argparse
 import os
 import tempfile
+import time
 from typing import Any
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
@@ -49,8 +50,10 @@ def main() -> None:
             print(f'step {len(clock.steps)}: {clock.steps[-1]["step"]:.1f} s', flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
+        begun = time.perf_counter()
         trainer = make_trainer(workload, folder, options, reward, Cut())
         wrap(trainer, clock)
+        print(f'trainer made in {time.perf_counter() - begun:.1f} s', flush=True)
         clock.start()
         trainer.train()
     for step in clock.steps:
@@ -86,7 +89,8 @@ def make_trainer(workload: Workload, folder: str, options, reward, callback) -> 
         initializer_range=workloads.SPREAD, max_position_embeddings=4096,
         pad_token_id=workloads.PAD, eos_token_id=workloads.EOS, bos_token_id=None,
     )  # fmt: skip
-    transformers.Qwen2ForCausalLM(config).to(dtype).save_pretrained(folder)
+    with torch.device('cuda' if torch.cuda.is_available() else 'cpu'):  # CPUs are slow at drawing
+        transformers.Qwen2ForCausalLM(config).to(dtype).save_pretrained(folder)
     tokenizer = workloads.hugging_face_tokenizer(c.vocab_size)
     tokenizer.save_pretrained(folder)
     model: Any = transformers.Qwen2ForCausalLM.from_pretrained(folder, dtype=dtype)

@@ -29,7 +29,7 @@ class Lora:
     """Low-rank adapters beside the projections (Hu et al., arXiv 2106.09685): W + alpha / r * A B.
 
     Raises:
-      ValueError: a negative rank, or a target that names no projection.
+      ValueError: a negative rank, a target that names no projection, or options without a rank.
     """
 
     rank: int = 0  # r; 0 trains all parameters and makes no adapters
@@ -40,7 +40,14 @@ class Lora:
         object.__setattr__(self, 'targets', tuple(self.targets))
         if self.rank < 0:
             raise ValueError(f'lora rank={self.rank}: make it 0 (no adapters) or more')
-        for pattern in self.targets if self.rank else ():
+        for field in dataclasses.fields(self) if not self.rank else ():
+            value = getattr(self, field.name)
+            if value != field.default:
+                raise ValueError(
+                    f'lora {field.name}={value!r} with rank=0, which makes no adapters and trains '
+                    f'all parameters: set a rank, or {field.name}={field.default!r}'
+                )
+        for pattern in self.targets:
             if not fnmatch.filter(PROJECTIONS.values(), pattern):
                 raise ValueError(
                     f'lora target {pattern!r} matches none of {", ".join(PROJECTIONS.values())}'
