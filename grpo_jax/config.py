@@ -43,13 +43,14 @@ _OPTIMIZER = {  # see `optimizer.adamw`
 }
 
 _RANGES = {  # of what nothing else checks before training
+    '[0, 2147483648)': ('seed',),  # an i32
     '[0, inf)': (
-        'seed', 'sft.steps', 'grpo.steps', 'grpo.sample_batch', 'grpo.refill', 'reward_model.steps',
+        'sft.steps', 'grpo.steps', 'grpo.sample_batch', 'grpo.refill', 'reward_model.steps',
         'eval.samples', 'eval.temperature', 'log.completions',
         *(f'grpo.objective.{name}' for name in Objective._fields),
     ),
     '[1, inf)': (
-        'model.layers', 'data.completion_length', 'sft.batch_size', 'grpo.iterations',
+        'data.completion_length', 'sft.batch_size', 'grpo.iterations',
         'grpo.batch_size', 'grpo.group_size', 'grpo.objective.importance_cap',
         'reward_model.batch_size', 'reward_model.group_size', 'eval.every', 'eval.batch_size',
         'checkpoint.every', 'checkpoint.keep',

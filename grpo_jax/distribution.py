@@ -17,10 +17,18 @@ _BLOCK = 64  # tokens per block of the two-level inverse distribution function
 _PIECES = 32  # most pieces that positions are filtered in
 
 
-def check_sampling(sampling: Sampling) -> None:
-    """Raises ValueError for values from which no policy can be trained; call it outside of jit."""
+def check_sampling(sampling: Sampling, *, greedy: bool = False) -> None:
+    """Raises ValueError for values out of their range; call it outside of jit.
+
+    Temperature 0 is one of them but with `greedy`: no policy learns from completions that are all
+    the same.
+    """
+    warm = sampling.temperature > 0 or (greedy and sampling.temperature == 0)
     ranges = {
-        'temperature': (sampling.temperature > 0, 'above 0 (greedy completions are all the same)'),
+        'temperature': (
+            warm,
+            'at least 0' if greedy else 'above 0 (greedy completions are all the same)',
+        ),
         'top_k': (sampling.top_k >= 0, 'at least 0 (0 keeps all tokens)'),
         'top_p': (0 < sampling.top_p <= 1, 'above 0 and at most 1'),
         'min_p': (0 <= sampling.min_p < 1, 'at least 0 and below 1'),

@@ -93,6 +93,8 @@ class Microbatches:
         A prompt's forward and backward pass are computed once, however many bundles read it. Sums
         are float32, whatever the parameters are.
         """
+        scale = loss_scale(reader.model, batch.rollout.mask)
+        batch = batch._replace(weights=batch.weights * scale)
 
         def add(total, part: Batch):
             prompts, pull = jax.vjp(
@@ -114,7 +116,8 @@ class Microbatches:
             return plus(total, found), out
 
         total, out = jax.lax.scan(add, zeros(params), self.cut(batch))
-        return jax.tree.map(lambda x, y: x.astype(y.dtype), total, params), _joined(out)
+        total = jax.tree.map(lambda x, y: (x / scale).astype(y.dtype), total, params)
+        return total, _joined(out)
 
     def _in_bundles(
         self, read: Callable[[Any, Batch, Hidden], tuple[Any, Outputs]], part: Batch, total: Any
@@ -185,6 +188,18 @@ class Microbatches:
         if size == 1:
             return found
         return jax.lax.fori_loop(full * size, packed.used, functools.partial(add, 1), found)
+
+
+def loss_scale(model: models.Transformer, mask: jax.Array) -> float:
+    """What the loss is multiplied with while its gradient is computed: for float16, a power of 2.
+
+    Weights are about 1 / tokens, and the slopes of many tokens would be too small for its exponents
+    (Micikevicius et al., arXiv 1710.03740, section 3.2). Multiplied they are about 2^-4 however
+    many there are, far from both ends.
+    """
+    if getattr(model.config, 'dtype', '') != 'float16':
+        return 1.0
+    return max(1.0, 2.0 ** (mask.size.bit_length() - 4))
 
 
 def zeros(like: Any) -> Any:

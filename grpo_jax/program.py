@@ -16,7 +16,7 @@ from grpo_jax import losses, models, trust_region
 from grpo_jax.algorithm import Algorithm
 from grpo_jax.head import Head, add_gradient
 from grpo_jax.metrics import critic_terms, group_terms, pair_terms
-from grpo_jax.microbatch import Learner, Microbatches, Reader, plus
+from grpo_jax.microbatch import Learner, Microbatches, Reader, loss_scale, plus
 from grpo_jax.optimizer import either, updated
 from grpo_jax.preferences import PAIRWISE
 from grpo_jax.score import (
@@ -144,6 +144,7 @@ class Program:
         o, rollout = self.actor.objective, batch.rollout
         tokens = jnp.maximum(rollout.mask.sum(), 1)
         model = _twice_differentiable(self.actor.model)
+        scale = loss_scale(model, rollout.mask)
 
         def divergence(new, part):
             old = jax.lax.stop_gradient(params)
@@ -161,12 +162,12 @@ class Program:
         def fisher(vector):
             def one(part):
                 product = trust_region.fisher_vector_product(
-                    lambda new: divergence(new, part), params, vector, 0.0
+                    lambda new: scale * divergence(new, part), params, vector, 0.0
                 )
                 return product, None
 
             product, _ = self.microbatches.sum(one, rollout, like=vector)
-            return jax.tree.map(lambda p, v: p + o.damping * v, product, vector)
+            return jax.tree.map(lambda p, v: p / scale + o.damping * v, product, vector)
 
         return trust_region.natural_step(
             params,

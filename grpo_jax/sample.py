@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from grpo_jax import models, sharding
-from grpo_jax.distribution import draw, row_keys
+from grpo_jax.distribution import check_sampling, draw, row_keys
 from grpo_jax.models import KeyValues, Quantized, Transformer, apply, quantized, unstacked
 from grpo_jax.rows import (
     NOBODY,
@@ -94,10 +94,20 @@ def blocks(
       masked; the one that ends is not.
 
     Raises:
-      ValueError: unknown weights.
+      ValueError: unknown weights, or a number that is out of its range; values of `sampling` that
+        are arrays are not looked at.
     """
     if weights not in WEIGHTS:
         raise ValueError(f'weights={weights!r} is unknown: use one of {", ".join(WEIGHTS)}')
+    for name, value, least in (
+        ('group_size', group_size, 1),
+        ('max_tokens', max_tokens, 1),
+        ('block', block, 0),
+    ):
+        if value < least:
+            raise ValueError(f'{name}={value}: make it at least {least}')
+    if all(isinstance(value, int | float) for value in sampling):
+        check_sampling(sampling, greedy=True)
     in_place = models.from_stacks(model.config)
     block = block or _block(max_tokens, most=2 if in_place else BLOCKS)
     unroll = in_place if unroll is None else unroll

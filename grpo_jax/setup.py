@@ -64,10 +64,20 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     source = _source(config, workdir)
     tokenizer = load_tokenizer(config.tokenizer or str(source or 'bytes'))
     model = models.Transformer(_model_config(config, source, len(tokenizer)))
+    _check_platform(model.config.attention, mesh.devices.flat[0].platform)
     ends = _ends(config, tokenizer, source)
     sampler = _make_sampler(config, mesh, model, tokenizer, ends)
     judge = _reward_model(config, model, tokenizer)
     return Setup(config, workdir, mesh, model, tokenizer, ends, sampler, source, judge)
+
+
+def _check_platform(attention: str, platform: str) -> None:
+    needed = {'splash': 'tpu', 'cudnn': 'gpu'}.get(attention, platform)
+    if platform != needed:
+        raise ValueError(
+            f'model.attention={attention!r} is for a {needed.upper()}, and these devices are '
+            f"{platform.upper()}s: use 'auto'"
+        )
 
 
 def _source(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path | None:

@@ -140,3 +140,6 @@ def test_bad_sampling(options, message):
 def test_good_sampling():
     for sampling in tiny.FILTERS.values():
         check_sampling(sampling)
+    check_sampling(Sampling(temperature=0.0), greedy=True)
+    with pytest.raises(ValueError, match=r'temperature=-1.0: make it at least 0$'):
+        check_sampling(Sampling(temperature=-1.0), greedy=True)

@@ -360,6 +360,7 @@ def test_compiled_for_a_tpu_no_prompt_is_repeated(compile_for_a_tpu):
         ({'platform': 'gpu', 'compute_capability': '10.0'}, {'dtype': 'float16'}, 'cudnn'),
         ({'platform': 'gpu', 'compute_capability': '7.5'}, {}, 'recomputed'),
         ({'platform': 'gpu'}, {}, 'recomputed'),
+        ({'platform': 'gpu', 'compute_capability': 'gfx942'}, {}, 'recomputed'),
         ({'platform': 'gpu', 'compute_capability': '9.0'}, {'dtype': 'float32'}, 'recomputed'),
         ({'platform': 'gpu', 'compute_capability': '9.0'}, {'head_dim': 136}, 'recomputed'),
         ({'platform': 'gpu', 'compute_capability': '9.0'}, {'head_dim': 12}, 'recomputed'),

@@ -385,3 +385,18 @@ def test_rotation_depends_on_distance_only():
     assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
     assert score(5, 5) == pytest.approx(float((q * k).sum()), abs=1e-5)
     assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'window': -1, 'window_layers': (0, 1)}, {'kv_heads': 0}, {'heads': 0}, {'width': 0},
+        {'head_dim': 0}, {'mlp_width': 0}, {'layers': 0}, {'rope_theta': 0.0},
+        {'local_rope_theta': -1.0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_sizes_that_no_model_has(options):
+    (name, value), *_ = options.items()
+    with pytest.raises(ValueError, match=f'model {name}={value}: make it'):
+        tiny.make_model(**options)

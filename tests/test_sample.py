@@ -383,3 +383,20 @@ def test_sampling_compiles_once_per_shape(model, params, prompts, drawn):
     assert compiled() == before
     completions(model, params, prompts, max_tokens=2)
     assert compiled() == before + 1
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'group_size': 0}, 'group_size=0: make it at least 1'),
+        ({'max_tokens': 0}, 'max_tokens=0: make it at least 1'),
+        ({'block': -1}, 'block=-1: make it at least 0'),
+        ({'weights': 'int4'}, "weights='int4' is unknown: use one of model, int8"),
+        ({'sampling': Sampling(top_p=0.0)}, 'sampling top_p=0.0: make it above 0'),
+        ({'sampling': Sampling(temperature=-1.0)}, 'temperature=-1.0: make it at least 0'),
+    ],
+)
+def test_bad_arguments(options, message, model, params, rollout):
+    given = {'group_size': 2, 'max_tokens': 2, 'sampling': Sampling()} | options
+    with pytest.raises(ValueError, match=message):
+        sample(model, params, rollout.prompts, seed=0, step=0, eos_ids=np.array([1]), **given)

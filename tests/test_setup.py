@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 
+from configs import smoke
 from grpo_jax import judging, models, setup
 from grpo_jax.config import defaults
 from grpo_jax.types import Sampling
@@ -55,7 +56,7 @@ def test_the_checkpoint_says_what_the_model_is_like(name, source, tmp_path):
 
 def test_the_config_says_how_it_is_computed(source, tmp_path):
     config = folders.get_config(source)
-    told = {'dtype': 'bfloat16', 'param_dtype': 'float16', 'attention': 'splash', 'remat': False}
+    told = {'dtype': 'bfloat16', 'param_dtype': 'float16', 'attention': 'einsum', 'remat': False}
     config.model.update(told)
     config.model.lora.update(rank=3, alpha=5.0, targets=('q_proj',))
     made = setup.prepare(config, tmp_path).model.config
@@ -327,3 +328,12 @@ def test_a_config_that_is_not_json(tmp_path):
     (source / 'generation_config.json').write_text(json.dumps([1]))
     with pytest.raises(ValueError, match=r'/generation_config.json holds list, not a JSON object'):
         setup.prepare(folders.get_config(source), tmp_path)
+
+
+@pytest.mark.parametrize(('attention', 'needed'), [('splash', 'TPU'), ('cudnn', 'GPU')])
+def test_kernels_of_other_platforms(attention, needed, tmp_path):
+    config = smoke.get_config()
+    config.model.update(attention=attention, dtype='bfloat16')
+    message = f"model.attention='{attention}' is for a {needed}, and these devices are CPUs: use"
+    with pytest.raises(ValueError, match=message):
+        setup.prepare(config, tmp_path)

@@ -314,7 +314,7 @@ def changed(changes, **fixed):
 
 
 BAD = [
-    ({'seed': -1}, r'seed=-1 is out of range: it has to lie in \[0, inf\)'),
+    ({'seed': -1}, r'seed=-1 is out of range: it has to lie in \[0, 2147483648\)'),
     ({'mesh.fsdp': 16}, 'mesh fsdp=16 x tensor=1 needs 16 devices, but JAX sees 8: make the mesh'),
     (
         {'mesh.fsdp': 3},

@@ -46,6 +46,23 @@ def test_layers_come_back_to_their_stack():
     assert models.stacked(models.unstacked(None)) is None
 
 
+def test_what_is_recomputed_stays_so(rollout):
+    """Also once compiled: without a scan the two computations could be merged into one."""
+
+    def flops(remat):
+        model = tiny.make_model(layers=3, remat=remat, attention='einsum').clone(unrolled=True)
+        params = models.unstacked(tiny.make_params(tiny.make_model(layers=3)))
+
+        def loss(params):
+            prompts = rollout.prompts
+            arguments = prompts.tokens, prompts.length, rollout.tokens
+            return models.completion_hidden(model, params, *arguments).sum()
+
+        return jax.jit(jax.grad(loss)).lower(params).compile().cost_analysis()['flops']
+
+    assert 1.1 < flops(True) / flops(False) < 4 / 3
+
+
 @pytest.mark.parametrize('weights', ['model', 'int8'])
 @pytest.mark.parametrize('layers', [1, 2])
 def test_a_rollout_is_the_same(layers, weights, rollout):

@@ -130,6 +130,16 @@ class ModelConfig:
         self._check_options()
 
     def _check_sizes(self) -> None:
+        for name in (
+            'vocab_size', 'width', 'layers', 'heads', 'kv_heads', 'head_dim', 'mlp_width'
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise ValueError(f'model {name}={getattr(self, name)}: make it at least 1')
+        for name in ('window', 'local_rope_theta', 'norm_eps', 'experts'):
+            if getattr(self, name) < 0:
+                raise ValueError(f'model {name}={getattr(self, name)}: make it at least 0')
+        if not self.rope_theta > 0:
+            raise ValueError(f'model rope_theta={self.rope_theta}: make it larger than 0')
         if self.heads % self.kv_heads:
             raise ValueError(
                 f'model heads={self.heads} is not a multiple of kv_heads={self.kv_heads}: '

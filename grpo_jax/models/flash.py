@@ -15,6 +15,7 @@ in bfloat16 by up to 3% of a weight).
 
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -40,10 +41,15 @@ def choose(config: ModelConfig) -> str:
         return config.attention
     device = jax.devices()[0]
     name = {'tpu': 'splash', 'gpu': 'cudnn'}.get(device.platform, 'recomputed')
-    # Other makers' GPUs have no cuDNN, and it has no such kernel before compute capability 8.
-    if name == 'cudnn' and float(getattr(device, 'compute_capability', '0')) < 8:
+    if name == 'cudnn' and not _has_cudnn(device):
         name = 'recomputed'
     return 'recomputed' if config.obstacle(name) else name
+
+
+def _has_cudnn(device: Any) -> bool:
+    """Not other makers' GPUs, nor those before compute capability 8, for which it has no kernel."""
+    capability = str(getattr(device, 'compute_capability', ''))  # '9.0'; of AMD's, 'gfx942'
+    return bool(re.fullmatch(r'\d+\.\d+', capability)) and float(capability) >= 8
 
 
 def from_stacks(config: ModelConfig) -> bool:

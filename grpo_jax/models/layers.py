@@ -35,7 +35,7 @@ class RMSNorm(nn.Module):
         scale = self.param('scale', init, (x.shape[-1],), c.param_dtype)
         normalized: Callable[..., jax.Array] = functools.partial(_normalized, c)
         if x.dtype != jnp.float32:  # or the backward pass would be left two copies in float32
-            normalized = jax.checkpoint(normalized, prevent_cse=False)
+            normalized = jax.checkpoint(normalized)
         return normalized(x, scale)
 
 
@@ -188,7 +188,7 @@ def mlp(module: nn.Module, x: jax.Array) -> jax.Array:
         return multiply(c, _ACTIVATIONS[c.activation](gate) * up, down)
 
     rows = (y.reshape(-1, c.mlp_width) for y in (gate, up))
-    return jax.checkpoint(narrow, prevent_cse=False)(*rows, down).reshape(x.shape)
+    return jax.checkpoint(narrow)(*rows, down).reshape(x.shape)
 
 
 def experts(module: nn.Module, x: jax.Array) -> jax.Array:

@@ -129,7 +129,8 @@ class Transformer(nn.Module):
         c = self.config
         init = nn.initializers.normal(c.width**-0.5)
         self.embedding = self.param('embedding', init, (c.vocab_size, c.width), c.param_dtype)
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        # Without a scan around it a compiler would merge the second computation with the first.
+        block = nn.remat(Block, prevent_cse=self.unrolled) if c.remat else Block
         if self.unrolled:
             self.layers = [block(c) for _ in range(c.layers)]
         else:
