@@ -1,6 +1,7 @@
 """Parts of a layer: projections with their adapters, normalisation, the MLP and its experts.
 
-The functions make their parameters in the module that they are given, whose `config` they read.
+The functions make their parameters in the module that they are given, a `Block`, whose options they
+read.
 """
 
 import functools
@@ -27,6 +28,7 @@ class RMSNorm(nn.Module):
     """Zhang and Sennrich, arXiv 1910.07467: x / rms(x) * scale, in float32."""
 
     config: ModelConfig
+    scanned: bool = False  # see `Block`
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -35,7 +37,7 @@ class RMSNorm(nn.Module):
         scale = self.param('scale', init, (x.shape[-1],), c.param_dtype)
         normalized: Callable[..., jax.Array] = functools.partial(_normalized, c)
         if x.dtype != jnp.float32:  # or the backward pass would be left two copies in float32
-            normalized = jax.checkpoint(normalized)
+            normalized = jax.checkpoint(normalized, prevent_cse=not self.scanned)
         return normalized(x, scale)
 
 
@@ -188,7 +190,7 @@ def mlp(module: nn.Module, x: jax.Array) -> jax.Array:
         return multiply(c, _ACTIVATIONS[c.activation](gate) * up, down)
 
     rows = (y.reshape(-1, c.mlp_width) for y in (gate, up))
-    return jax.checkpoint(narrow)(*rows, down).reshape(x.shape)
+    return jax.checkpoint(narrow, prevent_cse=not module.scanned)(*rows, down).reshape(x.shape)
 
 
 def experts(module: nn.Module, x: jax.Array) -> jax.Array:

@@ -71,6 +71,9 @@ class Block(nn.Module):
     """One layer over x [B, G, S, D]; also returns the keys and values [B, G, K, S, h] of x."""
 
     config: ModelConfig
+    # Else what the backward pass is to compute again has to be kept apart from the first time: a
+    # compiler would merge the two, but for those inside of a scan.
+    scanned: bool
 
     @nn.compact
     def __call__(self, x, past, layer: _Layer, where: _Where):
@@ -84,7 +87,7 @@ class Block(nn.Module):
         c = self.config
         if c.norms == absent:
             return x
-        return RMSNorm(c, name=name)(x)
+        return RMSNorm(c, self.scanned, name=name)(x)
 
     def _attention(self, x, past, layer: _Layer, where: _Where):
         c = self.config
@@ -113,7 +116,7 @@ class Block(nn.Module):
         c = self.config
         if not c.qk_norm:
             return x
-        norm = RMSNorm(c, name=name)
+        norm = RMSNorm(c, self.scanned, name=name)
         if c.qk_norm == 'head':
             return norm(x)
         return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
@@ -129,10 +132,9 @@ class Transformer(nn.Module):
         c = self.config
         init = nn.initializers.normal(c.width**-0.5)
         self.embedding = self.param('embedding', init, (c.vocab_size, c.width), c.param_dtype)
-        # Without a scan around it a compiler would merge the second computation with the first.
         block = nn.remat(Block, prevent_cse=self.unrolled) if c.remat else Block
         if self.unrolled:
-            self.layers = [block(c) for _ in range(c.layers)]
+            self.layers = [block(c, scanned=False) for _ in range(c.layers)]
         else:
             self.blocks = nn.scan(
                 block,
@@ -141,7 +143,7 @@ class Transformer(nn.Module):
                 in_axes=(0, 0, nn.broadcast),
                 length=c.layers,
                 check_constancy_invariants=False,  # which would trace everything once more
-            )(c)
+            )(c, scanned=True)
         self.final_norm = RMSNorm(c)
         if c.scalar_head:
             self.score = self.param('score', nn.initializers.zeros, (c.width, 1), c.param_dtype)
