@@ -37,6 +37,6 @@ def get_config() -> ConfigDict:
     config.grpo.objective.beta = 0.005
     config.grpo.rewards = {'exact_answer': 1.0}
     config.grpo.optimizer.update(learning_rate=3e-4, warmup_steps=20)
-    config.eval.update(every=40, batch_size=250, correct='exact_answer', extract='final_result')
+    config.eval.update(every=40, batch_size=256, correct='exact_answer', extract='final_result')
     config.checkpoint.update(every=100)
     return config

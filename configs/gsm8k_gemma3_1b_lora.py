@@ -4,9 +4,10 @@
     python -m grpo_jax.train --config=configs/gsm8k_gemma3_1b_lora.py --workdir=runs/gsm8k_gemma
     python -m grpo_jax.export --workdir=runs/gsm8k_gemma --output=runs/gemma_adapter --adapter
 
-Fits one accelerator of 16 GB: the base is stored once, in bfloat16, for policy and reference. The
-model's card states 62.8 % on GSM8K before training. No accelerator was at hand to run this config;
-expect a gain of a few points, as other LoRA recipes for this model report.
+Fits one accelerator of 16 GB (for n of them `microbatch` has to be a multiple of n): the base is
+stored once, in bfloat16, for policy and reference. The model's card states 62.8 % on GSM8K before
+training. Not run here, as there were no weights to begin with; expect a gain of a few points, as
+other LoRA recipes for this model report.
 """
 
 from ml_collections import ConfigDict

@@ -3,9 +3,9 @@
     export GRPO_JAX_DATA_DIR=data
     python -m grpo_jax.train --config=configs/gsm8k_qwen2_5_1_5b.py --workdir=runs/gsm8k_qwen
 
-For 4 or more accelerators of 16 GB or more; `--config.pretrained=FOLDER` takes a local copy. The
+For 4 or 8 accelerators of 16 GB or more; `--config.pretrained=FOLDER` takes a local copy. The
 model's card states 73.2 % on GSM8K (4-shot) before training; public GRPO recipes of this size end
-between 75 and 80 %. No accelerator was at hand to run this config: take these as orders of size.
+between 75 and 80 %. Not run here, for want of weights: take these as orders of size.
 """
 
 from ml_collections import ConfigDict

@@ -5,8 +5,8 @@
 
 DeepSeek-R1 (arXiv 2501.12948): 16 outputs for each of 32 questions, beta 0.001, temperature 1. For
 8 accelerators of 80 GB, since completions may have 4,096 tokens. Expect `rewards/think_format/mean`
-to rise first, then `rewards/math_answer/mean` and with it the length. No accelerator was at hand to
-run this config.
+to rise first, then `rewards/math_answer/mean` and with it the length. Not run here: there were no
+weights to begin with.
 """
 
 from ml_collections import ConfigDict

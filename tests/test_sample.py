@@ -7,11 +7,13 @@ import random
 import hypothesis
 import hypothesis.strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
 import tiny
 import tokenizers
+from jax.extend.core import jaxprs_in_params
 from transformers import PreTrainedTokenizerFast
 
 from grpo_jax import rows, sharding, tokens
@@ -383,6 +385,34 @@ def test_sampling_compiles_once_per_shape(model, params, prompts, drawn):
     assert compiled() == before
     completions(model, params, prompts, max_tokens=2)
     assert compiled() == before + 1
+
+
+@pytest.mark.parametrize('unroll', [False, True])
+def test_no_column_casts_a_matrix(unroll, prompts):
+    """They are converted before the loop over columns, once for a rollout."""
+    model = tiny.make_model(dtype='bfloat16', layers=3)
+
+    def converted(jaxpr, in_loop=False):
+        for equation in jaxpr.eqns:
+            looped = in_loop or equation.primitive.name == 'while'
+            if in_loop and equation.primitive.name == 'convert_element_type':
+                yield equation.invars[0].aval.shape, equation.outvars[0].aval
+            for inner in jaxprs_in_params(equation.params):
+                yield from converted(inner, looped)
+
+    def rollout(params):
+        return sample(
+            model, params, prompts, seed=0, step=0, sampling=Sampling(), eos_ids=EOS, group_size=4,
+            max_tokens=3, unroll=unroll,
+        )  # fmt: skip
+
+    params = tiny.make_params(model)
+    casts = [shape for shape, to in converted(jax.make_jaxpr(rollout)(params).jaxpr)
+             if to.dtype == jnp.bfloat16]  # fmt: skip
+    assert casts  # the hidden states
+    of_layer = {x.shape[1:] for x in jax.tree.leaves(params['blocks']) if x.ndim > 2}
+    whole = {x.shape for x in jax.tree.leaves(params) if x.ndim > 1}
+    assert not (of_layer | whole) & set(casts)
 
 
 @pytest.mark.parametrize(
