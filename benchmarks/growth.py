@@ -40,6 +40,9 @@ def main(arguments: list[str]) -> None:
     if arguments[1:]:
         raise app.UsageError(f'unexpected arguments: {arguments[1:]}')
     growths = {'group': group, 'prompt': prompt, 'vocabulary': vocabulary}
+    unknown = [part for part in PARTS.value if part not in growths]
+    if unknown:
+        raise app.UsageError(f'--parts={",".join(unknown)} is unknown: use {", ".join(growths)}')
     found: dict[str, list[Row]] = {}
     for part in PARTS.value:
         print(f'\n{part}:\n')

@@ -44,9 +44,12 @@ def main(arguments: list[str]) -> None:
     """Writes the folder."""
     if arguments[1:]:
         raise app.UsageError(f'unexpected arguments: {arguments[1:]}')
-    folder = os.environ.get('GRPO_JAX_DATA_DIR', '')
-    lines = pathlib.Path(folder, 'gsm8k', 'train.jsonl').read_text().splitlines()
-    rows = [json.loads(line) for line in lines]
+    path = pathlib.Path(os.environ.get('GRPO_JAX_DATA_DIR', ''), 'gsm8k', 'train.jsonl')
+    if not path.is_file():
+        raise app.UsageError(
+            f'{path}: no such file: GRPO_JAX_DATA_DIR has to name a folder with it'
+        )
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
     tokenizer = make_tokenizer(
         [row['question'] + '\n' + row['answer'] for row in rows], VOCABULARY.value
     )
