@@ -1,5 +1,6 @@
 """The policy network. Only this folder imports flax."""
 
+from grpo_jax.models.block import KeyValues, Owners
 from grpo_jax.models.config import Lora, ModelConfig, with_scalar_head
 from grpo_jax.models.flash import from_stacks
 from grpo_jax.models.layers import capped
@@ -11,7 +12,7 @@ from grpo_jax.models.reading import (
     last_tokens,
     read_hidden,
 )
-from grpo_jax.models.transformer import KeyValues, Owners, Transformer, apply, init, scalar_params
+from grpo_jax.models.transformer import Transformer, apply, init, scalar_params
 from grpo_jax.models.unrolled import stacked, unstacked
 
 __all__ = [

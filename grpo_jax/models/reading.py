@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from grpo_jax.models.transformer import KeyValues, Transformer, apply
+from grpo_jax.models.block import KeyValues
+from grpo_jax.models.transformer import Transformer, apply
 from grpo_jax.types import Params
 
 

@@ -8,7 +8,7 @@ one scan, so compile time does not grow with depth; or, see `unrolled`, each lay
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -16,110 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from grpo_jax.models import rope
-from grpo_jax.models.attention import NOWHERE, Piece, Stacks, joined
+from grpo_jax.models.attention import NOWHERE, Stacks
+from grpo_jax.models.block import Before, Block, KeyValues, Layer, Owners, Where
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.flash import attend_groups, attend_token, from_stacks
-from grpo_jax.models.layers import RMSNorm, capped, experts, mlp, project
+from grpo_jax.models.flash import from_stacks
+from grpo_jax.models.layers import RMSNorm, capped
 from grpo_jax.models.lora import split
 from grpo_jax.models.quantized import lookup, unpacked
 from grpo_jax.sharding import anchor
-from grpo_jax.types import Array, Params
-
-
-class KeyValues(NamedTuple):
-    """Rotated keys, and values: [L, B, K, N, h] of prompts, [L, B, G, K, N, h] of completions."""
-
-    k: jax.Array
-    v: jax.Array
-
-
-class Owners(NamedTuple):
-    """Whose keys are whose, see `attention.Piece`."""
-
-    owner: jax.Array  # i32[B, N], of all keys: those that came before, and the new tokens'
-    read_by: jax.Array  # i32[B, S, names]
-
-
-class _Before(NamedTuple):
-    """Of a token of each row."""
-
-    stacks: Stacks
-    length: jax.Array  # i32[B], of the prompts
-    t: jax.Array  # i32[], of the rows
-
-
-class _Where(NamedTuple):
-    """Where the new tokens stand and what they may read; the same for all layers."""
-
-    positions: jax.Array  # i32[B, S]
-    past: tuple[jax.Array, ...]  # i32[B, N] for each piece of keys and values that came before
-    owners: Owners | None  # None: all is everyone's
-    before: _Before | None  # all that came before one token, where that stays in its stacks
-    cos: jax.Array  # f32[kinds, B, S, n], see `_rotations`
-    sin: jax.Array
-
-
-class _Layer(NamedTuple):
-    """What differs from layer to layer; [L] each, scanned."""
-
-    index: Array  # i32
-    rotation: jax.Array  # i32, which kind of rotation
-    window: jax.Array | None  # i32
-
-
-class Block(nn.Module):
-    """One layer over x [B, G, S, D]; also returns the keys and values [B, G, K, S, h] of x."""
-
-    config: ModelConfig
-    # Else what the backward pass is to compute again has to be kept apart from the first time: a
-    # compiler would merge the two, but for those inside of a scan.
-    scanned: bool
-
-    @nn.compact
-    def __call__(self, x, past, layer: _Layer, where: _Where):
-        c = self.config
-        y, own = self._attention(self._norm('attention_norm', x, 'post'), past, layer, where)
-        x = x + self._norm('attention_post_norm', y, 'pre')
-        y = (experts if c.experts else mlp)(self, self._norm('mlp_norm', x, 'post'))
-        return anchor(x + self._norm('mlp_post_norm', y, 'pre')), own
-
-    def _norm(self, name: str, x: jax.Array, absent: str) -> jax.Array:
-        c = self.config
-        if c.norms == absent:
-            return x
-        return RMSNorm(c, self.scanned, name=name)(x)
-
-    def _attention(self, x, past, layer: _Layer, where: _Where):
-        c = self.config
-        bias = c.attention_bias
-        q = project(self, 'query', x, (c.heads, c.head_dim), bias=bias)
-        k = project(self, 'key', x, (c.kv_heads, c.head_dim), bias=bias)
-        v = project(self, 'value', x, (c.kv_heads, c.head_dim), bias=bias).swapaxes(2, 3)
-        q, k = self._qk_norm('query_norm', q), self._qk_norm('key_norm', k)
-        cos, sin = (table[layer.rotation][:, None] for table in (where.cos, where.sin))
-        q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin).swapaxes(2, 3)
-        if where.before is not None:
-            stacks, length, t = where.before
-            new = k[..., 0, :], v[..., 0, :]
-            out, new = attend_token(c, q[:, :, 0], new, stacks, layer.index, length, t)
-            out, (k, v) = out[:, :, None], (x[..., None, :] for x in new)
-        else:
-            pieces = [Piece(kv.k, kv.v, at) for kv, at in zip(past, where.past, strict=True)]
-            pieces.append(Piece(k, v, where.positions))
-            if where.owners is not None:
-                pieces = [joined(*pieces)._replace(**where.owners._asdict())]
-            out = attend_groups(c, q, pieces, where.positions, layer.window)
-        out = project(self, 'out', out, (c.width,), inputs=2, bias=c.out_bias)
-        return out, KeyValues(k, v)
-
-    def _qk_norm(self, name: str, x: jax.Array) -> jax.Array:
-        c = self.config
-        if not c.qk_norm:
-            return x
-        norm = RMSNorm(c, self.scanned, name=name)
-        if c.qk_norm == 'head':
-            return norm(x)
-        return norm(x.reshape(*x.shape[:-2], -1)).reshape(x.shape)
+from grpo_jax.types import Params
 
 
 class Transformer(nn.Module):
@@ -226,7 +131,7 @@ class Transformer(nn.Module):
         positions = (length + t)[:, None]
         run = functools.partial(self._run, token[..., None])
         if from_stacks(self.config):
-            before = _Before(Stacks((prompt.k, prompt.v), (own.k, own.v)), length, t)
+            before = Before(Stacks((prompt.k, prompt.v), (own.k, own.v)), length, t)
             hidden, column = run((), positions, positions + 1, (), before=before)
         else:
             columns = jnp.arange(own.k.shape[-2])
@@ -275,7 +180,7 @@ class Transformer(nn.Module):
         if c.embedding_scaled:
             x = x * jnp.asarray(math.sqrt(c.width), x.dtype)
         cos, sin = _rotations(c, positions, seen)
-        where = _Where(positions, past_positions, owners, before, cos, sin)
+        where = Where(positions, past_positions, owners, before, cos, sin)
         x, own = self._through(anchor(x), past, where)
         return self.final_norm(x), own
 
@@ -306,16 +211,16 @@ def _rotations(c: ModelConfig, positions: jax.Array, seen: jax.Array):
     return tuple(jnp.stack(tables) for tables in zip(most, windowed, without, strict=True))
 
 
-def _layers(c: ModelConfig) -> _Layer:
+def _layers(c: ModelConfig) -> Layer:
     rotation = np.zeros(c.layers, np.int32)
     rotation[list(c.window_layers)] = 1
     rotation[list(c.unrotated_layers)] = 2
     index = np.arange(c.layers, dtype=np.int32)
     if not c.window:
-        return _Layer(index, jnp.asarray(rotation), None)
+        return Layer(index, jnp.asarray(rotation), None)
     window = np.full(c.layers, 2 * NOWHERE - 1, np.int32)
     window[list(c.window_layers)] = c.window
-    return _Layer(index, jnp.asarray(rotation), jnp.asarray(window))
+    return Layer(index, jnp.asarray(rotation), jnp.asarray(window))
 
 
 def _prompt_positions(prompt: KeyValues, length: jax.Array) -> jax.Array:
