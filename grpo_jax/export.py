@@ -119,9 +119,10 @@ def _save_tokenizer(made: setup.Setup, folder: pathlib.Path) -> None:
 
 
 def _prepare(config: ConfigDict, workdir: str) -> setup.Setup:
-    """Without a reward model: it is not part of the policy, and its folder may be gone."""
+    """Without what only a policy that is run needs: a reward model's folder, a platform's kernel."""
     config = config.copy_and_resolve_references()
     config.reward_model.weight = 0.0
+    config.model.attention = 'auto'
     return setup.prepare(config, pathlib.Path(workdir).absolute())
 
 

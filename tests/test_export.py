@@ -95,6 +95,16 @@ def test_everything_comes_back(plain, source, tmp_path, capsys):
     assert [path.name for path in out.parent.iterdir()] == ['out']
 
 
+def test_nothing_but_the_policy_is_needed(plain, tmp_path):
+    """Neither the folder of a reward model nor the accelerator that the run was on."""
+    workdir, config, _, params = plain
+    config = config.copy_and_resolve_references()
+    config.reward_model.update(weight=1.0, pretrained=str(tmp_path / 'gone'))
+    config.model.attention = 'splash'
+    export.export(config, str(workdir), str(tmp_path / 'out'))
+    assert tiny.same(again(tmp_path / 'out', tmp_path / 'next')[1], params)
+
+
 def test_adapters_are_folded_in(adapted, tmp_path):
     workdir, config, made, params = adapted
     export.export(config, str(workdir), str(tmp_path / 'out'))
