@@ -119,7 +119,7 @@ def _save_tokenizer(made: setup.Setup, folder: pathlib.Path) -> None:
 
 
 def _prepare(config: ConfigDict, workdir: str) -> setup.Setup:
-    """Without what only a policy that is run needs: a reward model's folder, a platform's kernel."""
+    """Without what only running it would need: a reward model's folder, a platform's kernel."""
     config = config.copy_and_resolve_references()
     config.reward_model.weight = 0.0
     config.model.attention = 'auto'
