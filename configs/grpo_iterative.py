@@ -3,9 +3,9 @@
     python -m grpo_jax.train --config=configs/grpo_iterative.py --workdir=runs/grpo_iterative
 
 The reward model is trained on the policy's samples before each iteration, a tenth of its prompts
-from earlier ones. With seed 0 the accuracy goes from 46 to 91, 87 and 97 % over the iterations.
+from earlier ones. With seed 0 the accuracy goes from 49 to 89, 94 and 93 % over the iterations.
 Watch it: at a learning rate of 3e-4, that of `arithmetic.py`, the policy learns to please a reward
-model that is not good enough, and ends at 5 %.
+model that is not good enough, and ended at 5 % (with an earlier version).
 """
 
 import pathlib

@@ -2,7 +2,7 @@
 
     python -m grpo_jax.train --config=configs/online_rft.py --workdir=runs/online_rft
 
-Held-out accuracy 45.6 % after SFT, 96 % after 20 steps and 100 % at the end (seed 0).
+Held-out accuracy 48.8 % after SFT, 97 % after 40 steps and 99.6 % at the end (seed 0).
 """
 
 import pathlib

@@ -3,7 +3,7 @@
     python -m grpo_jax.train --config=configs/ppo.py --workdir=runs/ppo
 
 One reward with the last token, so the critic learns how likely a chain is to end well. With seed 0
-the accuracy goes from 46 to 98 %.
+the accuracy goes from 49 to 97 %.
 """
 
 import pathlib
