@@ -3,8 +3,8 @@
     python -m grpo_jax.train --config=configs/dpo.py --workdir=runs/dpo
 
 Groups without a right and a wrong completion are replaced from one further batch per step. With
-seed 0 the accuracy goes from 46 to 92 %. More is less: both log-probs of a pair fall while their
-margin grows, and after 120 steps the accuracy was 43 %.
+seed 0 the accuracy goes from 49 to 98 % in 40 steps. More is less: both log-probs of a pair fall
+while their margin grows, and after 120 steps the accuracy was 29 %.
 """
 
 import pathlib

@@ -3,7 +3,7 @@
     python -m grpo_jax.train --config=configs/sft.py --workdir=runs/sft
 
 Twice the steps of `arithmetic.py` before its GRPO. What the demonstrations get wrong it goes on
-imitating: with seed 0 it ends at 48 %, where half of the steps end at 46 %.
+imitating: with seed 0 it ends at 54 %, where half of the steps end at 49 %.
 """
 
 import pathlib

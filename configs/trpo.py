@@ -3,7 +3,7 @@
     python -m grpo_jax.train --config=configs/trpo.py --workdir=runs/trpo
 
 Conjugate gradient on Fisher-vector products and a line search: several times an update's work, so
-there are 40 steps. With seed 0 they take the accuracy from 46 to 85 %.
+there are 40 steps. With seed 0 they take the accuracy from 49 to 88 %.
 """
 
 import pathlib
