@@ -6,9 +6,9 @@
 # What each command prints is kept in FOLDER, and a line of JSON for each step in FOLDER/steps.jsonl.
 # A command that fails does not end the others; the exit status is the number of those that did.
 set -u -o pipefail
-folder=$1
+folder=$(mkdir -p "$1" && cd "$1" && pwd) || exit
 trl=${2-}
-mkdir -p "$folder"
+cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit
 export XLA_PYTHON_CLIENT_MEM_FRACTION=0.93 PYTHONUNBUFFERED=1
 failed=0
 

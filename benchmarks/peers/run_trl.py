@@ -1,7 +1,7 @@
 """Times TRL's GRPOTrainer on a workload, with its own sampler.
 
-    python -m venv trl && trl/bin/pip install torch transformers trl datasets accelerate
-    trl/bin/python -m benchmarks.peers.run_trl --workload W1 --micro 8
+    python -m venv .venv/trl && .venv/trl/bin/pip install torch transformers trl datasets accelerate
+    .venv/trl/bin/python -m benchmarks.peers.run_trl --workload W1 --micro 8
 
 Run it in the root of this repository; it needs nothing of `grpo_jax`. The trainer is TRL's, its
 methods are only wrapped with a clock. Gradient checkpointing is off, which is faster than TRL's

@@ -1,7 +1,7 @@
 """Times Tunix's GRPOLearner on a workload, with its own sampler.
 
-    python3.12 -m venv tunix && tunix/bin/pip install google-tunix
-    tunix/bin/python -m benchmarks.peers.run_tunix --workload W1 --micro 1 --rollout-micro 8
+    python3.12 -m venv .venv/tunix && .venv/tunix/bin/pip install google-tunix
+    .venv/tunix/bin/python -m benchmarks.peers.run_tunix --workload W1 --micro 1 --rollout-micro 8
 
 Run it in the root of this repository; it needs nothing of `grpo_jax`. The learner is Tunix's, its
 methods are only wrapped with a clock.
