@@ -24,11 +24,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the configs are no part of the package
 
 from grpo_jax import config as grpo_config  # noqa: E402
-from grpo_jax import (  # noqa: E402
-    judging,
-    report,
-    setup,
-)
+from grpo_jax import judging, report, setup  # noqa: E402
 from grpo_jax.train import train  # noqa: E402
 
 METHODS = {

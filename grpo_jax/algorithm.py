@@ -165,10 +165,10 @@ class Algorithm:
     def penalty_to_go(self) -> bool:
         """Whether a KL in the reward counts at the tokens up to its own, and not at the whole row.
 
-        So it is where advantages differ from token to token anyway: with a critic, and without any
-        group to compare with (REINFORCE++, arXiv 2501.03262: A_t = r - beta * sum of KL_i, i >= t).
+        So it is without a group to compare with (REINFORCE++, arXiv 2501.03262: A_t = r - beta *
+        sum of KL_i, i >= t). A critic's advantages have a reward for each token anyway.
         """
-        return self.has_critic or (self.baseline == 'none' and self.scale in ('none', 'batch'))
+        return self.baseline == 'none' and self.scale in ('none', 'batch')
 
     @property
     def has_critic(self) -> bool:

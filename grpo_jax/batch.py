@@ -64,8 +64,6 @@ def make_batch(
         returns = advantages + values
     else:
         advantages = _group_advantages(a, rewards, penalty, mask)
-        if penalty is not None and a.penalty_to_go:
-            advantages = advantages - jnp.cumsum(penalty[..., ::-1], -1)[..., ::-1]
     trained = mask if rollout.kept is None else mask & rollout.kept[..., None]
     if a.scale == 'batch':
         advantages = normalize_batch(advantages, trained, eps=a.advantage_eps)
@@ -84,10 +82,13 @@ def _group_advantages(
     if isinstance(rewards, StepRewards):
         of_steps = jax.vmap(lambda values, ends: process_advantages(values, ends, **options))
         return of_steps(rewards.values, rewards.ends)
-    if penalty is not None and not a.penalty_to_go:
+    to_go: Any = 0.0
+    if penalty is not None and a.penalty_to_go:
+        to_go = jnp.cumsum(penalty[..., ::-1], -1)[..., ::-1]
+    elif penalty is not None:
         rewards = rewards - penalty.sum(-1)
     advantages = jax.vmap(lambda some: group_advantages(some, **options))(rewards)
-    return jnp.broadcast_to(advantages[..., None], mask.shape)
+    return jnp.broadcast_to(advantages[..., None], mask.shape) - to_go
 
 
 def _critic_advantages(

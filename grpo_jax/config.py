@@ -48,6 +48,8 @@ _RANGES = {  # of what nothing else checks before training
         'sft.steps', 'grpo.steps', 'grpo.sample_batch', 'grpo.refill', 'reward_model.steps',
         'eval.samples', 'eval.temperature', 'log.completions',
         *(f'grpo.objective.{name}' for name in Objective._fields),
+        'sft.optimizer.learning_rate', 'grpo.optimizer.learning_rate',
+        'critic.optimizer.learning_rate', 'reward_model.optimizer.learning_rate',
     ),
     '[1, inf)': (
         'data.completion_length', 'sft.batch_size', 'grpo.iterations',

@@ -90,7 +90,7 @@ def sft_stage(made: Setup, training: Problems, heldout: Problems | None = None) 
         (demonstrations,) = sampled
         return Collected(demonstrations, ones, {}, [])
 
-    optimizer, schedule = adamw(steps=c.steps, **c.optimizer)
+    optimizer, schedule = _optimizer(config, 'sft', c.steps)
     parts = Parts(algorithm, Objective(), Sampling())
     stage = _policy_stage(
         made, 'sft', c.steps, parts, optimizer, schedule, sample, collect, heldout
@@ -170,7 +170,7 @@ def grpo_stage(made: Setup, training: Problems, heldout: Problems, iteration: in
         return Collected(rollout, given, metrics, some)
 
     updates = c.steps * algorithm.inner_updates
-    optimizer, schedule = adamw(steps=updates, **c.optimizer)
+    optimizer, schedule = _optimizer(config, 'grpo', updates)
     if algorithm.step == 'trust_region':
         optimizer, schedule = optax.identity(), None
     name = _numbered('grpo', iteration)
@@ -191,7 +191,7 @@ def _policy_stage(
     if algorithm.has_critic:
         total = max(steps * algorithm.inner_updates, 1)
         values = models.Transformer(models.with_scalar_head(made.model.config))
-        critic = update.Critic(values, adamw(steps=total, **config.critic.optimizer)[0])
+        critic = update.Critic(values, _optimizer(config, 'critic', total)[0])
 
     @functools.cache
     def program():
@@ -266,7 +266,7 @@ def reward_stage(made: Setup, training: Problems, iteration: int = 1) -> Stage:
     )
     replay = Replay(made.workdir / 'replay', iteration, c.replay, config.seed)
     model, mesh = made.reward_model, made.mesh
-    optimizer, schedule = adamw(steps=c.steps, **c.optimizer)
+    optimizer, schedule = _optimizer(config, 'reward_model', c.steps)
 
     @functools.cache
     def program():
@@ -331,6 +331,16 @@ def _step_labels(config: ConfigDict) -> tuple[str, Callable[..., Any], float]:
     """The step function unweighted: the truth that a process reward model learns."""
     name, function, _ = rewards.build_steps(config.grpo.step_rewards)
     return name, function, 1.0
+
+
+def _optimizer(
+    config: ConfigDict, section: str, steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """That of a section; what is wrong with it is said with the section's name."""
+    try:
+        return adamw(steps=steps, **config[section].optimizer)
+    except ValueError as error:
+        raise ValueError(f'{section}.optimizer: {error}') from error
 
 
 def _check_batch(made: Setup, section: str, name: str, microbatch: int) -> None:

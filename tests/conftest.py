@@ -69,3 +69,15 @@ def compiled_once():
     """For modules of short runs: what one of them compiles is kept for the next."""
     with runs.compiled_once():
         yield
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+    """The workdir of the run that all tests of a process share."""
+    return runs.finished(tmp_path_factory.getbasetemp())[0]
+
+
+@pytest.fixture(scope='module')
+def cache(tmp_path_factory):
+    """A folder for prepared data sets."""
+    return str(tmp_path_factory.mktemp('cache'))

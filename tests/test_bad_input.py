@@ -13,16 +13,6 @@ from configs import gsm8k_tiny
 from grpo_jax import models, tokens, train
 
 
-@pytest.fixture(scope='module')
-def finished(tmp_path_factory):
-    return runs.finished(tmp_path_factory.getbasetemp())[0]
-
-
-@pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp('cache'))
-
-
 @pytest.fixture
 def compiled():
     """The names of all programs that are compiled during a test."""
@@ -156,7 +146,15 @@ BAD = [
     ({'grpo.objective.top_entropy': 1.5}, r'top_entropy=1.5 .* lie in \(0, 1\]'),
     ({'grpo.objective.reference_decay': 1.5}, r'reference_decay=1.5 .* lie in \[0, 1\]'),
     ({'grpo.objective.label_smoothing': 0.5}, r'label_smoothing=0.5 .* lie in \[0, 0.5\)'),
-    ({'grpo.optimizer.clip_norm': -1.0}, 'clip_norm=-1.0 is out of range: make it at least 0'),
+    (
+        {'grpo.optimizer.clip_norm': -1.0},
+        'grpo.optimizer: clip_norm=-1.0 is out of range: make it at least 0',
+    ),
+    (
+        {'sft.steps': 0, 'sft.optimizer.learning_rate': -1.0},
+        r'sft.optimizer.learning_rate=-1.0 is out of range: it has to lie in \[0, inf\)',
+    ),
+    ({'sft.optimizer.warmup_steps': 9}, 'sft.optimizer: warmup_steps=9 and hold_steps=0 are more'),
     ({'checkpoint.every': 0}, r'checkpoint.every=0 is out of range: it has to lie in \[1, inf\)'),
     ({'log.completions': -1}, r'log.completions=-1 is out of range: it has to lie in \[0, inf\)'),
     ({'model.kv_heads': 3}, 'model heads=4 is not a multiple of kv_heads=3'),

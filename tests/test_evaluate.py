@@ -189,11 +189,6 @@ def test_parts_of_a_batch_together():
 # The command
 
 
-@pytest.fixture(scope='module')
-def finished(tmp_path_factory):
-    return runs.finished(tmp_path_factory.getbasetemp())[0]
-
-
 def run(monkeypatch, *arguments):
     monkeypatch.setattr('sys.argv', ['evaluate', *arguments])
     with runs.compiled_once():

@@ -201,11 +201,6 @@ def test_picture(written):
     assert blue[1] > 20
 
 
-@pytest.fixture(scope='module')
-def finished(tmp_path_factory):
-    return runs.finished(tmp_path_factory.getbasetemp())[0]
-
-
 def test_event_files_hold_what_the_lines_hold(finished):
     for stage, steps in (('sft', 5), ('grpo', 8)):
         found = curves(finished / 'tensorboard' / stage)

@@ -31,11 +31,6 @@ def source(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp('cache'))
-
-
-@pytest.fixture(scope='module')
 def plain(source, cache, tmp_path_factory):
     """A finished run of GRPO that trains all parameters of the checkpoint."""
     config = folders.get_config(source, cache_dir=cache)

@@ -75,16 +75,6 @@ runs.bonus = lethal
 """
 
 
-@pytest.fixture(scope='module')
-def finished(tmp_path_factory):
-    return runs.finished(tmp_path_factory.getbasetemp())[0]
-
-
-@pytest.fixture(scope='module')
-def cache(tmp_path_factory):
-    return str(tmp_path_factory.mktemp('cache'))
-
-
 # What a run leaves behind
 
 
