@@ -6,8 +6,8 @@
 A decoder of 2 layers of width 128, so that all of it takes minutes on two cores. Prints Markdown:
 
 - group: seconds per completion for G = 4 to 64 of a prompt of 512 tokens, which all of them share.
-- prompt: seconds of a step for prompts of 64 to 2048 tokens, next to the same programs when each
-  completion brings a copy of its prompt.
+- prompt: seconds of a step for prompts of 64 to 2048 tokens, next to the same programs where each
+  completion has a copy of its prompt.
 - vocabulary: temporary memory of the compiled programs for V = 4k to 128k, next to the head's
   weights and the logits of one chunk (update) or one column (sample).
 """
@@ -43,29 +43,29 @@ def main(arguments: list[str]) -> None:
     unknown = [part for part in PARTS.value if part not in growths]
     if unknown:
         raise app.UsageError(f'--parts={",".join(unknown)} is unknown: use {", ".join(growths)}')
-    found: dict[str, list[Row]] = {}
+    rows: dict[str, list[Row]] = {}
     for part in PARTS.value:
         print(f'\n{part}:\n')
-        found[part] = []
+        rows[part] = []
         for row in growths[part]():
-            if not found[part]:
+            if not rows[part]:
                 print('| ' + ' | '.join(row) + ' |\n|' + '---|' * len(row))
             print('| ' + ' | '.join(f'{x:.4g}' for x in row.values()) + ' |', flush=True)
-            found[part].append(row)
+            rows[part].append(row)
     if OUTPUT.value:
-        pathlib.Path(OUTPUT.value).write_text(json.dumps(found, indent=2) + '\n')
+        pathlib.Path(OUTPUT.value).write_text(json.dumps(rows, indent=2) + '\n')
 
 
 def group() -> Iterator[Row]:
     """Time per completion against G, one group."""
     for size in (4, 8, 16, 32, 64):
-        took = time_steps(Workload(1, size, 512, 64, shape=SMALL))
-        milliseconds = {f'{name} ms per completion': s / size * 1e3 for name, s in took.items()}
+        seconds = time_steps(Workload(1, size, 512, 64, shape=SMALL))
+        milliseconds = {f'{name} ms per completion': s / size * 1e3 for name, s in seconds.items()}
         yield {'G': size, **milliseconds}
 
 
 def prompt() -> Iterator[Row]:
-    """Time of a step against P, the prompt shared by its group or brought by each completion."""
+    """Time of a step against P, the prompt shared by its group or copied for each completion."""
     for length in (64, 512, 2048):
         shared = Workload(1, 16, length, 64, shape=SMALL)
         copied = dataclasses.replace(shared, groups=shared.rows, group_size=1)
@@ -87,16 +87,17 @@ def vocabulary() -> Iterator[Row]:
     for size in (4096, 32_768, 131_072):
         shape = dataclasses.replace(SMALL, vocab_size=size)
         workload = Workload(4, 8, 64, 64, shape=shape)
-        options = parse_options([f'logprob_chunk={CHUNK}', 'widths=1'])  # no row ends early
-        found = Ours(workload, options).temporaries()
+        # No completion ends early.
+        options = parse_options(['microbatch=1', f'logprob_chunk={CHUNK}', 'widths=1'])
+        temporaries = Ours(workload, options).temporaries()
         head, word = 4 * size * shape.width, 4 * size
         needs = {
             'head MiB': head,
             'logits of a chunk MiB': word * workload.group_size * CHUNK,
             'logits of a column MiB': word * workload.rows,
             'all logits MiB': word * workload.rows * workload.completion,
-            'update MiB': found['update'],
-            'sample MiB': found['sample'],
+            'update MiB': temporaries['update'],
+            'sample MiB': temporaries['sample'],
         }
         row: Row = {'V': size} | {name: count / 2**20 for name, count in needs.items()}
         first = first or dict(row)

@@ -1,10 +1,10 @@
-"""What GRPO and PPO keep in memory for the same model and batch, as the compiler sees it.
+"""Memory of GRPO and of PPO for the same model and batch, as the compiler reports it.
 
     python benchmarks/memory.py
     python benchmarks/memory.py --model=7b --topology=v5p:2x2x2 --fsdp=8
 
-Both update programs are compiled for abstract arrays: nothing is allocated, so the 7B model fits
-this machine. With `--topology` they are compiled ahead of time for a TPU slice (needs `libtpu`).
+Both training steps are compiled for abstract arrays: nothing is allocated, so the 7B model fits
+any machine. With `--topology` they are compiled ahead of time for a TPU slice (needs `libtpu`).
 Prints Markdown, bytes per device.
 """
 
@@ -18,9 +18,13 @@ from absl import app, flags
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
-from grpo_jax import models, sharding, update
-from grpo_jax.optimizer import adamw
-from grpo_jax.types import Objective, Prompts, Rollout, Sampling
+from grpo_jax import models, sharding
+from grpo_jax.algorithm.config import Algorithm
+from grpo_jax.algorithm.critic import Critic
+from grpo_jax.algorithm.optimizer import adamw
+from grpo_jax.algorithm.program import init_state, make_train_step
+from grpo_jax.engine.compute import Compute
+from grpo_jax.types import Prompts, Rollout, Sampling
 
 SHAPES: dict[str, dict[str, Any]] = {
     'small': {  # that of configs/arithmetic.py
@@ -49,22 +53,22 @@ def main(arguments: list[str]) -> None:
         raise app.UsageError(f'unexpected arguments: {arguments[1:]}')
     mesh = make_mesh()
     model = models.Transformer(models.ModelConfig(**SHAPES[MODEL.value]))
-    found = {name: measure(model, mesh, name == 'PPO') for name in ('GRPO', 'PPO')}
-    rows = [*found['PPO'], 'in all']
+    memory = {name: measure(model, mesh, name == 'PPO') for name in ('GRPO', 'PPO')}
+    rows = [*memory['PPO'], 'total']
     b, g, p, t, m = BATCHES[MODEL.value]
     print(f'{MODEL.value}, B={b}, G={g}, P={p}, T={t}, {m} groups at a time, {mesh.size} devices')
     print('\n| MiB per device | GRPO | PPO |\n|---|---|---|')
-    totals = {name: sum(parts.values()) for name, parts in found.items()}
+    totals = {name: sum(parts.values()) for name, parts in memory.items()}
     for row in rows:
         cells = [
-            totals[name] if row == 'in all' else parts.get(row, 0) for name, parts in found.items()
+            totals[name] if row == 'total' else parts.get(row, 0) for name, parts in memory.items()
         ]
         print(f'| {row} | ' + ' | '.join(f'{cell / 2**20:,.2f}' for cell in cells) + ' |')
     print(f'\nGRPO needs {1 - totals["GRPO"] / totals["PPO"]:.1%} less.')
 
 
 def make_mesh() -> Mesh:
-    """Devices of this machine, or of a TPU slice that is only described."""
+    """Devices of this machine, or of a TPU slice described by its topology."""
     devices: Any = jax.devices()
     if TOPOLOGY.value:
         devices = topologies.get_topology_desc(platform='tpu', topology_name=TOPOLOGY.value).devices
@@ -77,21 +81,22 @@ def measure(model: models.Transformer, mesh: Mesh, with_critic: bool) -> dict[st
     b, g, p, t, microbatch = BATCHES[MODEL.value]
     optimizer, _ = adamw(learning_rate=1e-6, steps=1)
     critic = None
-    options: dict[str, Any] = {'kl': 'k3'}
+    options: dict[str, Any] = {'kl': 'k3', 'beta': 0.04}
     if with_critic:
-        critic = update.Critic(models.Transformer(models.with_scalar_head(model.config)), optimizer)
-        options = {'baseline': 'critic', 'scale': 'batch', 'kl': 'k1', 'kl_place': 'reward'}
-    algorithm = update.Algorithm(microbatch=microbatch, **options)
-    step: Any = update.make_step(model, optimizer, algorithm, mesh, critic=critic)
+        critic = Critic(models.Transformer(models.with_scalar_head(model.config)), optimizer)
+        options |= {'baseline': 'critic', 'scale': 'batch', 'kl': 'k1', 'kl_place': 'reward'}
+    algorithm = Algorithm(**options)
+    compute = Compute(microbatch=microbatch, logprob_chunk=128)
+    step: Any = make_train_step(model, optimizer, algorithm, mesh, compute=compute, critic=critic)
     key = jax.eval_shape(lambda: jax.random.key(0))
     state = sharding.placed(
-        jax.eval_shape(functools.partial(update.init_state, model, optimizer, critic=critic), key),
+        jax.eval_shape(functools.partial(init_state, model, optimizer, critic=critic), key),
         mesh,
     )
     reference = state.params
     i32, f32 = jnp.int32, jnp.float32
 
-    def array(shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    def array(shape: tuple[int, ...], dtype: Any) -> Any:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.groups(mesh))
 
     rollout = Rollout(
@@ -99,11 +104,8 @@ def measure(model: models.Transformer, mesh: Mesh, with_critic: bool) -> dict[st
         array((b, g, t), i32), array((b, g, t), jnp.bool), array((b, g, t), f32),
         array((b, g), jnp.bool),
     )  # fmt: skip
-    scalars = jax.tree.map(jnp.float32, (Sampling(), Objective(beta=0.04)))
-    scalars = jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.replicated(mesh)),
-        jax.eval_shape(lambda: scalars),
-    )
+    scalar = jax.ShapeDtypeStruct((), f32, sharding=sharding.replicated(mesh))
+    scalars = jax.tree.map(lambda _: scalar, (Sampling(), algorithm))
     compiled = step.lower(state, reference, rollout, array((b, g), f32), *scalars).compile()
     analysis = compiled.memory_analysis()
     parts = {

@@ -13,19 +13,22 @@ import numpy as np
 
 from benchmarks import timing, workloads
 from benchmarks.workloads import Workload
-from grpo_jax import models, update
-from grpo_jax.algorithm import Algorithm
-from grpo_jax.optimizer import adamw
-from grpo_jax.sample import sample
-from grpo_jax.score import completion_logprobs
-from grpo_jax.types import Objective, Params, Prompts, Rollout, Sampling
+from grpo_jax import models
+from grpo_jax.algorithm.config import Algorithm
+from grpo_jax.algorithm.logprobs import completion_logprobs
+from grpo_jax.algorithm.optimizer import adamw
+from grpo_jax.algorithm.program import init_state, make_train_step
+from grpo_jax.algorithm.sample import sample
+from grpo_jax.engine.compute import Compute, choose
+from grpo_jax.types import Params, Prompts, Rollout, Sampling
 
-# What suits a workload on CPUs: one width where all completions are equally long, packing where
-# few are; logits that stay in the cache; layers that need not be copied out of a stack. On
-# accelerators as many rows and logits as fit, and all prompts together.
+# Options of `Compute` that suit a workload. On CPUs: one width where all completions are equally
+# long, packing where lengths vary; logits that stay in the cache; layers that are not copied out of
+# a stack. On accelerators: as many rows and logits as fit, and all prompts together.
 _SUITED = ('unroll=True', 'widths=1')
 _ACCELERATED = (*_SUITED, 'microbatch=4', 'rows=16', 'logprob_chunk=256')
-SUITED = dict.fromkeys(('W1', 'W2', 'W4'), (*_SUITED, 'logprob_chunk=32')) | {
+_EQUAL_LENGTHS = (*_SUITED, 'microbatch=1', 'logprob_chunk=32')
+SUITED = dict.fromkeys(('W1', 'W2', 'W4'), _EQUAL_LENGTHS) | {
     'W3': (*_SUITED, 'packed=True', 'microbatch=8', 'rows=2', 'logprob_chunk=64'),
     'qwen2.5-1.5b': _ACCELERATED,
     'qwen2.5-7b': _ACCELERATED,
@@ -33,22 +36,26 @@ SUITED = dict.fromkeys(('W1', 'W2', 'W4'), (*_SUITED, 'logprob_chunk=32')) | {
 
 
 class Options(NamedTuple):
-    """Keyword arguments, by what they are given to."""
+    """Keyword arguments, by what takes them."""
 
     algorithm: dict[str, Any]
+    compute: dict[str, Any]
     model: dict[str, Any]
     sample: dict[str, Any]
 
 
 def parse_options(pairs: Sequence[str]) -> Options:
-    """Sorts 'name=value' by whether `Algorithm`, `ModelConfig` or `sample` has the name.
+    """Sorts 'name=value' into options of `Algorithm`, `Compute`, `ModelConfig` and `sample`.
+
+    The first of them that has the name takes it: `unroll` is an option of `Compute`.
 
     Raises:
       ValueError: a pair without '=', or a name that none of them has.
     """
-    options = Options({}, {}, {})
+    options = Options({}, {}, {}, {})
     known = [
-        {field.name for field in dataclasses.fields(Algorithm)},
+        {field.name for field in dataclasses.fields(Algorithm)} - {'terms'},  # derived
+        {field.name for field in dataclasses.fields(Compute)},
         {field.name for field in dataclasses.fields(models.ModelConfig)},
         set(inspect.signature(sample).parameters),
     ]
@@ -57,7 +64,7 @@ def parse_options(pairs: Sequence[str]) -> Options:
         homes = [home for home, names in zip(options, known, strict=True) if name in names]
         if not homes or not text:
             raise ValueError(
-                f'option {pair!r}: give name=value, of Algorithm, ModelConfig or sample'
+                f'option {pair!r}: use name=value, of Algorithm, Compute, ModelConfig or sample'
             )
         try:
             homes[0][name] = ast.literal_eval(text)
@@ -93,13 +100,13 @@ def make_params(model: models.Transformer, spread: float = workloads.SPREAD) -> 
         return jax.tree_util.tree_map_with_path(fill, jax.eval_shape(model_init, key))
 
     def model_init(key):
-        return models.init(model, key)
+        return models.init_params(model, key)
 
     return jax.jit(make)(jax.random.key(0))
 
 
 def of_model(workload: Workload, model: models.Transformer) -> Workload:
-    """The workload with the dtype and number of layers that options gave the model."""
+    """The workload with the dtype and the number of layers of the model."""
     c = model.config
     shape = dataclasses.replace(workload.shape, dtype=c.dtype, layers=c.layers)
     return dataclasses.replace(workload, shape=shape)
@@ -111,20 +118,24 @@ class Ours:
     def __init__(self, workload: Workload, options: Options) -> None:
         self.model = make_model(workload.shape, **options.model)
         self.workload = of_model(workload, self.model)
-        self.algorithm = Algorithm(**options.algorithm)
+        self.algorithm = Algorithm(**({'beta': workloads.BETA} | options.algorithm))
+        w = self.workload
+        shape = w.groups, w.group_size, w.prompt, w.completion
+        compute = Compute(**options.compute)
+        self.compute = choose(compute, self.model.config, shape)
         self.reference = make_params(self.model)
         optimizer, _ = adamw(
             learning_rate=workloads.LEARNING_RATE, steps=10**6, clip_norm=workloads.CLIP_NORM
         )
-        self.state = update.init_state(self.model, optimizer, self.reference)
+        self.state = init_state(self.model, optimizer, self.reference)
         self._sample_options = options.sample
-        self._step: Any = update.make_step(self.model, optimizer, self.algorithm)
+        self._step: Any = make_train_step(self.model, optimizer, self.algorithm, compute=compute)
         self._logprobs = jax.jit(self._map_logprobs)
         self._words = workloads.words(workload.shape.vocab_size)
         self._ids = {word: i for i, word in enumerate(self._words)}
 
     def step(self, clock: timing.Clock, k: int) -> Rollout:
-        """Step k under the clock: its prompts are tokenised and rewarded on the host."""
+        """Runs step k under the clock; prompts and rewards are computed on the host."""
         wait = jax.block_until_ready
         clock.start()
         prompts = clock.timed('prompts', self.prompts)(k)
@@ -137,17 +148,20 @@ class Ours:
         return rollout
 
     def prompts(self, k: int) -> Prompts:
-        """Those of step k."""
+        """The prompts of step k."""
         w = self.workload
-        tokens = workloads.encode(workloads.prompt_texts(w.groups, w.prompt, seed=k), self._ids)
-        length = np.full(w.groups, w.prompt, np.int32)
-        return Prompts(tokens, length, np.arange(w.groups, dtype=np.int32) + k * w.groups)
+        texts = workloads.prompt_texts(w.groups, w.prompt, seed=k)
+        tokens: Any = workloads.encode(texts, self._ids)
+        length: Any = np.full(w.groups, w.prompt, np.int32)
+        index: Any = np.arange(w.groups, dtype=np.int32) + k * w.groups
+        return Prompts(tokens, length, index)
 
     def sample(self, prompts: Prompts, k: int) -> Rollout:
-        """Completions of step k."""
+        """The completions of step k."""
         return self._sample(self.state.params, prompts, k)
 
     def _sample(self, params: Params, prompts: Prompts, k: int) -> Rollout:
+        eos_ids: Any = np.asarray(self.workload.eos_ids, np.int32)
         return sample(
             self.model,
             params,
@@ -155,7 +169,7 @@ class Ours:
             seed=0,
             step=k,
             sampling=Sampling(),
-            eos_ids=np.asarray(self.workload.eos_ids, np.int32),
+            eos_ids=eos_ids,
             group_size=self.workload.group_size,
             max_tokens=self.workload.completion,
             **self._sample_options,
@@ -180,7 +194,7 @@ class Ours:
             rollout,
             rewards,
             Sampling(),
-            Objective(beta=workloads.BETA),
+            self.algorithm,
         )
         return metrics
 
@@ -189,7 +203,7 @@ class Ours:
         return self._logprobs(self.reference, rollout)
 
     def _map_logprobs(self, params: Params, rollout: Rollout) -> jax.Array:
-        chunk = self.algorithm.logprob_chunk
+        chunk = self.compute.logprob_chunk
         groups = jax.tree.map(lambda x: x[:, None], rollout)
 
         def one(group):
@@ -200,7 +214,7 @@ class Ours:
     def temporaries(self) -> dict[str, int]:
         """Bytes that the compiled programs need beside their arguments and results.
 
-        For completions of one block of the sampler, which is what it can be traced for.
+        Only for completions of one block of the sampler, since more blocks cannot be traced.
         """
         w, prompts = self.workload, self.prompts(0)
         draw = jax.jit(functools.partial(self._sample, k=0))
@@ -213,10 +227,10 @@ class Ours:
                 rollout,
                 np.zeros((w.groups, w.group_size), np.float32),
                 Sampling(),
-                Objective(beta=workloads.BETA),
+                self.algorithm,
             ),
         }
-        quick = {'xla_backend_optimization_level': 0}  # does not change what lies where
+        quick = {'xla_backend_optimization_level': 0}  # does not change the memory
         return {
             name: int(program.compile(quick).memory_analysis().temp_size_in_bytes)
             for name, program in programs.items()

@@ -1,13 +1,14 @@
-"""Ended rows left out, as the sampler does it, against their slots refilled from waiting rows.
+"""Compares compaction of finished sequences, which the sampler does, with continuous batching.
 
     python -m benchmarks.refill
 
-Leaving out is measured: seconds of `sample` on W3, programs at hand. Refilling is computed: a
-number of slots decode at the measured seconds per column of that many rows, every so many columns
-those that have ended take the next rows, prompts are read and moved for nothing, and once nobody
-waits the rows that go on are decoded in half of the slots, or half of these. Lengths are the same.
-With a slot for each row and a look at every column that is what the sampler does: the difference to
-its measured time says how far the computed ones can be trusted.
+Compaction is measured: seconds of `sample` on W3 with compiled programs. Continuous batching, where
+waiting sequences take the slots of finished ones, is simulated: a number of slots decode at the
+measured seconds per step of that many sequences; at fixed intervals the next sequences take the
+free slots, with prefill and moves at no cost; once none waits, the slots are halved as often as the
+unfinished sequences allow. Lengths are those of the measured rollouts. With one slot per sequence
+and an interval of one step the simulation is what the sampler does, so the difference to the
+measured time shows how accurate it is.
 """
 
 import dataclasses
@@ -16,20 +17,22 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 from absl import app, flags
+from jaxtyping import Int
 
 from benchmarks import timing
 from benchmarks.ours import Ours, parse_options
 from benchmarks.workloads import WORKLOADS
 
-ROLLOUTS = flags.DEFINE_integer('rollouts', 8, 'how many are measured')
+ROLLOUTS = flags.DEFINE_integer('rollouts', 8, 'number of measured rollouts')
 
 
 def main(arguments: list[str]) -> None:
-    """Prints the seconds per column, and those of a rollout."""
+    """Print the seconds per decode step and per rollout."""
     if arguments[1:]:
         raise app.UsageError(f'unexpected arguments: {arguments[1:]}')
     workload = WORKLOADS['W3']
-    ours, options = Ours(workload, parse_options([])), parse_options([])
+    options = parse_options([])
+    ours = Ours(workload, options)
     clock = timing.Clock()
     lengths = []
     for k in [*range(ROLLOUTS.value)] * 2:  # the first time compiles
@@ -38,27 +41,29 @@ def main(arguments: list[str]) -> None:
         clock.cut()
         lengths.append(np.asarray(rollout.mask).sum(-1).reshape(-1))
     lengths = lengths[ROLLOUTS.value :]
-    left_out = [step['sample'] for step in clock.steps[ROLLOUTS.value :]]
+    measured = [step['sample'] for step in clock.steps[ROLLOUTS.value :]]
     size = workload.group_size
-    column = {}
+    step_seconds = {}  # sequences decoded together -> seconds per decode step
     for groups in (1, 2, 4, workload.groups):
         whole = Ours(dataclasses.replace(workload, groups=groups, ends=0), options)
-        column[groups * size] = _seconds(whole) / workload.completion
-    for rows in (4, 2, 1):
-        shape = dataclasses.replace(workload, groups=1, group_size=rows, ends=0)
-        column[rows] = _seconds(Ours(shape, options)) / workload.completion
-    print('rows: ms a column', {rows: round(1e3 * s, 2) for rows, s in sorted(column.items())})
-    print(f'leaving out: {np.median(left_out):.2f} s, measured; mean length {np.mean(lengths):.1f}')
-    for every in (64, 32, 16, 1):
-        found = {
-            slots: round(float(np.median([refilled(x, slots, every, column) for x in lengths])), 2)
-            for slots in sorted(column)[-4:]
+        step_seconds[groups * size] = _rollout_seconds(whole) / workload.completion
+    for sequences in (4, 2, 1):
+        shape = dataclasses.replace(workload, groups=1, group_size=sequences, ends=0)
+        step_seconds[sequences] = _rollout_seconds(Ours(shape, options)) / workload.completion
+    table = {n: round(1e3 * s, 2) for n, s in sorted(step_seconds.items())}
+    print('ms per decode step, by number of sequences:', table)
+    print(f'compaction: {np.median(measured):.2f} s measured; mean length {np.mean(lengths):.1f}')
+    for interval in (64, 32, 16, 1):
+        simulated = {
+            slots: [simulate(x, slots, interval, step_seconds) for x in lengths]
+            for slots in sorted(step_seconds)[-4:]
         }
-        print(f'refilled every {every} columns: s by slots {found}')
+        medians = {slots: round(float(np.median(s)), 2) for slots, s in simulated.items()}
+        print(f'continuous batching every {interval} steps: s by number of slots {medians}')
 
 
-def _seconds(ours: Ours) -> float:
-    """Of a whole rollout, the best of three."""
+def _rollout_seconds(ours: Ours) -> float:
+    """Return the seconds of a whole rollout, the best of three."""
     clock = timing.Clock()
     for k in range(4):
         clock.start()
@@ -67,16 +72,29 @@ def _seconds(ours: Ours) -> float:
     return min(step['sample'] for step in clock.steps[1:])
 
 
-def refilled(lengths: np.ndarray, slots: int, every: int, column: Mapping[int, float]) -> float:
-    """Seconds of rows i64[N] in so many slots; `column` are those of a column by rows."""
-    waiting, going, total = list(lengths[::-1]), np.zeros(0, int), 0.0
-    while waiting or going.size:
-        free = min(slots - going.size, len(waiting))
-        going = np.append(going, [waiting.pop() for _ in range(free)])
-        total += every * column[min(n for n in column if n >= going.size)]
-        going = going - every
-        going = going[going > 0]
-    return total
+def simulate(
+    lengths: Int[np.ndarray, ' N'],
+    slots: int,
+    interval: int,
+    step_seconds: Mapping[int, float],
+) -> float:
+    """Return the seconds of continuous batching.
+
+    Args:
+      lengths: tokens of each sequence.
+      slots: sequences that are decoded together.
+      interval: decode steps between two times when free slots are taken.
+      step_seconds: seconds per decode step, by number of sequences.
+    """
+    waiting, remaining, seconds = list(lengths[::-1]), np.zeros(0, int), 0.0
+    while waiting or remaining.size:
+        free = min(slots - remaining.size, len(waiting))
+        remaining = np.append(remaining, [waiting.pop() for _ in range(free)])
+        used = min(n for n in step_seconds if n >= remaining.size)
+        seconds += interval * step_seconds[used]
+        remaining = remaining - interval
+        remaining = remaining[remaining > 0]
+    return seconds
 
 
 if __name__ == '__main__':

@@ -21,7 +21,7 @@ from absl import app, flags
 
 from benchmarks import floors, kernels, roofline, timing, workloads
 from benchmarks.ours import SUITED, Ours, parse_options
-from grpo_jax import compiled
+from grpo_jax.run import compiled
 from grpo_jax.types import Rollout
 
 WORKLOAD = flags.DEFINE_enum('workload', 'W1', [*workloads.WORKLOADS], 'what to compute')
@@ -31,11 +31,13 @@ OPTIONS = (
     flags.DEFINE_integer('microbatch', None, 'groups whose gradient is computed at a time'),
     flags.DEFINE_integer('logprob_chunk', None, 'completion positions whose logits exist'),
     flags.DEFINE_bool('remat', None, 'recompute layers in the backward pass; else they are kept'),
-    flags.DEFINE_string('dtype', None, "of the computation and parameters in the workload's place"),
+    flags.DEFINE_string('dtype', None, "of computation and parameters instead of the workload's"),
 )
-SET = flags.DEFINE_multi_string('set', [], 'name=value for Algorithm, ModelConfig or sample')
-SUITED_TOO = flags.DEFINE_bool('suited', True, 'begin with the options of `ours.SUITED`')
-PROFILE = flags.DEFINE_integer('profile', 0, 'print so many of the programs that took longest')
+SET = flags.DEFINE_multi_string(
+    'set', [], 'name=value for Algorithm, Compute, ModelConfig or sample'
+)
+SUITED_TOO = flags.DEFINE_bool('suited', True, 'start from the options of `ours.SUITED`')
+PROFILE = flags.DEFINE_integer('profile', 0, 'print this many of the programs that took longest')
 FLOORS = flags.DEFINE_bool('floors', False, 'alternate with bare loops')
 CHECK = flags.DEFINE_bool('check', False, 'compare the bare loops with our programs, time nothing')
 RECORD = flags.DEFINE_string('record', '', 'file that a line of JSON is added to')
@@ -45,22 +47,23 @@ def main(arguments: list[str]) -> None:
     """Measures the workload that the flags name."""
     if arguments[1:]:
         raise app.UsageError(f'unexpected arguments: {arguments[1:]}')
-    given = [f'{flag.name}={flag.value}' for flag in OPTIONS if flag.value is not None]
-    pairs = [*(SUITED.get(WORKLOAD.value, ()) if SUITED_TOO.value else ()), *given, *SET.value]
+    from_flags = [f'{flag.name}={flag.value}' for flag in OPTIONS if flag.value is not None]
+    suited = SUITED.get(WORKLOAD.value, ()) if SUITED_TOO.value else ()
+    pairs = [*suited, *from_flags, *SET.value]
     ours = Ours(workloads.WORKLOADS[WORKLOAD.value], parse_options(pairs))
     if CHECK.value:
-        found = floors.check(ours)
-        print(found)
+        result = floors.check(ours)
+        print(result)
         if (
-            found['logprob_difference'] > floors.TOLERANCE
-            or found['same_draws'] < floors.SAME_DRAWS
+            result['logprob_difference'] > floors.TOLERANCE
+            or result['same_draws'] < floors.SAME_DRAWS
         ):
             raise SystemExit('the bare loops do not compute what our programs do')
         return
     with compiled.trimmed():
         row = measure(
             ours,
-            {'workload': WORKLOAD.value, 'options': pairs},
+            {'workload': WORKLOAD.value, 'options': pairs, 'compute': ours.compute._asdict()},
             steps=STEPS.value,
             warmup=WARMUP.value,
             with_floors=FLOORS.value,
@@ -141,7 +144,7 @@ def utilisation(
     """Model FLOPs and bytes per second, and their share of the ceilings."""
     forward = statistics.median(roofline.forward_flops(workload, n) for n in lengths)
     read = statistics.median(roofline.decode_bytes(workload, n) for n in lengths)
-    # The update reads the batch forward and backward, and forward with the reference.
+    # The update is a forward and backward pass of the policy and a forward pass of the reference.
     flops = {'sample': forward, 'score': forward, 'update': 4 * forward, 'step': 5 * forward}
     rates = {phase: count / seconds[phase]['median'] for phase, count in flops.items()}
     matmul = roofline.matmul_ceiling(workload.shape.dtype)
@@ -172,9 +175,9 @@ def describe(row: dict[str, Any]) -> list[str]:
         f'decoding reads {row["decode_bytes_per_s"] / giga:.2f} GB/s '
         f'({row["share_of_stream"]:.0%} of a stream, {row["stream_bytes_per_s"] / giga:.0f})',
     ]
-    for phase, found in row.get('floors', {}).items():
+    for phase, floor in row.get('floors', {}).items():
         lines.append(
-            f'floor {phase}: ' + ', '.join(f'{k} {v["median"]:.3f}' for k, v in found.items())
+            f'floor {phase}: ' + ', '.join(f'{k} {v["median"]:.3f}' for k, v in floor.items())
         )
     return lines
 

@@ -23,9 +23,9 @@ from scipy import stats
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the configs are no part of the package
 
-from grpo_jax import config as grpo_config  # noqa: E402
-from grpo_jax import judging, report, setup  # noqa: E402
-from grpo_jax.train import train  # noqa: E402
+from grpo_jax.run import config as grpo_config  # noqa: E402
+from grpo_jax.run import evaluation, parameters, problems, report, saved_config, setup  # noqa: E402
+from grpo_jax.run.training import train  # noqa: E402
 
 METHODS = {
     'rft': 'RFT',
@@ -87,7 +87,7 @@ def run(output: pathlib.Path, method: str, seed: int) -> pathlib.Path:
 
 def curve(workdir: pathlib.Path) -> list[tuple[int, float]]:
     """(completions generated, held-out accuracy) of a run; of SFT, demonstrations read."""
-    config = grpo_config.from_json((workdir / 'config.json').read_text())
+    config = saved_config.read(workdir / 'config.json')
     rows = report.read_policy(workdir / 'heldout.jsonl', config.grpo.steps)
     each = config.grpo.batch_size * config.grpo.group_size * (1 + config.grpo.refill)
     if rows[0]['stage'] == 'sft':
@@ -99,12 +99,12 @@ def votes(workdir: pathlib.Path) -> dict[str, list[float]]:
     """maj@k and pass@k of a run's newest policy, kept with the run."""
     path = workdir / 'votes.json'
     if not path.exists():
-        config = grpo_config.from_json((workdir / 'config.json').read_text())
+        config = saved_config.read(workdir / 'config.json')
         made = setup.prepare(config, workdir)
-        problems = setup.heldout_problems(made)
-        asked = judging.settings(config.eval) | {'samples': max(SIZES), 'k': SIZES}
-        policy = setup.newest_policy(made).params
-        found = judging.evaluate(made.sampler, policy, problems, **asked).metrics
+        heldout = problems.heldout_problems(made)
+        asked = evaluation.evaluation_options(config.eval) | {'samples': max(SIZES), 'k': SIZES}
+        policy = parameters.newest_policy(made).params
+        found = evaluation.evaluate(made.sampler, policy, heldout, **asked).metrics
         table = {name: [found[f'eval/{name}@{size}'] for size in SIZES] for name in ('maj', 'pass')}
         path.write_text(json.dumps(table))
     return json.loads(path.read_text())

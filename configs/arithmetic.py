@@ -9,7 +9,7 @@ Expect a held-out accuracy of 40 to 60 % after stage 1 and above 95 % at the end
 
 from ml_collections import ConfigDict
 
-from grpo_jax import config as grpo_config
+from grpo_jax.run import config as grpo_config
 
 
 def get_config() -> ConfigDict:
@@ -30,11 +30,10 @@ def get_config() -> ConfigDict:
     }
     config.data.prompt_length = 8
     config.data.completion_length = 24
-    config.sft.update(steps=450, batch_size=64, microbatch=64)
+    config.sft.update(steps=450, batch_size=64)
     config.sft.optimizer.update(learning_rate=3e-3, warmup_steps=30, hold_steps=300, decay='linear')
     config.grpo.update(steps=120, batch_size=32, group_size=8)
-    config.grpo.algorithm.update(microbatch=32)
-    config.grpo.objective.beta = 0.005
+    config.grpo.algorithm.beta = 0.005
     config.grpo.rewards = {'exact_answer': 1.0}
     config.grpo.optimizer.update(learning_rate=3e-4, warmup_steps=20)
     config.eval.update(every=40, batch_size=256, correct='exact_answer', extract='final_result')

@@ -4,12 +4,12 @@
 
 The task of TinyZero; the problems are generated. For 4 accelerators of 80 GB. TinyZero reports that
 a base model of 3 billion parameters learns to search and to check itself, from near 0 to a success
-rate of about 80 %. Not run here: there were no weights to begin with.
+rate of about 80 %. Not run here, because the weights were not available.
 """
 
 from ml_collections import ConfigDict
 
-from grpo_jax import config as grpo_config
+from grpo_jax.run import config as grpo_config
 
 
 def get_config() -> ConfigDict:
@@ -26,8 +26,7 @@ def get_config() -> ConfigDict:
     )
     config.data.options = {'train_size': 50_000, 'test_size': 512}
     config.grpo.update(steps=300, batch_size=64, group_size=8)
-    config.grpo.algorithm.update(microbatch=8, logprob_chunk=64)
-    config.grpo.objective.beta = 0.001
+    config.grpo.algorithm.beta = 0.001
     config.grpo.rewards = {'countdown_answer': 1.0, 'think_format': 0.1}
     config.grpo.optimizer.update(learning_rate=1e-6, warmup_steps=10)
     config.eval.update(

@@ -1,18 +1,18 @@
-"""Iterative GRPO: three iterations, rewards from a reward model that is trained along.
+"""Iterative GRPO: three iterations, rewards from a reward model that is retrained before each.
 
     python -m grpo_jax.train --config=configs/grpo_iterative.py --workdir=runs/grpo_iterative
 
 The reward model is trained on the policy's samples before each iteration, a tenth of its prompts
 from earlier ones. With seed 0 the accuracy goes from 49 to 89, 94 and 93 % over the iterations.
-Watch it: at a learning rate of 3e-4, that of `arithmetic.py`, the policy learns to please a reward
-model that is not good enough, and ended at 5 % (with an earlier version).
+At the learning rate of `arithmetic.py`, 3e-4, the policy exploited the errors of the reward model
+and ended at 5 % (with an earlier version).
 """
 
 import pathlib
 
 from ml_collections import ConfigDict
 
-from grpo_jax import config as grpo_config
+from grpo_jax.run import config as grpo_config
 
 
 def get_config() -> ConfigDict:

@@ -10,13 +10,14 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from grpo_jax import config as grpo_config
-from grpo_jax import presets
+from grpo_jax.run import config as grpo_config
+from grpo_jax.run import methods
 
 
 def get_config() -> ConfigDict:
     config = grpo_config.load(pathlib.Path(__file__).with_name('arithmetic.py'))
-    presets.apply(config, 'grpo_process')
+    methods.apply(config, 'grpo_process')
+    config.grpo.algorithm.beta = 0.005
     config.grpo.step_rewards = {'right_steps': 1.0}
     config.grpo.rewards = {}
     return config

@@ -6,13 +6,13 @@
     python -m grpo_jax.evaluate --workdir=runs/gsm8k
     python -m grpo_jax.export --workdir=runs/gsm8k --output=runs/gsm8k-trained
 
-The checkpoint is random and small, so what it learns is the form of an answer: expect about 2 %
-after SFT and 3 % after GRPO. `--config.pretrained=FOLDER` takes a real one.
+The checkpoint is random and small, so it learns little more than the form of an answer:
+expect about 2 % after SFT and 3 % after GRPO. `--config.pretrained=FOLDER` takes a real one.
 """
 
 from ml_collections import ConfigDict
 
-from grpo_jax import config as grpo_config
+from grpo_jax.run import config as grpo_config
 
 
 def get_config() -> ConfigDict:
@@ -25,11 +25,10 @@ def get_config() -> ConfigDict:
         prompt_length=160,
         completion_length=128,
     )
-    config.sft.update(steps=200, batch_size=16, microbatch=8)
+    config.sft.update(steps=200, batch_size=16)
     config.sft.optimizer.update(learning_rate=1e-3, warmup_steps=20, decay='cosine')
     config.grpo.update(steps=20, batch_size=8, group_size=8)
-    config.grpo.algorithm.update(microbatch=4)
-    config.grpo.objective.beta = 0.01
+    config.grpo.algorithm.beta = 0.01
     config.grpo.rewards = {'gsm8k_answer': 1.0, 'hash_format': 0.2}
     config.grpo.optimizer.update(learning_rate=1e-4, warmup_steps=2)
     config.eval.update(

@@ -4,15 +4,14 @@
     python -m grpo_jax.train --config=configs/gsm8k_gemma3_1b_lora.py --workdir=runs/gsm8k_gemma
     python -m grpo_jax.export --workdir=runs/gsm8k_gemma --output=runs/gemma_adapter --adapter
 
-Fits one accelerator of 16 GB (for n of them `microbatch` has to be a multiple of n): the base is
-stored once, in bfloat16, for policy and reference. The model's card states 62.8 % on GSM8K before
-training. Not run here, as there were no weights to begin with; expect a gain of a few points, as
-other LoRA recipes for this model report.
+Fits one accelerator of 16 GB, since policy and reference share one copy of the base in bfloat16.
+The model card reports 62.8 % on GSM8K before training. Not run here, because the weights were not
+available; expect a gain of a few points, as other LoRA recipes for this model report.
 """
 
 from ml_collections import ConfigDict
 
-from grpo_jax import config as grpo_config
+from grpo_jax.run import config as grpo_config
 
 
 def get_config() -> ConfigDict:
@@ -25,8 +24,7 @@ def get_config() -> ConfigDict:
         name='gsm8k', prompt='deepseekmath', chat=True, prompt_length=384, completion_length=512
     )
     config.grpo.update(steps=460, batch_size=16, group_size=8)
-    config.grpo.algorithm.update(microbatch=2, logprob_chunk=32)  # V is 262,144
-    config.grpo.objective.beta = 0.04
+    config.grpo.algorithm.beta = 0.04
     config.grpo.rewards = {'gsm8k_answer': 1.0}
     config.grpo.optimizer.update(learning_rate=2e-5, warmup_steps=10)
     config.eval.update(

@@ -9,7 +9,7 @@ rewards stay near 0: this shows the path from question to extracted answer, not 
 
 from ml_collections import ConfigDict
 
-from grpo_jax import config as grpo_config
+from grpo_jax.run import config as grpo_config
 
 
 def get_config() -> ConfigDict:
@@ -23,7 +23,6 @@ def get_config() -> ConfigDict:
         completion_length=64,
     )
     config.grpo.update(steps=3, batch_size=8, group_size=4)
-    config.grpo.algorithm.update(microbatch=4)
     config.grpo.rewards = {'gsm8k_answer': 1.0, 'hash_format': 0.1}
     config.eval.update(
         every=3, batch_size=32, correct='gsm8k_answer', extract='extract_answer', samples=0

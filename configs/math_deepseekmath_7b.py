@@ -4,18 +4,18 @@
     python -m grpo_jax.train --config=configs/math_deepseekmath_7b.py --workdir=runs/deepseekmath
 
 G = 64, a batch of 1,024 completions, learning rate 1e-6, beta 0.04, 1,024 tokens, one update per
-rollout (section 4.2). For 8 accelerators of 80 GB, or 16 with `microbatch` 16. `pretrained` is a
-local folder, because the hub's copy is pickled: convert it once with `transformers`, as the error
-message says.
+rollout (section 4.2). For 8 or 16 accelerators of 80 GB. `pretrained` is a local folder, because
+the weights on the hub are pickled: convert them once with `transformers`, as the error message
+says.
 
 The paper reports 46.8 -> 51.7 % on MATH and 82.9 -> 88.2 % on GSM8K with a neural reward model and
 144 thousand questions of both; here the rewards are rules and the questions those of
-`math/train.jsonl`. Not run here: there were no weights to begin with.
+`math/train.jsonl`. Not run here, because the weights were not available.
 """
 
 from ml_collections import ConfigDict
 
-from grpo_jax import config as grpo_config
+from grpo_jax.run import config as grpo_config
 
 
 def get_config() -> ConfigDict:
@@ -31,8 +31,7 @@ def get_config() -> ConfigDict:
         completion_length=1024,
     )
     config.grpo.update(steps=500, batch_size=16, group_size=64)
-    config.grpo.algorithm.update(microbatch=8, logprob_chunk=32)
-    config.grpo.objective.update(beta=0.04, clip_low=0.2, clip_high=0.2)
+    config.grpo.algorithm.update(beta=0.04, clip_low=0.2, clip_high=0.2)
     config.grpo.rewards = {'math_answer': 1.0}
     config.grpo.optimizer.update(learning_rate=1e-6)
     config.eval.update(

@@ -9,11 +9,11 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from grpo_jax import config as grpo_config
-from grpo_jax import presets
+from grpo_jax.run import config as grpo_config
+from grpo_jax.run import methods
 
 
 def get_config() -> ConfigDict:
     config = grpo_config.load(pathlib.Path(__file__).with_name('arithmetic.py'))
-    presets.apply(config, 'online_rft')
+    methods.apply(config, 'online_rft')
     return config

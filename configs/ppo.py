@@ -1,4 +1,4 @@
-"""PPO: a critic with a head of its own on the same decoder, GAE, KL in the reward.
+"""PPO: a critic, which is a second decoder with a scalar head, GAE, and the KL in the reward.
 
     python -m grpo_jax.train --config=configs/ppo.py --workdir=runs/ppo
 
@@ -10,13 +10,13 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from grpo_jax import config as grpo_config
-from grpo_jax import presets
+from grpo_jax.run import config as grpo_config
+from grpo_jax.run import methods
 
 
 def get_config() -> ConfigDict:
     config = grpo_config.load(pathlib.Path(__file__).with_name('arithmetic.py'))
-    presets.apply(config, 'ppo')
-    config.grpo.objective.beta = 0.005
+    methods.apply(config, 'ppo')
+    config.grpo.algorithm.beta = 0.005
     config.critic.optimizer.update(learning_rate=1e-3, warmup_steps=20)
     return config

@@ -5,13 +5,13 @@
 
 DeepSeek-R1 (arXiv 2501.12948): 16 outputs for each of 32 questions, beta 0.001, temperature 1. For
 8 accelerators of 80 GB, since completions may have 4,096 tokens. Expect `rewards/think_format/mean`
-to rise first, then `rewards/math_answer/mean` and with it the length. Not run here: there were no
-weights to begin with.
+to rise first, then `rewards/math_answer/mean` and with it the length. Not run here, because the
+weights were not available.
 """
 
 from ml_collections import ConfigDict
 
-from grpo_jax import config as grpo_config
+from grpo_jax.run import config as grpo_config
 
 
 def get_config() -> ConfigDict:
@@ -28,8 +28,7 @@ def get_config() -> ConfigDict:
         stops=('</answer>',),
     )
     config.grpo.update(steps=400, batch_size=32, group_size=16)
-    config.grpo.algorithm.update(microbatch=8, logprob_chunk=32)
-    config.grpo.objective.beta = 0.001
+    config.grpo.algorithm.beta = 0.001
     config.grpo.rewards = {'math_answer': 1.0, 'think_format': 0.5}
     config.grpo.optimizer.update(learning_rate=3e-6, warmup_steps=10)
     config.eval.update(

@@ -1,4 +1,4 @@
-"""Rejection-sampling fine-tuning on the arithmetic task: what the SFT model got right.
+"""Rejection-sampling fine-tuning on the arithmetic task, on right answers of the SFT model.
 
     python -m grpo_jax.train --config=configs/rft.py --workdir=runs/rft
 
@@ -10,11 +10,11 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from grpo_jax import config as grpo_config
-from grpo_jax import presets
+from grpo_jax.run import config as grpo_config
+from grpo_jax.run import methods
 
 
 def get_config() -> ConfigDict:
     config = grpo_config.load(pathlib.Path(__file__).with_name('arithmetic.py'))
-    presets.apply(config, 'rft')
+    methods.apply(config, 'rft')
     return config

@@ -1,16 +1,16 @@
-"""Supervised fine-tuning alone on the arithmetic task's demonstrations, half of them with slips.
+"""Supervised fine-tuning alone on the arithmetic task's demonstrations, half of them with mistakes.
 
     python -m grpo_jax.train --config=configs/sft.py --workdir=runs/sft
 
-Twice the steps of `arithmetic.py` before its GRPO. What the demonstrations get wrong it goes on
-imitating: with seed 0 it ends at 54 %, where half of the steps end at 49 %.
+Twice the SFT steps of `arithmetic.py`. The policy keeps imitating the mistakes: with seed 0 it ends
+at 54 %, and after half of the steps it is at 49 %.
 """
 
 import pathlib
 
 from ml_collections import ConfigDict
 
-from grpo_jax import config as grpo_config
+from grpo_jax.run import config as grpo_config
 
 
 def get_config() -> ConfigDict:

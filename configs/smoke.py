@@ -1,13 +1,13 @@
-"""Both stages in miniature, every feature switched on: what continuous integration runs.
+"""Both stages in miniature with many features, for continuous integration.
 
     python -m grpo_jax.train --config=configs/smoke.py --workdir=runs/smoke
 
-Takes under 30 seconds once compiled. Single-digit sums; nothing is learnt well.
+Takes under 30 seconds once compiled. Single-digit sums; it learns little.
 """
 
 from ml_collections import ConfigDict
 
-from grpo_jax import config as grpo_config
+from grpo_jax.run import config as grpo_config
 
 
 def get_config() -> ConfigDict:
@@ -27,7 +27,8 @@ def get_config() -> ConfigDict:
     config.sft.update(steps=60, batch_size=16, microbatch=8)
     config.sft.optimizer.update(learning_rate=1e-2, warmup_steps=5, decay='cosine')
     config.grpo.update(steps=6, batch_size=4, group_size=4)
-    config.grpo.algorithm.update(microbatch=2, inner_updates=2, logprob_chunk=4, entropy=True)
+    config.grpo.algorithm.update(inner_updates=2, entropy=True)
+    config.grpo.compute.update(microbatch=2, logprob_chunk=4)
     config.grpo.rewards = {'exact_answer': 1.0, 'chain_format': 0.1}
     config.grpo.optimizer.update(learning_rate=1e-3)
     config.eval.update(

@@ -3,15 +3,15 @@
     python benchmarks/study.py --output=runs/study
     python -m grpo_jax.train --config=configs/study.py:ppo --workdir=runs/ppo
 
-`start` is the SFT model that every method goes on from.
+`start` is the SFT model that every method starts from.
 """
 
 import pathlib
 
 from ml_collections import ConfigDict
 
-from grpo_jax import config as grpo_config
-from grpo_jax import presets
+from grpo_jax.run import config as grpo_config
+from grpo_jax.run import methods
 
 
 def get_config(name: str) -> ConfigDict:
@@ -21,7 +21,6 @@ def get_config(name: str) -> ConfigDict:
     config.data.completion_length = 40
     config.sft.steps = 500
     config.grpo.update(steps=60, batch_size=16)
-    config.grpo.algorithm.microbatch = 16
     config.grpo.optimizer.update(learning_rate=3e-5, warmup_steps=5)
     config.eval.update(every=10, samples=0)
     if name in ('start', 'sft'):
@@ -30,11 +29,13 @@ def get_config(name: str) -> ConfigDict:
     elif name == 'grpo_iterative':
         config.grpo.update(iterations=3, steps=20)
         config.grpo.rewards = {}
-        config.reward_model.update(weight=1.0, steps=40, batch_size=16, microbatch=16)
+        config.reward_model.update(weight=1.0, steps=40, batch_size=16)
         config.reward_model.optimizer.update(learning_rate=1e-3, warmup_steps=5)
         config.eval.every = 5
     else:
-        presets.apply(config, name)
+        methods.apply(config, name)
+        if config.grpo.algorithm.kl != 'none':
+            config.grpo.algorithm.beta = 0.005
     if name == 'ppo':
         config.critic.optimizer.update(learning_rate=3e-4, warmup_steps=5)
     if name == 'sft':

@@ -1,6 +1,6 @@
-"""Devices, and the one table that says how parameters lie on them.
+"""The device mesh, and the table by which parameters are sharded over it.
 
-The mesh has two axes. `fsdp` splits the batch's groups and the parameters (ZeRO-3 style: gathered
+The mesh has two axes. `fsdp` splits the batch's groups and the parameters (as in ZeRO-3, gathered
 where they are used); `tensor` splits heads, the MLP and the vocabulary. One device is a mesh of 1 x
 1.
 """
@@ -54,7 +54,7 @@ TABLE: dict[str, tuple[str | None, ...]] = {
 
 
 def make_mesh(*, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of fsdp x tensor devices; fsdp=-1 takes all that tensor leaves.
+    """A mesh of fsdp x tensor devices; fsdp=-1: as many as there are.
 
     Raises:
       ValueError: the sizes do not fit the devices that exist.
@@ -74,7 +74,7 @@ def make_mesh(*, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
 
 def _spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The table's entry for a leaf. An axis that a mesh size does not divide stays whole."""
+    """The table's entry for a leaf. An axis that a mesh size does not divide is not split."""
     name = next((k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey)), None)
     axes = TABLE.get(name, ()) if isinstance(name, str) else ()
     if len(shape) < len(axes):
@@ -90,8 +90,8 @@ def _spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> Partitio
 def shardings(tree: Any, mesh: Mesh) -> Any:
     """A NamedSharding for each leaf of parameters, optimizer state or a whole TrainState.
 
-    Leaves are found by the last dictionary key on their path, so Adam's moments lie like the
-    parameters they belong to.
+    A leaf is looked up by the last dictionary key on its path, so Adam's moments are sharded like
+    the parameters they belong to.
 
     Args:
       tree: arrays or ShapeDtypeStructs.
@@ -103,7 +103,7 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
 
 
 def placed(tree: Any, mesh: Mesh) -> Any:
-    """ShapeDtypeStructs of arrays or shapes, lying as `shardings` says."""
+    """ShapeDtypeStructs of arrays or shapes, with their `shardings`."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         tree,
@@ -112,18 +112,18 @@ def placed(tree: Any, mesh: Mesh) -> Any:
 
 
 def groups(mesh: Mesh) -> NamedSharding:
-    """How arrays with a leading B axis lie: each device of `fsdp` holds its share of the groups."""
+    """The sharding of arrays with a leading B axis: groups are split over `fsdp`."""
     return NamedSharding(mesh, PartitionSpec('fsdp'))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A whole copy on every device."""
+    """The sharding that puts a full copy on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 @contextlib.contextmanager
 def use(mesh: Mesh | None) -> Iterator[None]:
-    """Traces what is inside for the mesh (none: for one device); see `anchor`."""
+    """A context in which functions are traced for the mesh (None: one device); see `anchor`."""
     if mesh is None:
         yield
     else:
@@ -132,14 +132,19 @@ def use(mesh: Mesh | None) -> Iterator[None]:
 
 
 def anchor(x: jax.Array) -> jax.Array:
-    """Keeps activations [B, ...] whole on the devices of their groups' `fsdp` row.
+    """Constrains activations [B, ...] to be split by group over `fsdp` and along no other axis.
 
-    Without it the compiler may gather the batch and split the width instead, since parameters are
-    split along that axis too. Does nothing without a mesh.
+    Otherwise the compiler may gather the batch and split the width instead, since parameters are
+    split over that mesh axis too. Returns x unchanged without a mesh.
     """
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec('fsdp'))
+
+
+def data_devices(mesh: Mesh | None) -> int:
+    """How many devices the groups of a batch are spread over."""
+    return 1 if mesh is None else int(mesh.shape['fsdp'])
 
 
 def put_groups(tree: Any, mesh: Mesh) -> Any:
@@ -155,7 +160,7 @@ def check_batch(
     of: str = 'a batch',
     name: str = 'microbatch',
 ) -> None:
-    """Raises ValueError, with the sizes that work, where B groups cannot be cut as asked.
+    """Checks that B groups can be split over the mesh and into microbatches.
 
     Args:
       batch: B.
@@ -163,8 +168,11 @@ def check_batch(
       mesh: each microbatch is spread over its fsdp axis.
       of: what an error calls the batch.
       name: what it calls the microbatch.
+
+    Raises:
+      ValueError: they cannot; the message has the sizes that work.
     """
-    devices = mesh.shape['fsdp'] if mesh is not None else 1
+    devices = data_devices(mesh)
     if batch % devices:
         near = ', '.join(
             str(n) for n in (batch // devices * devices, -(-batch // devices) * devices) if n

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from grpo_jax import models
-from grpo_jax.models import families, folders, hf
+from grpo_jax.models import hf
 
 torch = pytest.importorskip('torch', reason='PyTorch is the reference for checkpoints')
 transformers = pytest.importorskip('transformers')
@@ -95,9 +95,9 @@ def save(model, folder, **options):
 
 def read(folder, mesh=None, **computed):
     """(model, parameters, config.json) of a folder, imported by the package."""
-    raw = folders.read_json(folder / 'config.json')
-    model = models.Transformer(families.model_config(raw, **({'remat': False} | computed)))
-    shapes = jax.eval_shape(functools.partial(models.init, model), jax.random.key(0))
+    raw = hf.read_json(folder / 'config.json')
+    model = models.Transformer(hf.model_config(raw, **({'remat': False} | computed)))
+    shapes = jax.eval_shape(functools.partial(models.init_params, model), jax.random.key(0))
     return model, hf.load(folder, model.config, shapes, mesh), raw
 
 

@@ -12,9 +12,14 @@ if 'GRPO_JAX_TEST_PROGRAMS' not in os.environ:
     os.environ['GRPO_JAX_TEST_PROGRAMS'] = tempfile.mkdtemp(prefix='grpo-jax-programs-')
 
 import jax
+import jaxtyping
 import pytest
-import runs
-import tiny
+
+# Before anything of the package is imported: shapes and types of its arguments are checked.
+jaxtyping.install_import_hook('grpo_jax', 'typechecking.checker')
+
+import runs  # noqa: E402
+import tiny  # noqa: E402
 
 # With XLA's older code generator programs compile in a third of the time, those of child processes
 # too. Versions behind 0.11.0 do not have it, and abort at a flag that they do not know.

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import runs
 import tiny
 
-from grpo_jax import checkpoint, setup, tokens
-from grpo_jax.config import defaults
-from grpo_jax.models import families, hf
+from grpo_jax.data import byte_tokenizer
+from grpo_jax.models import hf
+from grpo_jax.run import checkpoint, setup
+from grpo_jax.run.config import defaults
 from grpo_jax.types import TrainState
 
 VOCAB = 264  # more than any of the tokenizers has
@@ -24,7 +25,7 @@ CHATML = (
 
 def chat_tokenizer():
     """The byte tokenizer with the special tokens and the template of ChatML."""
-    tokenizer = tokens.byte_tokenizer()
+    tokenizer = byte_tokenizer()
     tokenizer.split_special_tokens = False
     tokenizer.add_special_tokens({'additional_special_tokens': ['<|im_start|>', '<|im_end|>']})
     tokenizer.chat_template = CHATML
@@ -38,15 +39,14 @@ def write(folder, *, tokenizer=None, generation=None, fields=None, params=None, 
     makes its parameters from the model.
     """
     model = make_model(**options)
-    described = families.hugging_face_fields(model.config)
+    described = hf.hugging_face_fields(model.config)
     described |= {'eos_token_id': EOS, 'pad_token_id': 256} | (fields or {})
     folder.mkdir(parents=True)
     (folder / 'config.json').write_text(json.dumps(described))
     if generation is not None:
         (folder / 'generation_config.json').write_text(json.dumps(generation))
-    (tokenizer or tokens.byte_tokenizer()).save_pretrained(folder)
-    made = (params or tiny.make_params)(model)
-    hf.save(made, model.config, described, folder, dtype='float32')
+    (tokenizer or byte_tokenizer()).save_pretrained(folder)
+    hf.save((params or tiny.make_params)(model), model.config, described, folder, dtype='float32')
     return folder
 
 

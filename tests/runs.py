@@ -19,9 +19,10 @@ import pytest
 import tiny
 
 from configs import smoke
-from grpo_jax import compiled, models, stages, update
+from grpo_jax import models
 from grpo_jax import train as command
-from grpo_jax.optimizer import adamw
+from grpo_jax.algorithm import optimizer, program
+from grpo_jax.run import compiled, policy_stages
 
 FILES = ('metrics.jsonl', 'completions.jsonl', 'heldout.jsonl')
 TIMES = re.compile('timing/|step_time$|perf/')
@@ -50,7 +51,8 @@ def bonus(prompts, completions, **columns):
 
 
 # What a run compiles is kept for the next one.
-_adamw, _make_step, _init = functools.cache(adamw), functools.cache(update.make_step), models.init
+_adamw, _make_step = functools.cache(optimizer.adamw), functools.cache(program.make_train_step)
+_init = models.init_params
 _traced = jax.jit(_init, static_argnums=0, inline=True)  # the same program, traced once
 _made = {}
 
@@ -68,9 +70,9 @@ def _init_once(model, key):
 def compiled_once():
     kept = compiled.kept_in(os.environ['GRPO_JAX_TEST_PROGRAMS'])
     with pytest.MonkeyPatch.context() as patch, kept:
-        patch.setattr(stages, 'adamw', _adamw)
-        patch.setattr(update, 'make_step', _make_step)
-        patch.setattr(models, 'init', _init_once)
+        patch.setattr(optimizer, 'adamw', _adamw)
+        patch.setattr(policy_stages, 'make_train_step', _make_step)
+        patch.setattr(models, 'init_params', _init_once)
         yield
 
 

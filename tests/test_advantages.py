@@ -1,4 +1,4 @@
-"""Group advantages by hand, against the oracle, and what must not happen."""
+"""Advantages of groups, steps and a critic: by hand, against the oracle, and edge cases."""
 
 import itertools
 
@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.advantages import (
+from grpo_jax.algorithm.advantages import (
     BASELINES,
     SCALES,
     check_group_options,
-    gae,
     group_advantages,
     normalize_batch,
     process_advantages,
 )
+from grpo_jax.algorithm.critic import gae
 
 advantages = jax.jit(group_advantages, static_argnames=('baseline', 'scale'))
 of_steps = jax.jit(process_advantages, static_argnames=('baseline', 'scale'))
@@ -64,12 +64,12 @@ def test_against_the_oracle(baseline, scale, rewards, eps):
 @pytest.mark.parametrize('value', [0.0, 1.0, 0.1, -1e6 / 3])
 @pytest.mark.parametrize(('baseline', 'scale'), [*itertools.product(OF_A_GROUP[:2], SCALES)])
 def test_equal_rewards_give_exact_zeros(baseline, scale, value):
-    """0.1 has a mean that rounds to another number: without care the group would push somewhere."""
+    """The mean of 0.1s rounds to another number: without care advantages would not be zero."""
     ours = advantages(np.full(7, value, np.float32), baseline=baseline, scale=scale, eps=0.0)
     assert (np.asarray(ours) == 0).all()
 
 
-def test_equal_rewards_are_kept_where_the_group_is_no_baseline():
+def test_equal_rewards_are_kept_without_baseline():
     ours = advantages(np.ones(3, np.float32), baseline='none', scale='none')
     np.testing.assert_array_equal(ours, [1, 1, 1])
 
@@ -81,7 +81,7 @@ def test_a_group_of_one_without_baseline(scale):
     np.testing.assert_array_equal(ours, [0.5])
 
 
-def test_normalize_batch_looks_at_completion_tokens_only():
+def test_normalize_batch_uses_completion_tokens_only():
     values = jnp.asarray([[[1.0, 1.0], [3.0, 99.0]], [[5.0, 5.0], [3.0, 3.0]]])
     mask = jnp.asarray([[[True, True], [True, False]], [[True, True], [True, True]]])
     ours = normalize_batch(values, mask, eps=0.0)
@@ -130,11 +130,12 @@ def test_errors_name_the_thing_the_value_and_the_remedy(size, options, message):
 
 def test_a_critic_has_no_group_advantages():
     assert set(BASELINES) == {*OF_A_GROUP, 'critic'}
-    with pytest.raises(ValueError, match=r"baseline='critic': .*call gae"):
+    with pytest.raises(ValueError, match=r"baseline='critic' .*use grpo_jax.gae"):
         group_advantages(jnp.ones(3), baseline='critic', scale='none')
 
 
-# Two completions with the steps 1, 0 and 2: mean 1, squared deviations 0 + 1 + 1. Garbage between.
+# Two completions with the steps 1, 0 and 2: mean 1, squared deviations 0 + 1 + 1. Other values are
+# arbitrary.
 STEPS = np.float32([[np.nan, 1, np.inf, 0, 7], [9, 9, 2, -9, np.nan]])
 ENDS = np.array([[0, 1, 0, 1, 0], [0, 0, 1, 0, 0]], bool)
 CENTRED = np.array([[-1, -1, -1, -1, 0], [1, 1, 1, 0, 0]])  # 0 + -1 up to the first end, then -1
@@ -156,7 +157,7 @@ def test_process_by_hand(options, expected):
     np.testing.assert_allclose(of_steps(STEPS, ENDS, **options), expected, rtol=1e-6)
 
 
-def test_a_token_collects_the_steps_to_come():
+def test_a_token_sums_the_steps_from_it_on():
     """Rewards 3, 1, 2 of one completion: centred 1, -1, 0, from the right 0, -1, 0."""
     ours = of_steps(np.float32([[0, 3, 1, 2]]), np.array([[0, 1, 1, 1]], bool), scale='none')
     np.testing.assert_allclose(ours, [[0, 0, -1, 0]], atol=1e-6)
@@ -179,7 +180,7 @@ def test_process_against_the_oracle(baseline, scale, seed):
     places=st.lists(st.integers(0, 4), min_size=3, max_size=3),
 )
 def test_a_single_step_at_the_end_is_outcome_supervision(baseline, scale, rewards, places):
-    """To the bit operation by operation; a compiler may round a division differently in each."""
+    """Bit for bit when run operation by operation; a compiler may round divisions differently."""
     options = {'baseline': baseline, 'scale': scale}
     ends = np.arange(5) == np.array(places)[:, None]
     steps = np.where(ends, np.float32(rewards)[:, None], np.nan)
@@ -192,7 +193,7 @@ def test_a_single_step_at_the_end_is_outcome_supervision(baseline, scale, reward
 
 
 def test_large_groups_with_a_single_step_are_outcome_supervision():
-    """A sum over 64 rows of 100 tokens is rounded as the sum of their 64 rewards is."""
+    """A sum over 64 rows of 100 tokens is rounded like the sum of their 64 rewards."""
     rng = np.random.default_rng(0)
     for _ in range(10):
         rewards = rng.normal(size=(64, 1)).astype(np.float32)
@@ -207,7 +208,7 @@ def test_equal_steps_and_fewer_than_two_give_exact_zeros(scale):
         ends = np.isin(np.arange(14), places).reshape(2, 7)
         steps = np.where(ends, np.float32(0.1), np.nan)
         assert (of_steps(steps, ends, scale=scale, eps=0.0) == 0).all()
-        with jax.debug_nans(True):  # not even on the way
+        with jax.debug_nans(True):  # not even in intermediate results
             process_advantages(jnp.ones((2, 7)), jnp.asarray(ends), scale=scale)
 
 
@@ -220,7 +221,7 @@ def test_a_step_without_a_reward_is_not_hidden():
     ('options', 'message'),
     [
         ({'baseline': 'leave_one_out'}, "process supervision has no leave-one-out; use 'mean' or"),
-        ({'baseline': 'critic'}, "baseline='critic' .* come from gae; use 'mean' or 'none'"),
+        ({'baseline': 'critic'}, "baseline='critic' .* grpo_jax.gae; use 'mean' or 'none'"),
         ({'baseline': 'median'}, "baseline='median' is unknown"),
         ({'scale': 'range'}, "scale='range' is unknown"),
     ],
@@ -230,7 +231,7 @@ def test_errors_of_process_supervision(options, message):
         process_advantages(jnp.ones((2, 3)), jnp.ones((2, 3), bool), **options)
 
 
-# Three tokens and garbage behind them; the second completion has one token.
+# Three tokens and arbitrary values after them; the second completion has one token.
 VALUES = np.float32([[0.5, 1, 0.25, np.nan], [2, np.nan, np.inf, 5]])
 TOKEN_REWARDS = np.float32([[1, 0, 2, np.nan], [3, 4, np.nan, np.inf]])
 TOKENS = np.array([[1, 1, 1, 0], [1, 0, 0, 0]], bool)

@@ -1,5 +1,6 @@
 """The command line: what it sets, and one line for what is wrong with it."""
 
+import ast
 import pathlib
 import re
 import subprocess
@@ -8,15 +9,17 @@ import sys
 import pytest
 import runs
 
-from grpo_jax import arguments, train
-from grpo_jax import config as grpo_config
+from grpo_jax import train
+from grpo_jax.run import arguments, saved_config
+from grpo_jax.run import config as grpo_config
+from grpo_jax.run.config import flatten
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = f'--config={ROOT}/configs/smoke.py'
 
 
 def test_a_saved_config_takes_changes(tmp_path):
-    (tmp_path / 'config.json').write_text(grpo_config.to_json(runs.get_config()))
+    (tmp_path / 'config.json').write_text(saved_config.to_json(runs.get_config()))
     changes = ('--config.eval.k=(2,)', '--config.eval.samples=2', '--config.seed=3')
     config, workdir = arguments.parse([f'--workdir={tmp_path}', *changes], saved=True)
     assert (config.eval.k, config.eval.samples, config.seed) == ((2,), 2, 3)
@@ -26,7 +29,7 @@ def test_a_saved_config_takes_changes(tmp_path):
 def test_parse():
     changes = {
         'seed': '3',
-        'grpo.objective.beta': '1',  # an int where a float is meant
+        'grpo.algorithm.beta': '1',  # an int where a float is meant
         'sft.optimizer.learning_rate': '1e-3',
         'model.tied_head': 'false',
         'eval.k': '(2,)',
@@ -37,14 +40,56 @@ def test_parse():
     given = [f'--config.{name}={value}' for name, value in changes.items()]
     config, workdir = arguments.parse([SMOKE, '--workdir=a', *given, '-workdir=b=c'])
     assert workdir == 'b=c'
-    assert (config.seed, config.grpo.objective.beta) == (3, 1.0)
-    assert isinstance(config.grpo.objective.beta, float)
+    assert (config.seed, config.grpo.algorithm.beta) == (3, 1.0)
+    assert isinstance(config.grpo.algorithm.beta, float)
     assert config.sft.optimizer.learning_rate == 1e-3
     assert (config.model.tied_head, config.eval.k) == (False, (2,))
     assert config.data.prompt == 'a={question} '
     assert config.data.options.train_size == 80
     assert config.grpo.rewards.to_dict() == {'exact_answer': 1.0, 'chain_format': 0.25}
     assert config.is_locked
+
+
+FREE = {
+    'data.options': "{'train_size': 80, 'operations': '+'}",
+    'grpo.rewards': "{'my_package.my_module:bonus': 1.0, 'chain_format': {'weight': 2}}",
+    'grpo.step_rewards': '{"right_steps": 1.0}',
+    'model.rope_scaling': "{'rope_type': 'linear', 'factor': 2.0}",
+    **{
+        f'{name}.optimizer.options': '{"nesterov": false, "beta": 0.9}'
+        for name in ('sft', 'grpo', 'critic', 'reward_model')
+    },
+}
+
+
+@pytest.mark.parametrize('key', FREE)
+def test_dictionaries_are_replaced_as_a_whole(key):
+    config, _ = arguments.parse([SMOKE, '--workdir=w', f'--config.{key}={FREE[key]}'])
+    text = FREE[key].replace('false', 'False')
+    assert flatten(config.to_dict())[key] == ast.literal_eval(text)
+    assert list(FREE) == list(dict.fromkeys([*FREE, *grpo_config.FREE]))
+
+
+def test_entries_of_dictionaries():
+    config, _ = arguments.parse([
+        SMOKE,
+        '--workdir=w',
+        f'--config.grpo.rewards={FREE["grpo.rewards"]}',
+        '--config.grpo.rewards.my_package.my_module:bonus=0.5',
+        '--config.grpo.rewards.chain_format.weight=3',
+    ])  # fmt: skip
+    assert config.grpo.rewards.to_dict() == {
+        'my_package.my_module:bonus': 0.5, 'chain_format': {'weight': 3},
+    }  # fmt: skip
+
+
+def test_automatic_choices():
+    given = ['--config.grpo.compute.microbatch=4', '--config.sft.microbatch=None']
+    config, _ = arguments.parse([SMOKE, '--workdir=w', *given, '--config.grpo.compute.rows=8'])
+    assert (config.grpo.compute.microbatch, config.sft.microbatch) == (4, None)
+    assert config.grpo.compute.rows == 8
+    config, _ = arguments.parse([SMOKE, '--workdir=w', '--config.grpo.compute.microbatch=None'])
+    assert config.grpo.compute.microbatch is None
 
 
 @pytest.mark.parametrize(
@@ -56,7 +101,7 @@ def test_parse():
         (['--workdir', SMOKE], '--workdir=FOLDER is missing'),
         (
             [f'--config={ROOT}/configs/variants.py', '--workdir=w'],
-            'it holds several configs: name one, as in',
+            'the file has several configs: name one, as in',
         ),
         (['--workdir=w', '--config=no.py'], '--config=no.py: no such file: give the path'),
         ([SMOKE, '--workdir=w', 'more'], "unexpected argument 'more': options are --config=FILE"),
@@ -72,7 +117,7 @@ def test_parse():
         ),
         (
             [SMOKE, '--workdir=w', '--config.zzz=4'],
-            "unknown config key 'zzz': see grpo_jax.config.defaults() for all keys",
+            "unknown config key 'zzz': see grpo_jax.run.config.defaults() for all keys",
         ),
         (
             [SMOKE, '--workdir=w', '--config.data.options.sizes=4'],
@@ -80,11 +125,29 @@ def test_parse():
         ),
         (
             [SMOKE, '--workdir=w', '--config.seed=1.5'],
-            "flag --config.seed=1.5: invalid literal for int() with base 10: '1.5': give a value "
-            'of the same type as the default',
+            "--config.seed=1.5: invalid literal for int() with base 10: '1.5'; give a value of "
+            'type int',
         ),
-        ([SMOKE, '--workdir=w', '--config.grpo.objective.beta=x'], 'could not convert string'),
-        ([SMOKE, '--workdir=w', '--config.model.tied_head=x'], 'Non-boolean argument'),
+        ([SMOKE, '--workdir=w', '--config.grpo.algorithm.beta=x'], 'could not convert string'),
+        (
+            [SMOKE, '--workdir=w', '--config.model.tied_head=x'],
+            '.tied_head=x: neither true nor false',
+        ),
+        (
+            [SMOKE, '--workdir=w', '--config.grpo.rewards=exact_answer'],
+            "--config.grpo.rewards=exact_answer: not of the form {'name': value}; give a value of "
+            'type dictionary',
+        ),
+        (
+            [SMOKE, '--workdir=w', '--config.grpo.compute.microbatch=many'],
+            '--config.grpo.compute.microbatch=many: invalid literal for int()',
+        ),
+        ([SMOKE, '--workdir=w', '--config.seed=None'], '--config.seed=None: invalid literal'),
+        (
+            [SMOKE, '--workdir=w', '--config.grpo.rewards.chain_formt=1'],
+            "unknown config key 'grpo.rewards.chain_formt': the dictionary has 'chain_format', "
+            "'exact_answer'; give a new dictionary to add one",
+        ),
     ],
 )
 def test_parse_refuses(given, message):
@@ -116,7 +179,7 @@ def test_parse_refuses(given, message):
         ("raise ValueError('no preset of that name')", 'mine.py: no preset of that name\n'),
         (
             "raise TypeError('no')",
-            'TypeError: no: mend the file (GRPO_JAX_TRACEBACK=1',
+            'TypeError: no: fix the file (GRPO_JAX_TRACEBACK=1',
         ),
         ('config = None', 'get_config() returned None: return a ConfigDict'),
         ('import no_such_module', "ModuleNotFoundError: No module named 'no_such_module'"),
@@ -125,7 +188,11 @@ def test_parse_refuses(given, message):
 )
 def test_a_config_file_refuses(tmp_path, monkeypatch, capsys, body, message):
     path = tmp_path / 'mine.py'
-    lines = ('import grpo_jax.config', 'def get_config():', '  config = grpo_jax.config.defaults()')
+    lines = (
+        'from grpo_jax.run.config import defaults',
+        'def get_config():',
+        '  config = defaults()',
+    )
     path.write_text('\n'.join((*lines, f'  {body}', '  return config')))
     monkeypatch.setattr('sys.argv', ['train', f'--config={path}', f'--workdir={tmp_path}/run'])
     with pytest.raises(SystemExit) as stopped:

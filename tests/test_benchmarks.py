@@ -24,9 +24,9 @@ from benchmarks import (
     timing,
     workloads,
 )
+from benchmarks.flops import count_flops
 from benchmarks.ours import Ours, make_model, parse_options
-from grpo_jax.flops import count_flops
-from grpo_jax.models import decoding
+from grpo_jax.models.kernels import decode_token
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -82,31 +82,33 @@ def test_blocks_of_the_sampler(ours, tmp_path):
 def test_accuracy_of_attention(late, monkeypatch):
     """Rounding is within the tolerance, and a kernel that reads a column too many is not."""
 
-    def token(q, new, stacks, layer, length, t, **options):
-        return kernel(q, new, stacks, layer, length, t + late, interpret=True, **options)
+    def token(q, new, cache, *rest, **options):
+        cache = cache._replace(t=cache.t + late)
+        return kernel(q, new, cache, *rest, interpret=True, **options)
 
-    kernel = decoding.attend_token
-    monkeypatch.setattr(decoding, 'attend_token', token)
+    kernel = decode_token.attend_token
+    monkeypatch.setattr(decode_token, 'attend_token', token)
     shape = workloads.Shape(layers=1, heads=4, kv_heads=2, head_dim=16, dtype='bfloat16')
     config = make_model(shape).config
     groups = dict(accuracy.of_groups(config, 2, 2, 10, 12))
     assert 0 < max(groups.values()) < accuracy.TOLERANCE
-    tokens = accuracy.of_token(config, 2, 2, 10, 70)
-    assert all((0 < error < accuracy.TOLERANCE) == (late == 0) for _, error in tokens)
+    for c in (config, dataclasses.replace(config, **accuracy.WINDOWED)):
+        tokens = accuracy.of_token(c, 2, 2, 10, 70)
+        assert all((0 < error < accuracy.TOLERANCE) == (late == 0) for _, error in tokens)
 
 
 def test_slots_are_refilled():
     column = {1: 1.0, 2: 1.5}
-    seconds = functools.partial(refill.refilled, np.array([3, 1, 2]), column=column)
+    seconds = functools.partial(refill.simulate, np.array([3, 1, 2]), step_seconds=column)
     assert seconds(2, 1) == 3 * 1.5  # [3, 1], [2, 2], [1, 1] are left
     assert seconds(2, 2) == 2 * 1.5 + 2 * 1.5  # [3, 1], then [1, 2]
     assert seconds(1, 1) == 6
 
 
 def test_bare_programs_compute_what_ours_do(ours):
-    found = floors.check(ours)
-    assert found['logprob_difference'] < floors.TOLERANCE
-    assert found['same_draws'] > floors.SAME_DRAWS
+    result = floors.check(ours)
+    assert result['logprob_difference'] < floors.TOLERANCE
+    assert result['same_draws'] > floors.SAME_DRAWS
 
 
 def test_bare_draw_follows_the_softmax():
@@ -165,8 +167,10 @@ def test_tokenizer_of_the_peers():
 
 
 def test_options_find_their_place():
-    options = parse_options(['microbatch=4', 'remat=True', 'dtype=bfloat16', 'block=8'])
-    assert options.algorithm == {'microbatch': 4}
+    pairs = ['loss=cispo', 'beta=0.1', 'microbatch=4', 'remat=True', 'dtype=bfloat16', 'block=8']
+    options = parse_options(pairs)
+    assert options.algorithm == {'loss': 'cispo', 'beta': 0.1}
+    assert options.compute == {'microbatch': 4}
     assert options.model == {'remat': True, 'dtype': 'bfloat16'}
     assert options.sample == {'block': 8}
     for wrong in ('width', 'lenght=3'):

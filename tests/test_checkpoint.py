@@ -1,13 +1,15 @@
-"""States come back bit for bit, on any mesh; a folder belongs to one run."""
+"""States are restored bit for bit, on any mesh; a folder belongs to one run."""
 
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import runs
 import tiny
 
-from grpo_jax import checkpoint, sharding
-from grpo_jax.optimizer import adamw
+from grpo_jax import sharding
+from grpo_jax.algorithm.optimizer import adamw
+from grpo_jax.run import checkpoint
 from grpo_jax.types import TrainState
 
 
@@ -89,12 +91,41 @@ def test_the_newest_manager_is_that_of_the_last_stage(tmp_path, state):
     assert checkpoint.newest_manager(tmp_path, ('reward',)).directory.name == 'reward-11'
 
 
+# What the next step starts from
+
+
+def test_positions_and_samples_come_back(tmp_path, state, rollout):
+    mesh = sharding.make_mesh(fsdp=2)
+    with checkpoint.open_manager(tmp_path, keep=2) as manager:
+        checkpoint.save(manager, 1, state)
+        manager.wait_until_finished()
+        assert checkpoint.restore_position(manager) is None
+        assert checkpoint.restore_samples(manager, mesh) is None
+        checkpoint.save(manager, 2, state, rollout, {'step': 2, 'trained': ['a']})
+        manager.wait_until_finished()
+        assert checkpoint.restore_position(manager) == {'step': 2, 'trained': ['a']}
+        assert tiny.same(checkpoint.restore_samples(manager, mesh), rollout)
+
+
+def test_samples_in_parts_as_earlier_versions_saved_them(tmp_path, state, rollout):
+    parts = {}
+    for i in range(4):
+        part = jax.tree.map(lambda x, i=i: np.asarray(x[i : i + 1]), rollout)
+        parts[str(i)] = part._asdict() | {'prompts': part.prompts._asdict()}
+    with checkpoint.open_manager(tmp_path, keep=1) as manager:
+        manager.save(1, args=ocp.args.Composite(sampled=ocp.args.StandardSave(parts)))
+        manager.wait_until_finished()
+        restored = checkpoint.restore_samples(manager, sharding.make_mesh())
+    assert tiny.same(restored, rollout)
+
+
 # Whose folder is it?
 
 
 def test_a_folder_is_claimed_by_one_config(tmp_path):
     config = runs.get_config()
-    path = checkpoint.check_workdir(str(tmp_path / 'new' / 'run'), config)
+    path, same = checkpoint.check_workdir(str(tmp_path / 'new' / 'run'), config)
+    assert same is config
     assert path.is_dir()
     assert not list(path.iterdir())
     config.seed = 1
@@ -102,7 +133,10 @@ def test_a_folder_is_claimed_by_one_config(tmp_path):
     checkpoint.claim_workdir(path, config)
     checkpoint.claim_workdir(path, config)
     assert [file.name for file in path.iterdir()] == ['config.json']
-    assert checkpoint.check_workdir(str(path), config) == path
+    assert checkpoint.check_workdir(str(path), config) == (path, config)
+    config.grpo.compute.microbatch = None  # chosen automatically: as the run in the folder does
+    _, resumed = checkpoint.check_workdir(str(path), config)
+    assert resumed.grpo.compute.microbatch == 2
     config.eval.samples = 5
     config.seed = 2
     with pytest.raises(ValueError) as error:  # noqa: PT011 the message follows
@@ -115,7 +149,7 @@ def test_a_folder_is_claimed_by_one_config(tmp_path):
 
 def test_a_relative_folder_is_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert checkpoint.check_workdir('run', runs.get_config()) == tmp_path / 'run'
+    assert checkpoint.check_workdir('run', runs.get_config())[0] == tmp_path / 'run'
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path):

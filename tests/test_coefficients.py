@@ -20,14 +20,16 @@ import oracle
 import pytest
 import tiny
 
-from grpo_jax import collect, config, losses, presets, stages
-from grpo_jax.batch import make_batch
-from grpo_jax.microbatch import Microbatches
-from grpo_jax.models import Lora
-from grpo_jax.preferences import PAIRWISE
-from grpo_jax.program import Actor
-from grpo_jax.types import Batch, Objective, Prompts, Rollout, Sampling, StepRewards, TrainState
-from grpo_jax.update import Algorithm, Critic, update
+from grpo_jax.algorithm import losses, presets
+from grpo_jax.algorithm.config import Algorithm
+from grpo_jax.algorithm.critic import Critic
+from grpo_jax.algorithm.presets import SFT, preset
+from grpo_jax.algorithm.update import make_batch, train_step
+from grpo_jax.engine.compute import Compute, choose
+from grpo_jax.engine.policy import Policy, ValueModel
+from grpo_jax.models import KeyValues, ModelConfig, Transformer
+from grpo_jax.run import config, methods, selection
+from grpo_jax.types import Batch, Prompts, Rollout, Sampling, StepRewards, TrainState
 
 B, G, T = SIZE = (3, 4, 5)
 VOCAB = 64  # one for every completion token and every prompt, and one that nobody uses
@@ -35,16 +37,21 @@ BETA = 0.3
 RECORDER = optax.sgd(0.1, momentum=0.0)  # its trace is the last gradient
 
 
-class Table:
+class TableConfig(ModelConfig):
+    output_parameter = None
+
+
+class Table(Transformer):
     """Logits of the next token, or a value, by the token before: a row of `table` each."""
 
-    config = SimpleNamespace(dtype='float32', lora=Lora(), logit_softcap=0.0, output_parameter=None)
+    config: ModelConfig = TableConfig(**vars(tiny.Bigram.config) | {'vocab_size': VOCAB})
 
     def apply(self, variables, *args, method):
         table = variables['params']['table']
         if method == 'prefill':
             tokens, length = args
-            return None, table[jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]]
+            last = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
+            return KeyValues(None, None), table[last]
         if method == 'extend':
             return table[args[0]]
         if method == 'output_matrix':
@@ -148,28 +155,24 @@ class Row(NamedTuple):
 
     preset: str
     algorithm: Algorithm
-    objective: Objective
+    microbatch: int
     rollout: Rollout
     rewards: Any
     coefficient: np.ndarray
 
 
-def row(coefficient, preset, rewards=W.rewards, *, options=(), **scalars):
-    """A preset, with what differs from it.
+def row(coefficient, name, rewards=W.rewards, *, microbatch=B, **options):
+    """A preset, with what differs from it; by default one microbatch, a loop less to compile.
 
     As many completions of a prompt as there are coefficients; without those that the preset drops.
     """
-    chosen = presets.apply(config.defaults(), preset).grpo
+    chosen = methods.apply(config.defaults(), name).grpo
     rollout = first(coefficient.shape[1])
     if chosen.drop:
-        kept = collect.kept_rows(rollout, TEXTS, rewards, chosen.drop)
+        kept, _ = selection.select_completions(rollout, TEXTS, rewards, chosen.drop)
         rollout = rollout._replace(kept=kept)
-    # One microbatch: a loop less to compile.
-    algorithm = Algorithm(**(chosen.algorithm.to_dict() | {'microbatch': B} | dict(options)))
-    objective = Objective(**(chosen.objective.to_dict() | scalars))
-    return Row(
-        preset, algorithm, objective, rollout, rewards, np.where(rollout.mask, coefficient, 0)
-    )
+    coefficient = np.where(rollout.mask, coefficient, 0)
+    return Row(name, preset(name, **options), microbatch, rollout, rewards, coefficient)
 
 
 def first(size):
@@ -184,7 +187,7 @@ def within(weight):
 
 
 TWO = W.rewards[:, :2]
-CRITIC = {'baseline': 'critic', 'scale': 'none', 'kl': 'none'}
+CRITIC = {'scale': 'none', 'kl': 'none', 'kl_place': 'loss', 'beta': 0.0}
 STEPS = np.where(W.steps.ends, W.steps.values, 0.0)
 WIDE = {'max_kl': 5e8, 'damping': 1e8}  # beside which the Fisher matrix is nothing
 ROWS = {
@@ -202,17 +205,17 @@ ROWS = {
     ),
     'IPO': row(pairs(lambda m: 2 * (1 - m)), 'ipo', TWO, beta=0.5),
     'hinge': row(pairs(lambda m: np.where(0.5 * m < 1, 0.5, 0)), 'dpo_hinge', TWO, beta=0.5),
-    'PPO, as it comes': row(critic(OUTCOMES, 0.9, 0.8), 'ppo', options=CRITIC, gamma=0.9, lam=0.8),
+    'PPO, as it comes': row(critic(OUTCOMES, 0.9, 0.8), 'ppo', **CRITIC, gamma=0.9, lam=0.8),
     'PPO, process': row(
         critic(STEPS, 0.9, 0.8), 'ppo', W.steps,
-        options=CRITIC | {'supervision': 'process'}, gamma=0.9, lam=0.8,
+        **CRITIC, supervision='process', gamma=0.9, lam=0.8,
     ),
     'TRPO': row(outcome(), 'trpo', **WIDE),
-    'GRPO, k2': row(outcome() - BETA * LOG_RATIO, 'grpo', options={'kl': 'k2'}, beta=BETA),
+    'GRPO, k2': row(outcome() - BETA * LOG_RATIO, 'grpo', kl='k2', beta=BETA),
     # Variants of GRPO
     'Dr. GRPO': row(outcome(scale='none'), 'dr_grpo'),
     'DAPO': row(outcome(), 'dapo'),
-    'BNPO': row(outcome() + PULL, 'bnpo', options={'microbatch': 1}, beta=BETA),
+    'BNPO': row(outcome() + PULL, 'bnpo', microbatch=1, beta=BETA),
     'RLOO': row(outcome(PENALISED, 'leave_one_out', 'none'), 'rloo', beta=BETA),
     'REINFORCE++': row(whitened(W.rewards[..., None] - PULLS_TO_GO), 'reinforce_pp', beta=BETA),
     'GSPO': row(outcome(), 'gspo'),
@@ -231,24 +234,24 @@ ROWS = {
 
 
 @functools.cache
-def compiled(algorithm):
+def compiled(microbatch, has_critic):
     """The update program, and `gradient_coefficient` of the batch that it makes."""
-    model, pieces = Table(), Microbatches(algorithm.microbatch, None)
-    critic = Critic(model, RECORDER) if algorithm.has_critic else None
-    names = ('loss', 'ratio', 'importance', 'kl', 'kl_place')
-    options = {name: getattr(algorithm, name) for name in names}
+    model, compute = Table(), Compute(microbatch=microbatch)
+    critic = Critic(model, RECORDER) if has_critic else None
 
-    def run(state, ref, rollout, rewards, objective):
-        arguments = (state, ref, rollout, rewards, Sampling(), objective)
-        new, metrics = update(
-            *arguments, model=model, optimizer=RECORDER, algorithm=algorithm, critic=critic
+    def run(state, ref, rollout, rewards, algorithm):
+        new, metrics = train_step(
+            state, ref, rollout, rewards, Sampling(), algorithm, model=model, optimizer=RECORDER,
+            compute=compute, critic_model=critic,
+        )  # fmt: skip
+        whole = choose(compute, model.config, (B, G, 2, T))
+        policy = Policy(model, ref, Sampling(), whole)
+        value_model = critic and ValueModel(model, whole)
+        batch = make_batch(algorithm, policy, value_model, state, rollout, rewards)
+        logprobs = policy.outputs(state.params, batch)['logprobs']
+        coefficient = jax.vmap(lambda x, group: losses.gradient_coefficient(algorithm, x, group))(
+            logprobs, batch
         )
-        actor = Actor(model, None, Sampling(), objective, algorithm.logprob_chunk)
-        batch = make_batch(algorithm, actor, critic, state, ref, rollout, rewards, pieces)
-        logprobs, _ = actor.logprobs(state.params, rollout)
-        coefficient = jax.vmap(
-            lambda x, group: losses.gradient_coefficient(x, group, objective, **options)
-        )(logprobs, batch)
         return new.opt_state, new.params, metrics['grad_norm'], coefficient
 
     return tiny.jit(run)
@@ -256,7 +259,7 @@ def compiled(algorithm):
 
 def weights_of(algorithm, rollout):
     """The known weight of every token's loss; that of a pair is a share of the pairs."""
-    if algorithm.loss in PAIRWISE:
+    if algorithm.pairwise:
         return rollout.mask / B
     mask = rollout.mask if rollout.kept is None else rollout.mask & rollout.kept[..., None]
     if algorithm.aggregation == 'microbatch_token_mean':
@@ -289,12 +292,14 @@ class Found(NamedTuple):
     weights: np.ndarray
 
 
-def find(algorithm, objective, rollout, rewards):
+def find(algorithm, rollout, rewards, microbatch=B):
     state = TrainState(jnp.int32(0), W.policy, RECORDER.init(W.policy), jnp.int32(0))
     if algorithm.has_critic:
         state = state._replace(value_params=W.critic, value_opt_state=RECORDER.init(W.critic))
-    arguments = (state, W.reference, rollout, rewards, objective)
-    recorded, params, norm, function = jax.device_get(compiled(algorithm)(*arguments))
+    program = compiled(microbatch, algorithm.has_critic)
+    recorded, params, norm, function = jax.device_get(
+        program(state, W.reference, rollout, rewards, algorithm)
+    )
     gradient = recorded[0].trace['table']
     if algorithm.step == 'trust_region':  # which went along -gradient; its length is a metric
         step = params['table'].astype(float) - W.policy['table']
@@ -307,7 +312,7 @@ def find(algorithm, objective, rollout, rewards):
 @functools.cache
 def found(name):
     row = ROWS[name]
-    return find(row.algorithm, row.objective, row.rollout, row.rewards)
+    return find(row.algorithm, row.rollout, row.rewards, row.microbatch)
 
 
 def close(ours, expected):
@@ -331,7 +336,7 @@ def test_gradient_coefficient_is_that_of_the_program(name):
 def test_imitation_has_the_coefficient_one():
     """SFT: one demonstration of each prompt, by the stage's settings, which read no reference."""
     rollout = first(1)._replace(logprobs=np.zeros((B, 1, T), np.float32))
-    demonstrations = find(stages.SFT, Objective(beta=BETA), rollout, np.ones((B, 1), np.float32))
+    demonstrations = find(SFT, rollout, np.ones((B, 1), np.float32))
     close(demonstrations.coefficient, np.where(rollout.mask, 1, 0))
     close(demonstrations.function, np.where(rollout.mask, 1, 0))
 
@@ -339,7 +344,7 @@ def test_imitation_has_the_coefficient_one():
 def test_a_reward_of_zero_is_as_good_as_dropping():
     """Online RFT without `drop`: wrong completions have the coefficient 0, but count as tokens."""
     row = ROWS['online RFT']
-    whole = find(row.algorithm, row.objective, W.rollout, row.rewards)
+    whole = find(row.algorithm, W.rollout, row.rewards)
     close(whole.coefficient, row.coefficient)
     np.testing.assert_allclose(whole.weights[W.mask], 1 / W.mask.sum())
     assert ROWS['online RFT'].rollout.kept.sum() == W.correct.sum()
@@ -371,7 +376,8 @@ def test_the_rows_reach_every_case():
 # Off-policy: the closed forms of the ratio
 
 RATIOS = np.array([0.3, 0.6, 0.79, 0.81, 1.0, 1.27, 1.29, 2.0, 2.9, 3.1, 6.0])
-SCALARS = {'clip_low': 0.2, 'clip_high': 0.28, 'tau_positive': 1.5, 'tau_negative': 2.5}
+CLIP = {'clip_low': 0.2, 'clip_high': 0.28}
+TAU = {'tau_positive': 1.5, 'tau_negative': 2.5}
 
 
 def inside(ratio, advantage):
@@ -387,16 +393,15 @@ def gate(ratio, tau):
 
 
 OFF_POLICY = {
-    'nll': ({'loss': 'nll'}, {}, lambda r, a: a * np.ones_like(r)),
-    'surrogate': ({'loss': 'surrogate'}, {}, lambda r, a: r * a),
-    'clipped': ({'loss': 'clipped'}, {}, inside),
+    'nll': ({'loss': 'nll'}, lambda r, a: a * np.ones_like(r)),
+    'surrogate': ({'loss': 'surrogate'}, lambda r, a: r * a),
+    'clipped': (CLIP, inside),
     'dual clip': (
-        {'loss': 'clipped'},
-        {'dual_clip': 3.0},
+        CLIP | {'dual_clip': 3.0},
         lambda r, a: np.where((a < 0) & (r > 3), 0, inside(r, a)),
     ),
-    'cispo': ({'loss': 'cispo'}, {}, lambda r, a: np.clip(r, 0.8, 1.28) * a),
-    'sapo': ({'loss': 'sapo'}, {}, lambda r, a: a * gate(r, 1.5 if a > 0 else 2.5)),
+    'cispo': ({'loss': 'cispo'} | CLIP, lambda r, a: np.clip(r, 0.8, 1.28) * a),
+    'sapo': ({'loss': 'sapo'} | TAU, lambda r, a: a * gate(r, 1.5 if a > 0 else 2.5)),
 }
 
 
@@ -408,18 +413,17 @@ def one_token_each(ratio, advantage, **log_probs):
     return now, group._replace(old_logprobs=now - np.log(ratio)[:, None])
 
 
-def coefficient(logprobs, group, objective, **options):
-    function = functools.partial(losses.gradient_coefficient, **options)
-    arguments = jax.tree.map(jnp.asarray, (logprobs, group, objective))
-    return np.asarray(tiny.jit(function)(*arguments))
+def coefficient(logprobs, group, **options):
+    arrays = jax.tree.map(jnp.asarray, (logprobs, group))
+    return np.asarray(tiny.jit(losses.gradient_coefficient)(Algorithm(**options), *arrays))
 
 
 @pytest.mark.parametrize('name', OFF_POLICY)
 @pytest.mark.parametrize('advantage', [1.5, -1.5])
 def test_off_policy(name, advantage):
-    options, scalars, expected = OFF_POLICY[name]
+    options, expected = OFF_POLICY[name]
     now, group = one_token_each(RATIOS, advantage)
-    ours = coefficient(now, group, Objective(**SCALARS, **scalars), **options)
+    ours = coefficient(now, group, **options)
     close(ours[:, 0], expected(RATIOS, advantage))
 
 
@@ -428,7 +432,7 @@ def test_pull_of_the_reference(name, low):
     """Off-policy it has no ratio: beta (ref / pi - 1), or -beta log(pi / ref); 0 beyond a clamp."""
     now, group = one_token_each(RATIOS, 0.0)
     group = group._replace(ref_logprobs=now + np.log(RATIOS)[::-1, None])
-    ours = coefficient(now, group, Objective(beta=BETA, kl_clamp=low), loss='clipped', kl=name)
+    ours = coefficient(now, group, beta=BETA, kl_clamp=low, kl=name)
     ref = RATIOS[::-1]
     pull = {'k3': ref - 1, 'k2': np.log(ref)}[name]
     size = {'k3': ref - np.log(ref) - 1, 'k2': np.log(ref) ** 2 / 2}[name]
@@ -446,5 +450,5 @@ def test_off_policy_ratio_of_a_sequence(level, advantage):
     old = now - np.where(mask, spread - mean + np.log(RATIOS)[:, None], 9.0)
     rollout = Rollout(None, None, mask, None, None)
     group = Batch(rollout, np.full(mask.shape, advantage), None, old_logprobs=old)
-    ours = coefficient(now, group, Objective(**SCALARS), loss='clipped', ratio=level)
+    ours = coefficient(now, group, **CLIP, ratio=level)
     close(ours, np.where(mask, inside(RATIOS, advantage)[:, None], 0))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import runs
 
-from grpo_jax import compiled, train
+from grpo_jax import train
+from grpo_jax.run import compiled
 
 
 @contextlib.contextmanager
@@ -42,8 +43,8 @@ def test_programs_are_counted_and_read_again(tmp_path):
     with compiled.kept_in(tmp_path / 'cache'), compiled.counted() as again:
         second = compute(3), compute(4)
         compute(5)
-    assert (again.programs, again.read) == (3, 2)
-    assert (count.programs, count.read) == (2, 0)
+    assert (again.programs, again.cached) == (3, 2)
+    assert (count.programs, count.cached) == (2, 0)
     np.testing.assert_array_equal(first, second)
     assert len(list((tmp_path / 'cache').glob('*-cache'))) == 3
     with compiled.kept_in(tmp_path / 'other'):
@@ -105,7 +106,8 @@ def test_a_second_run_compiles_nothing(tmp_path, capsys):
         (workdir / 'cache').symlink_to(tmp_path / 'cache')
         (tmp_path / 'cache').mkdir(exist_ok=True)
         train.train(config, str(workdir))
-        printed.append(capsys.readouterr().out.splitlines()[0])
+        lines = capsys.readouterr().out.splitlines()
+        printed += [line for line in lines if line.startswith('compiled')]
     programs = len(list((tmp_path / 'cache').glob('*-cache')))
     # Initial parameters, states, updates, rates, greedy and sampled completions; some are shared.
     assert 4 <= programs <= 12

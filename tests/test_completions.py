@@ -1,4 +1,4 @@
-"""Completions produced elsewhere: as a user runs the command, by hand and on real references."""
+"""Grading completions produced elsewhere: the command, by hand and on real references."""
 
 import json
 import os
@@ -10,7 +10,8 @@ import sys
 
 import pytest
 
-from grpo_jax import completions, rewards
+from grpo_jax import rewards
+from grpo_jax.run import completions
 
 ROOT = pathlib.Path(__file__).parent.parent
 DATA = os.environ.get('GRPO_JAX_DATA_DIR')
@@ -55,7 +56,7 @@ def test_the_command_by_hand_and_without_jax(tmp_path):
     done = command(f'--completions={source}', '--dataset=gsm8k', path=tmp_path)
     assert (done.returncode, done.stderr) == (0, '')
     assert done.stdout.count('\n') == 1
-    verdicts = tmp_path / 'mine.verdicts.jsonl'
+    grades = tmp_path / 'mine.grades.jsonl'
     means = {
         'accuracy': 3 / 6,  # over completions; the others over rows
         'pass@1': (1 / 4 + 1) / 2,
@@ -70,9 +71,9 @@ def test_the_command_by_hand_and_without_jax(tmp_path):
     ends |= {'pass@2/low': 1 / 2, 'maj@2/low': 1 / 2, 'rm@2/low': 5 / 12}
     counts = {'rows': 2, 'completions': 6, 'no_answer': 1, 'timeouts': 0}
     found = json.loads(done.stdout)
-    assert found.pop('verdicts') == str(verdicts)
+    assert found.pop('grades') == str(grades)
     assert found == pytest.approx(means | ends | counts)
-    assert lines(verdicts) == [
+    assert lines(grades) == [
         {
             'line': 1,
             'answer': 'Two and two.\n#### 4',
@@ -88,7 +89,7 @@ def test_the_command_by_hand_and_without_jax(tmp_path):
             'correct': [True, True],
         },
     ]
-    assert {path.name for path in tmp_path.glob('mine*')} == {'mine.jsonl', verdicts.name}
+    assert {path.name for path in tmp_path.glob('mine*')} == {'mine.jsonl', grades.name}
 
 
 def score(capsys, source, *arguments, dataset='gsm8k'):
@@ -111,7 +112,7 @@ def test_every_data_set(tmp_path, capsys, dataset, answer, right, wrong):
     row = {'answer': answer, 'completions': [right, wrong, right]}
     found = score(capsys, write(tmp_path / 'a.jsonl', [row]), dataset=dataset)
     assert found['accuracy'] == pytest.approx(2 / 3)
-    assert lines(tmp_path / 'a.verdicts.jsonl')[0]['correct'] == [True, False, True]
+    assert lines(tmp_path / 'a.grades.jsonl')[0]['correct'] == [True, False, True]
     assert 'rm@1' not in found
 
 
@@ -120,7 +121,7 @@ def test_equivalent_answers_vote_together(tmp_path, capsys):
     source = write(tmp_path / 'a.jsonl', [{'answer': '\\frac{1}{2}', 'completions': texts}])
     assert score(capsys, source, dataset='math')['maj@4'] == pytest.approx(2 / 5)
     assert score(capsys, source, '--k=5', dataset='math')['maj@5'] == 1
-    assert lines(tmp_path / 'a.verdicts.jsonl')[0]['votes'] == [0, 1, 0, 1, 1]
+    assert lines(tmp_path / 'a.grades.jsonl')[0]['votes'] == [0, 1, 0, 1, 1]
 
 
 def sizes(found):
@@ -143,35 +144,35 @@ def test_sizes(tmp_path, capsys):
     source.write_text('\n' + source.read_text() + ' \n')  # blank lines do not count as rows
     found = score(capsys, source)
     assert sizes(found) == [1, 2, 4, 8]
-    assert [row['line'] for row in lines(tmp_path / 'b.verdicts.jsonl')] == [2, 3]
+    assert [row['line'] for row in lines(tmp_path / 'b.grades.jsonl')] == [2, 3]
 
 
-def test_judged_in_parts(tmp_path, capsys, monkeypatch):
-    judged = []
+def test_graded_in_chunks(tmp_path, capsys, monkeypatch):
+    graded = []
 
     def late(dataset, references, groups):
-        judged.append(references if any(groups) else [])
+        graded.append(references if any(groups) else [])
         pairs = zip(references, groups, strict=True)
         correct = [[text == reference for text in group] for reference, group in pairs]
-        return rewards.Verdicts(correct, [list(group) for group in groups], timeouts=2)
+        return rewards.Grades(correct, [list(group) for group in groups], timeouts=2)
 
-    monkeypatch.setattr(rewards, 'judge_answers', late)
+    monkeypatch.setattr(rewards, 'grade_answers', late)
     monkeypatch.setattr(completions, 'CHUNK', 2)
     rows = [{'answer': str(i), 'completions': [str(i % 4)] * 3} for i in range(5)]
     found = score(capsys, write(tmp_path / 'a.jsonl', rows))
-    assert [some for some in judged if some] == [['0', '1'], ['2', '3'], ['4']]
+    assert [chunk for chunk in graded if chunk] == [['0', '1'], ['2', '3'], ['4']]
     assert (found['timeouts'], found['accuracy']) == (6, 4 / 5)
-    verdicts = lines(tmp_path / 'a.verdicts.jsonl')
-    assert [row['extracted'][0] for row in verdicts] == ['0', '1', '2', '3', '0']
+    grades = lines(tmp_path / 'a.grades.jsonl')
+    assert [row['extracted'][0] for row in grades] == ['0', '1', '2', '3', '0']
 
 
 def test_output(tmp_path, capsys):
     source = write(tmp_path / 'a.jsonl', [{'answer': '4', 'completions': ['“四” \ud800 #### 4']}])
     for _ in range(2):  # the second time it replaces the file of the first
         found = score(capsys, source, f'--output={tmp_path / "b.jsonl"}')
-        assert found['verdicts'] == str(tmp_path / 'b.jsonl')
+        assert found['grades'] == str(tmp_path / 'b.jsonl')
         assert lines(tmp_path / 'b.jsonl')[0]['correct'] == [True]
-    assert not (tmp_path / 'a.verdicts.jsonl').exists()
+    assert not (tmp_path / 'a.grades.jsonl').exists()
     with pytest.raises(ValueError, match='is the file of completions: name another'):
         score(capsys, source, f'--output={tmp_path / "." / "a.jsonl"}')
     with pytest.raises(ValueError, match='is a folder: name a file'):
@@ -180,7 +181,7 @@ def test_output(tmp_path, capsys):
         score(capsys, source, f'--output={tmp_path / "nowhere" / "b.jsonl"}')
     odd = write(tmp_path / 'c.jsonl', [{'answer': '五 \ud800 #### 5', 'completions': ['五']}])
     score(capsys, odd)
-    assert '五 \\ud800' in (tmp_path / 'c.verdicts.jsonl').read_text(encoding='utf-8')
+    assert '五 \\ud800' in (tmp_path / 'c.grades.jsonl').read_text(encoding='utf-8')
 
 
 GOOD = '{"answer": "4", "completions": ["4", "5"], "scores": [1, 2]}'
@@ -229,11 +230,11 @@ def test_an_answer_that_nothing_can_equal(tmp_path, capsys):
 def test_nothing_is_left_of_a_run_that_ends_early(tmp_path, capsys, monkeypatch):
     def interrupt(dataset, references, groups):
         if any(groups):
-            assert (tmp_path / 'a.verdicts.jsonl.partial').exists()
+            assert (tmp_path / 'a.grades.jsonl.partial').exists()
             raise KeyboardInterrupt
-        return rewards.Verdicts([[]], [[]], 0)
+        return rewards.Grades([[]], [[]], 0)
 
-    monkeypatch.setattr(rewards, 'judge_answers', interrupt)
+    monkeypatch.setattr(rewards, 'grade_answers', interrupt)
     source = write(tmp_path / 'a.jsonl', ROWS)
     with pytest.raises(KeyboardInterrupt):
         score(capsys, source)
@@ -283,8 +284,8 @@ def test_real_references(tmp_path, dataset):
     done = command(f'--completions={source}', f'--dataset={dataset}')
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    verdicts = [row['correct'] for row in lines(tmp_path / 'a.verdicts.jsonl')]
-    own, other = (sum(column) / len(verdicts) for column in zip(*verdicts, strict=True))
+    grades = [row['correct'] for row in lines(tmp_path / 'a.grades.jsonl')]
+    own, other = (sum(column) / len(grades) for column in zip(*grades, strict=True))
     assert own >= (0.999 if dataset == 'gsm8k' else 0.99)
     assert other < 0.06  # small numbers are right by chance
     assert found['accuracy'] == pytest.approx((own + other) / 2)

@@ -1,27 +1,24 @@
-"""The config: every key is read, what is wrong is one line, what is saved comes back."""
+"""The config: every key is used, and dictionaries with keys of their own."""
 
 import json
-import pathlib
 from collections.abc import Mapping
 
 import pytest
 import runs
 from ml_collections import ConfigDict
 
-from grpo_jax import config as grpo_config
-
-ROOT = pathlib.Path(__file__).parents[1]
-SMOKE = f'--config={ROOT}/configs/smoke.py'
-
+from grpo_jax.run import config as grpo_config
+from grpo_jax.run import config_checks
 
 # Every key is read
 
 
-class Recorder(Mapping):
-    """A config that notes which values are taken from it, by attribute, item or `**`."""
+class Recorder(Mapping, ConfigDict):
+    """A config that records which values are taken from it, by attribute, item or `**`."""
 
     def __init__(self, config, seen, prefix=''):
-        self._config, self._seen, self._prefix = config, seen, prefix
+        for name, value in (('_config', config), ('_seen', seen), ('_prefix', prefix)):
+            object.__setattr__(self, name, value)
 
     def __getitem__(self, name):
         value, path = self._config[name], self._prefix + name
@@ -39,8 +36,11 @@ class Recorder(Mapping):
         return len(self._config)
 
     def to_dict(self):
-        """To save the config is not to read it."""
-        return self._config.to_dict()
+        """Records a section; to save the whole config is not to use it."""
+        values = self._config.to_dict()
+        if self._prefix:
+            self._seen.update(leaves(values, self._prefix))
+        return values
 
 
 def leaves(tree, prefix=''):
@@ -81,45 +81,64 @@ def test_every_key_is_read(tmp_path):
     assert unread == {'log.left_alone'}
 
 
-# Text and back
+# Dictionaries with keys of their own
 
 
-def test_json_and_back():
-    config = runs.get_config()
-    config.grpo.optimizer.eps = 1e-11
-    text = grpo_config.to_json(config)
-    again = grpo_config.from_json(text)
-    assert again.to_dict() == config.to_dict()
-    assert again.is_locked
-    assert grpo_config.to_json(again) == text
-    assert text.isascii()
-    assert json.loads(text)['grpo']['rewards'] == {
-        'runs:lucky': 1.0,
-        'chain_format': 0.5,
-        'runs:bonus': 1.0,
-    }
+REWARDS = {'my_package.my_module:my_reward': 1.0, 'chain_format': {'weight': 0.5}}
 
 
-def test_from_json_refuses_other_keys():
-    saved = json.loads(grpo_config.to_json(grpo_config.defaults()))
-    saved['grpo']['stepz'] = saved['grpo'].pop('steps')
+def test_keys_may_have_dots_where_they_are_free():
+    config = grpo_config.defaults()
+    config.grpo.rewards = REWARDS
+    config.grpo.step_rewards['a.b:c'] = 2.0
+    config.grpo.update(rewards={'a.b:c': 3.0})
+    assert config.is_locked
+    assert config.to_dict()['grpo']['rewards'] == REWARDS | {'a.b:c': 3.0}
+    assert dict(config.grpo.step_rewards) == {'a.b:c': 2.0}
+    assert grpo_config.flatten(config)['grpo.step_rewards']['a.b:c'] == 2.0
+    with pytest.raises(ValueError, match='does not accept dots'):
+        config.grpo['rewards.chain'] = 1.0
+
+
+def test_set_value():
+    config = grpo_config.defaults()
+    grpo_config.set_value(config, 'seed', 4)
+    grpo_config.set_value(config, 'eval.k', [1, 2])
+    grpo_config.set_value(config, 'grpo.compute.microbatch', 4)
+    grpo_config.set_value(config, 'grpo.rewards', REWARDS)
+    assert (config.seed, config.eval.k, config.grpo.compute.microbatch) == (4, (1, 2), 4)
+    assert config.grpo.rewards.to_dict() == REWARDS
+    for path, value, kind in (
+        ('grpo.compute.microbatch', 'many', 'int'),
+        ('grpo.rewards', 3, 'ConfigDict'),
+        ('grpo.algorithm.beta', 'x', 'float'),
+    ):
+        with pytest.raises(ValueError, match=f'^{path}={value!r}: give a value of type {kind}$'):
+            grpo_config.set_value(config, path, value)
+    grpo_config.set_value(config, 'grpo.compute.microbatch', None)
+    assert config.grpo.compute.microbatch is None
+
+
+def test_check_keys():
+    config = grpo_config.defaults()
+    config_checks.check_keys(config)
+    with config.unlocked():
+        config.grpo.stepz = 3
     with pytest.raises(ValueError, match=r"unknown config key 'grpo.stepz': did .* 'grpo.steps'\?"):
-        grpo_config.from_json(json.dumps(saved))
-    del saved['grpo']['stepz']
+        config_checks.check_keys(config)
+    with config.unlocked():
+        del config.grpo.stepz
+        del config.grpo.steps
     with pytest.raises(ValueError, match=r"config key 'grpo.steps' is missing: start from"):
-        grpo_config.from_json(json.dumps(saved))
+        config_checks.check_keys(config)
 
 
-def test_differing_keys():
-    config = runs.get_config()
-    saved = grpo_config.to_json(config)
-    assert grpo_config.differing_keys(config, saved) == []
-    config.seed = 1
-    config.eval.k = (1, 2)
-    config.grpo.rewards = {'runs:lucky': 2.0, 'chain_format': 0.5, 'runs:bonus': 1.0, 'x:y': 1.0}
-    assert grpo_config.differing_keys(config, saved) == [
-        'eval.k (there [1, 4], here [1, 2])',
-        'grpo.rewards.runs:lucky (there 1.0, here 2.0)',
-        'grpo.rewards.x:y (there None, here 1.0)',
-        'seed (there 0, here 1)',
+def test_differing_defaults():
+    config = grpo_config.defaults()
+    config.critic.optimizer.options = {'a': 1}
+    config.reward_model.steps = 3
+    sections = {'critic': 'no critic', 'reward_model.steps': 'no model', 'grpo.optimizer': 'none'}
+    assert list(config_checks.differing_defaults(config, sections)) == [
+        ("critic.optimizer.options={'a': 1}", 'no critic'),
+        ('reward_model.steps=3', 'no model'),
     ]

@@ -1,4 +1,4 @@
-"""Data: how rows are tokenised, what leaks, and which batch comes when."""
+"""Tables of tokens, leaked questions, and the order of batches."""
 
 import re
 
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import tiny
 
-from grpo_jax import data, tokens
+from grpo_jax import data, types
 
-BYTES = tokens.byte_tokenizer()
+BYTES = data.byte_tokenizer()
 
 
 # Tables
@@ -40,7 +40,9 @@ def test_prompts_by_hand():
     assert table.length.tolist() == [3, 2]
     assert table.index.tolist() == [0, 2]
     assert table.dropped == 1
-    assert {array.dtype for array in table[:3]} == {np.dtype(np.int32)}
+    assert {array.dtype for array in (table.tokens, table.length, table.index)} == {
+        np.dtype(np.int32)
+    }
     assert prompts(template='{{{q}}}', prompt_length=8).tokens[0, :5].tolist() == [*b'{abc}']
 
 
@@ -51,12 +53,14 @@ def test_demonstrations_by_hand():
     assert table.mask.tolist() == [[True, True, False, False, False], [True] * 5]
     assert table.tokens.dtype == np.int32
     assert table.mask.dtype == bool
-    short = demonstrations(prompt_length=6, completion_length=4)  # 'long' and its end do not fit
+    short = demonstrations(
+        prompt_length=6, completion_length=4
+    )  # 'long' and its end token do not fit
     assert short.prompts.index.tolist() == [0, 1]
     assert short.prompts.dropped == 1
 
 
-def test_the_tokenizer_adds_to_prompts_alone():
+def test_special_tokens_are_added_to_prompts_only():
     tokenizer = tiny.adding('<pad> $A', bos_token='<pad>')
     table = demonstrations(tokenizer=tokenizer)
     assert table.prompts.tokens[0].tolist() == [256, 97, 98, 99]
@@ -64,7 +68,7 @@ def test_the_tokenizer_adds_to_prompts_alone():
 
 
 @pytest.mark.parametrize('template', ['{question}', '{}', '{0}', '{q', '{q.x}', r'\boxed{x}'])
-def test_templates_that_do_not_fit(template):
+def test_templates_that_do_not_match_the_columns(template):
     message = re.escape(f'template {template!r} does not fit the data') + r'.*\{q\}, \{a\}'
     with pytest.raises(ValueError, match=message):
         prompts(template=template)
@@ -72,7 +76,7 @@ def test_templates_that_do_not_fit(template):
         demonstrations(completion_template=template)
 
 
-def test_tables_that_cannot_be():
+def test_unusable_rows():
     with pytest.raises(ValueError, match='the prompt of row 1 has no tokens'):
         prompts(rows=[{'q': 'a'}, {'q': ''}])
     message = r'all 3 prompts are longer than prompt_length=1 .*shortest has 2, the longest 6'
@@ -159,12 +163,12 @@ def test_nothing_held_out_is_trained_on(training, heldout):
     assert leaked == len(training) - len(expected)
 
 
-def test_leaks_that_cannot_be_told():
+def test_leaks_of_all_rows_or_without_the_column():
     rows = [{'question': 'a'}, {'question': 'b'}]
     with pytest.raises(ValueError, match='all 2 training rows are held out as well'):
         data.without_leaks(rows, rows[::-1])
     for pair in ((ROWS, rows), (rows, ROWS)):
-        with pytest.raises(ValueError, match="column 'question', but there are q, a: rename one"):
+        with pytest.raises(ValueError, match="column 'question', but the columns are q, a: rename"):
             data.without_leaks(*pair)
     assert data.without_leaks(ROWS, ROWS[1:], column='q')[1] == 2
 
@@ -211,7 +215,7 @@ def test_epochs_and_seeds_differ_in_order():
 
 def test_batches_of_prompts():
     batch = data.batches(TEN, 4, seed=0)[1]
-    assert type(batch) is data.Prompts
+    assert type(batch) is types.Prompts
     assert batch.tokens.shape == (4, 4)
     assert batch.tokens[:, 0].tolist() == (65 + batch.index).tolist()
     assert batch.length.tolist() == [1] * 4
@@ -222,7 +226,7 @@ def test_batches_of_prompts():
 def test_batches_of_demonstrations():
     table = demonstrations()
     batch = data.batches(table, 2, seed=0)[5]
-    assert type(batch) is data.Rollout
+    assert type(batch) is types.Rollout
     order = [table.prompts.index.tolist().index(row) for row in batch.prompts.index]
     assert batch.tokens[:, 0].tolist() == table.tokens[order].tolist()
     assert batch.mask[:, 0].tolist() == table.mask[order].tolist()
@@ -232,7 +236,7 @@ def test_batches_of_demonstrations():
     assert batch.ended.tolist() == [[True], [True]]
 
 
-def test_batches_that_cannot_be():
+def test_invalid_batch_sizes_and_seeds():
     for batch_size in (0, 11):
         with pytest.raises(ValueError, match=f'batch_size is {batch_size}: make it 1 to 10'):
             data.batches(TEN, batch_size, seed=0)

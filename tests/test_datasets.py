@@ -1,4 +1,4 @@
-"""Data sets in files: what is read, what its columns mean, and what is held out."""
+"""Data sets in files: formats, columns, and held-out questions."""
 
 import gzip
 import itertools
@@ -13,9 +13,8 @@ import hypothesis.strategies as st
 import pytest
 
 from grpo_jax import data
-from grpo_jax.datasets import sources
-from grpo_jax.datasets.files import held_out
-from grpo_jax.prompts import question_key
+from grpo_jax.data.datasets import answers
+from grpo_jax.data.questions import question_key, select_heldout
 
 
 @pytest.fixture(scope='module')
@@ -41,7 +40,7 @@ def serve(name, split='dev', *, folder, cache_dir, **options):
     return list(data.load(name, split, folder=folder, cache_dir=cache_dir, **options))
 
 
-def test_jsonl_is_served_as_it_is(data_dir, cache_dir):
+def test_jsonl_columns_are_text(data_dir, cache_dir):
     rows = [
         {'b/c': ' x ', 'a': '', 'ü': '算'},
         {'b/c': 1, 'a': 145.0, 'ü': None},
@@ -56,6 +55,7 @@ def test_jsonl_is_served_as_it_is(data_dir, cache_dir):
     ]
     part = data.load('jsonl', 'dev[1:]', folder=data_dir / 'own', cache_dir=cache_dir)
     assert list(part) == list(served)[1:]
+    assert served[1:] == list(served)[1:]
     with pytest.raises(IndexError, match='row 3: the data set has rows 0 to 2'):
         served[3]
 
@@ -90,10 +90,10 @@ def test_columns_are_renamed(tmp_path, cache_dir):
     swapped = {'final': 'level', 'level': 'final'}
     expected = {'problem': 'p', 'final': '1', 'level': '7'}
     assert serve('jsonl', columns=swapped, **options) == [expected]
-    message = r"dev\.jsonl:1: column 'query' is missing, there are problem, final, level: mend"
+    message = r"dev\.jsonl:1: column 'query' is missing, there are problem, final, level: fix"
     with pytest.raises(ValueError, match=message):
         serve('jsonl', columns={'question': 'query'}, **options)
-    message = r"dev\.jsonl:1: there is a column 'level' beside 'final', which is to take its name"
+    message = r"dev\.jsonl:1: column 'final' is to be renamed 'level', but the file has a"
     with pytest.raises(ValueError, match=message):
         serve('jsonl', columns={'level': 'final'}, **options)
     with pytest.raises(ValueError, match=r"columns=\{'new name': 'name in the file'\}"):
@@ -144,7 +144,7 @@ def test_hugging_face_datasets_on_disk(tmp_path, cache_dir):
 def test_absent_packages(name, file, package, tmp_path, monkeypatch):
     write(tmp_path, file, '{}')
     monkeypatch.setitem(sys.modules, package, None)
-    message = f'to read {tmp_path}.*, {package} has to be there: pip install {package}'
+    message = f'to read {tmp_path}.*, install {package}: pip install {package}'
     with pytest.raises(ValueError, match=message):
         serve(name, folder=tmp_path, cache_dir=tmp_path / 'cache')
 
@@ -181,13 +181,13 @@ def test_malformed_jsonl(lines, message, data_dir, tmp_path):
 
 
 def test_missing_files(data_dir, cache_dir, monkeypatch):
-    message = r'/gsm8k/train\.jsonl: no such file: put it there, or let GRPO_JAX_DATA_DIR \(now '
+    message = r'/gsm8k/train\.jsonl: no such file: put it there, or set GRPO_JAX_DATA_DIR \(now '
     with pytest.raises(ValueError, match=message):
         data.load('gsm8k', 'train', cache_dir=cache_dir)
     with pytest.raises(ValueError, match=r'/none/v2\.jsonl: no such file'):
         data.load('jsonl', 'v2', folder='none', file='{split}.jsonl', cache_dir=cache_dir)
     monkeypatch.delenv('GRPO_JAX_DATA_DIR')
-    message = 'GRPO_JAX_DATA_DIR is not set: let it name the folder that holds gsm8k/train.jsonl'
+    message = 'GRPO_JAX_DATA_DIR is not set: set it to the folder that contains gsm8k/train.jsonl'
     with pytest.raises(ValueError, match=message):
         data.load('gsm8k', 'train', cache_dir=cache_dir)
 
@@ -251,7 +251,7 @@ def test_published_rows_by_hand(name, row, expected, tmp_path, cache_dir):
         ('gsm8k', {'question': '', 'answer': '#### 1'}, "column 'question' is empty"),
         ('gsm8k', {'question': 'q'}, "column 'answer' is missing, there are question"),
         ('math', {'problem': 'q', 'solution': 'so 3'}, r'the solution has no \\boxed'),
-        ('math', {'problem': 'q', 'solution': r'\boxed{ }'}, 'is empty: mend the row'),
+        ('math', {'problem': 'q', 'solution': r'\boxed{ }'}, 'is empty: fix the row'),
         ('math', {'problem': 'q', 'solution': r'\boxed{\frac{1}{2}'}, 'is never closed'),
         ('svamp', {'Body': 'b', 'Question': 'q', 'Answer': 'two'}, "the answer 'two' is not a num"),
         ('svamp', {'Question': 'q', 'Answer': 2}, "column 'Body' is missing"),
@@ -295,7 +295,7 @@ def test_math_in_folders(tmp_path, cache_dir):
     ],
 )
 def test_boxed_by_hand(text, expected):
-    assert sources.boxed(text) == expected
+    assert answers.boxed(text) == expected
 
 
 @pytest.mark.parametrize(
@@ -319,8 +319,8 @@ def test_published_files(name, split, count, cache_dir):
         assert all(row[column].strip() for column in required)
         if name in ('gsm8k', 'svamp', 'mawps'):
             assert re.fullmatch(r'-?\d+(\.\d*[1-9])?', row['answer'])
-    if name == 'math' and split == 'test500':  # its answers were extracted by others
-        assert all(sources.boxed(row['solution']) == row['answer'] for row in rows)
+    if name == 'math' and split == 'test500':  # compares with answers extracted independently
+        assert all(answers.boxed(row['solution']) == row['answer'] for row in rows)
 
 
 def published(name, split, cache_dir):
@@ -351,13 +351,13 @@ SPELLINGS = (str, str.upper, '  {} '.format, lambda text: text.replace(' ', '\n\
 def test_what_is_held_out_cannot_leak(questions, heldout, draw):
     keys = [question_key(question) for question in questions]
     try:
-        chosen = held_out(keys, heldout)
+        chosen = select_heldout(keys, heldout)
     except ValueError:
         hypothesis.assume(False)
     again = draw.draw(st.lists(st.sampled_from(questions), max_size=20))
     again = [draw.draw(st.sampled_from(SPELLINGS))(question) for question in again]
     rows = draw.draw(st.permutations(questions + again))
-    assert held_out([question_key(row) for row in rows], heldout) == chosen
+    assert select_heldout([question_key(row) for row in rows], heldout) == chosen
     training = [{'question': row} for row in rows if question_key(row) not in chosen]
     held = [{'question': row} for row in rows if question_key(row) in chosen]
     assert training
@@ -365,21 +365,21 @@ def test_what_is_held_out_cannot_leak(questions, heldout, draw):
     assert data.without_leaks(training, held) == (training, 0)
     if heldout >= 1:
         assert len(chosen) == heldout
-    else:  # other questions change nothing
-        more = held_out([*keys, *(f'new {n}' for n in range(50))], heldout)
+    else:  # the selection does not depend on other questions
+        more = select_heldout([*keys, *(f'new {n}' for n in range(50))], heldout)
         assert more & set(keys) == chosen
 
 
 def test_the_share_held_out():
     keys = [f'question {number}' for number in range(20_000)]
-    assert abs(len(held_out(keys, 0.1)) - 2000) < 4.5 * (20_000 * 0.1 * 0.9) ** 0.5
-    assert held_out(keys, 0.1) < held_out(keys, 0.2)
+    assert abs(len(select_heldout(keys, 0.1)) - 2000) < 4.5 * (20_000 * 0.1 * 0.9) ** 0.5
+    assert select_heldout(keys, 0.1) < select_heldout(keys, 0.2)
     for heldout in (1e-9, 20_000, 1 - 1e-9):
         with pytest.raises(ValueError, match='of 20000 different questions: choose a value'):
-            held_out(keys, heldout)
+            select_heldout(keys, heldout)
 
 
-def test_one_file_is_cut_in_two(tmp_path, cache_dir):
+def test_one_file_is_split_in_two(tmp_path, cache_dir):
     lines = [json.dumps({'q': f'How many is {n % 40} ?' + ' ' * (n // 40)}) for n in range(100)]
     write(tmp_path, 'train.jsonl', *lines)
     write(tmp_path, 'test.jsonl', json.dumps({'q': 'other'}))
@@ -396,21 +396,21 @@ def test_one_file_is_cut_in_two(tmp_path, cache_dir):
             number + 40 * (len(row['question']) - len(row['question'].rstrip()))
             for number, row in zip(numbers, cut[0], strict=True)
         ]
-        assert places == sorted(places)  # in the order of the file
+        assert places == sorted(places)  # the order of the file is kept
     assert len(serve('jsonl', 'train', **options)) == 100
-    assert len(serve('jsonl', 'test', heldout=0.3, **options)) == 1  # has a file of its own
+    assert len(serve('jsonl', 'test', heldout=0.3, **options)) == 1  # a file of its own: not split
     part = serve('jsonl', 'heldout[:3]', heldout=10, file='train.jsonl', **options)
     assert part == cut[1][:3]
     with pytest.raises(ValueError, match="jsonl has no split 'test': choose train or heldout"):
         serve('jsonl', 'test', heldout=0.3, file='train.jsonl', **options)
     for heldout in (-0.1, 1.5, -3):
-        with pytest.raises(ValueError, match=f'heldout is {heldout}: make it a share below 1'):
+        with pytest.raises(ValueError, match=f'heldout is {heldout}: make it a fraction below 1'):
             serve('jsonl', 'train', heldout=heldout, **options)
     with pytest.raises(ValueError, match="column 'question' is missing, there are q: rename"):
         serve('jsonl', 'train', heldout=0.3, **{**options, 'columns': {}})
 
 
-# What does not exist
+# Unknown names
 
 
 def test_unknown_names_and_splits(cache_dir):

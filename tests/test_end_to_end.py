@@ -11,7 +11,8 @@ import tiny
 from absl import flags
 
 from configs import arithmetic
-from grpo_jax import evaluate, export, setup, train
+from grpo_jax import evaluate, export, train
+from grpo_jax.run import setup
 
 torch = pytest.importorskip('torch', reason='PyTorch is the reference for checkpoints')
 
@@ -63,7 +64,6 @@ def test_gsm8k_from_folder_to_folder(tmp_path, command, capfd):
         config__sft__optimizer__learning_rate=1e-2,
         config__sft__optimizer__warmup_steps=5,
         config__grpo__steps=2,
-        config__grpo__sample_batch=4,
         config__eval__batch_size=16,
     )
     assert 'held-out accuracy: ' in printed
@@ -100,8 +100,8 @@ def test_a_run_from_scratch_in_transformers(tmp_path, command, capfd):
     config.data.options.update(train_size=40, test_size=12)
     config.data.cache_dir = str(tmp_path / 'cache')
     config.eval.update(samples=0)
-    made = setup.prepare(config, tmp_path / 'run')
-    params = tiny.make_params(made.model)
+    prepared = setup.prepare(config, tmp_path / 'run')
+    params = tiny.make_params(prepared.model)
     folders.pretend(config, tmp_path / 'run', params)
     found = json.loads(command(evaluate.run, workdir=tmp_path / 'run'))
     assert found['problems'] == 12

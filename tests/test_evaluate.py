@@ -1,4 +1,4 @@
-"""What the policy is asked and how it is judged, by hand; the command on a run's folder."""
+"""Evaluation of a policy by hand, and the command on the folder of a run."""
 
 import json
 
@@ -6,11 +6,13 @@ import numpy as np
 import pytest
 import runs
 
-from grpo_jax import checkpoint, data, evaluate, judging, rewards, tokens
-from grpo_jax.setup import Problems
+from grpo_jax import data, evaluate, rewards
+from grpo_jax.data import byte_tokenizer
+from grpo_jax.run import checkpoint, evaluation, grading
+from grpo_jax.run.problems import Problems
 from grpo_jax.types import Rollout
 
-BYTES = tokens.byte_tokenizer()
+BYTES = byte_tokenizer()
 
 
 # Four questions that fit in four tokens and one that does not; what a sampler is made to answer.
@@ -61,7 +63,7 @@ def test_evaluate_by_hand():
         greedy = sampling.temperature == 0
         return make_rollout(prompts, [[GREEDY[q]] if greedy else SAMPLES[q] for q in rows])
 
-    found = judging.evaluate(
+    found = evaluation.evaluate(
         sampler,
         'params',
         problems(),
@@ -106,7 +108,7 @@ def test_equivalent_answers_vote_together():
         pairs = zip(completions, answer, strict=True)
         return [float(float(text) == float(known)) for text, known in pairs]
 
-    found = judging.answer(
+    found = evaluation.answer_problems(
         sampler,
         None,
         problems(),
@@ -118,7 +120,7 @@ def test_equivalent_answers_vote_together():
     )
     assert found.values['eval/maj@3'].tolist() == [0, 1, 1, 0, 0]
     assert found.sampled_extracted[1] == ['1', '7.0', '7']
-    rows = [*judging.rows(found)]
+    rows = [*evaluation.answer_records(found)]
     assert rows[1] == {
         'prompt': '7=',
         'completion': '1',
@@ -136,11 +138,11 @@ def test_evaluate_without_samples():
         return make_rollout(prompts, [[GREEDY[ROWS[i]['question']]] for i in prompts.index])
 
     settings = {'correct': right, 'extract': str, 'batch_size': 5, 'samples': 0, 'k': (1, 8)}
-    found = judging.evaluate(sampler, None, problems(), **settings)
+    found = evaluation.evaluate(sampler, None, problems(), **settings)
     assert sorted(found.metrics) == ['eval/accuracy', 'eval/clipped_ratio', 'eval/mean_length']
 
 
-def test_judge_gives_every_completion_its_row():
+def test_reward_functions_get_the_row_of_every_completion():
     seen = {}
 
     def watching(completion_ids, **others):
@@ -149,7 +151,7 @@ def test_judge_gives_every_completion_its_row():
 
     prompts, _ = next(data.in_order(problems().table, 2))
     rollout = make_rollout(prompts, [['2', 'ab'], ['', '7777']])
-    judged = judging.judge(rollout, problems(), {'watching': watching}, {'watching': 0.5})
+    texts = grading.grade_texts(rollout, problems(), {'watching': watching}, {'watching': 0.5})
     assert seen == {
         'prompts': ['1+1=', '1+1=', '7=', '7='],
         'completions': ['2', 'ab', '', '777'],
@@ -157,30 +159,31 @@ def test_judge_gives_every_completion_its_row():
         'answer': ['2', '2', '7', '7'],
         'question': ['1+1=', '1+1=', '7=', '7='],
     }
-    assert judged.prompts == seen['prompts']
-    assert judged.completions == seen['completions']
-    np.testing.assert_array_equal(judged.scores.total, [1.0, 1.5, 0.5, 1.5])
+    assert texts.prompts == seen['prompts']
+    assert texts.completions == seen['completions']
+    np.testing.assert_array_equal(texts.scores.total, [1.0, 1.5, 0.5, 1.5])
 
 
-def test_judge_stops_where_a_string_says():
+def test_texts_end_at_a_stop_string():
     prompts, _ = next(data.in_order(problems().table, 2))
     rollout = make_rollout(prompts, [['2;', ';ab'], ['a;', '7']])
     functions = {'right': lambda completions, **_: [float(len(text)) for text in completions]}
-    judged = judging.judge(rollout, problems(stops=('b', ';')), functions, {'right': 1.0})
-    assert judged.completions == ['2;', ';', 'a;', '7']
-    assert judged.scores.total.tolist() == [2, 1, 2, 1]
+    texts = grading.grade_texts(rollout, problems(stops=('b', ';')), functions, {'right': 1.0})
+    assert texts.completions == ['2;', ';', 'a;', '7']
+    assert texts.scores.total.tolist() == [2, 1, 2, 1]
 
 
-def test_parts_of_a_batch_together():
+def test_batches_are_concatenated():
     whole, _ = next(data.in_order(problems().table, 4))
     written = [['2', '3'], ['7', ''], ['', '4'], ['5', '6']]
-    given = {'right': right}, {'right': 0.5}
-    at_once = judging.judge(make_rollout(whole, written), problems(), *given)
+    functions = {'right': right}, {'right': 0.5}
+    at_once = grading.grade_texts(make_rollout(whole, written), problems(), *functions)
     parts = []
-    for rows in (slice(0, 1), slice(1, 4)):
-        some = type(whole)(*(column[rows] for column in whole))
-        parts.append(judging.judge(make_rollout(some, written[rows]), problems(), *given))
-    joined = judging.together(parts)
+    for groups in (slice(0, 1), slice(1, 4)):
+        prompts = type(whole)(*(column[groups] for column in whole))
+        rollout = make_rollout(prompts, written[groups])
+        parts.append(grading.grade_texts(rollout, problems(), *functions))
+    joined = grading.concatenate_texts(parts)
     assert joined[:2] == at_once[:2]
     np.testing.assert_array_equal(joined.scores.total, at_once.scores.total)
     np.testing.assert_array_equal(joined.scores.parts['right'], at_once.scores.parts['right'])
@@ -263,12 +266,12 @@ def test_the_command_needs_a_checkpoint(tmp_path, monkeypatch, capsys):
         ({'correct': 'exact_anwser'}, "unknown reward 'exact_anwser', did you mean 'exact_answer'"),
         (
             {'extract': 'last'},
-            "unknown extractor 'last'.*; built in are extract_answer, .*final_re",
+            "unknown extractor 'last'.*built in are extract_answer, .*final_re",
         ),
     ],
 )
-def test_settings_refuses(changes, message):
+def test_options_that_are_rejected(changes, message):
     config = runs.get_config()
     config.eval.update(changes)
     with pytest.raises(ValueError, match=message):
-        judging.settings(config.eval)
+        evaluation.evaluation_options(config.eval)

@@ -13,10 +13,12 @@ import pytest
 import tiny
 import tokenizers
 from safetensors.numpy import load_file
-from test_models import group_logits
+from test_transformer import group_logits
 
-from grpo_jax import evaluate, export, models, setup, tokens
-from grpo_jax.models import families, hf
+from grpo_jax import evaluate, export, models
+from grpo_jax.data import byte_tokenizer, load_tokenizer
+from grpo_jax.models import hf
+from grpo_jax.run import parameters, setup
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 
@@ -36,10 +38,12 @@ def source(tmp_path_factory):
 def make_run(workdir, source='', *, config=None, stage='grpo', step=3, **options):
     """A run that has come to random parameters; returns its config, setup and all parameters."""
     config = config or folders.get_config(source, **options)
-    made = setup.prepare(config, workdir)
-    params = tiny.make_params(made.model, seed=1)
-    folders.pretend(config, workdir, models.split(params)[1] or params, stage=stage, step=step)
-    return config, made, params
+    prepared = setup.prepare(config, workdir)
+    params = tiny.make_params(prepared.model, seed=1)
+    folders.pretend(
+        config, workdir, models.split_adapters(params)[1] or params, stage=stage, step=step
+    )
+    return config, prepared, params
 
 
 @pytest.fixture(scope='module')
@@ -53,20 +57,20 @@ def plain(source, tmp_path_factory):
 def adapted(source, tmp_path_factory):
     """Of one that trained adapters; the parameters are the checkpoint's with the adapters."""
     workdir = tmp_path_factory.mktemp('adapted')
-    config, made, params = make_run(workdir, source, rank=2)
-    base = setup.initial_params(made)
-    return workdir, config, made, models.join(base, models.split(params)[1])
+    config, prepared, params = make_run(workdir, source, rank=2)
+    base = parameters.initial_params(prepared)
+    return workdir, config, prepared, models.join_adapters(base, models.split_adapters(params)[1])
 
 
 def again(folder, workdir, **options):
     """An exported folder as `pretrained` of another run: its setup and parameters."""
-    made = setup.prepare(folders.get_config(folder, **options), workdir)
-    return made, setup.initial_params(made)
+    prepared = setup.prepare(folders.get_config(folder, **options), workdir)
+    return prepared, parameters.initial_params(prepared)
 
 
-def naive(made, params):
+def naive(prepared, params):
     """Logits of parameters without adapters, by NumPy."""
-    return oracle.completion_logits(oracle.float64(params), ROLLOUT, made.model.config.base)
+    return oracle.completion_logits(oracle.float64(params), ROLLOUT, prepared.model.config.base)
 
 
 def read(path):
@@ -81,10 +85,10 @@ def test_everything_comes_back(plain, source, tmp_path, capsys):
     out = tmp_path / 'new' / 'out'
     export.export(config, str(workdir), str(out))
     assert capsys.readouterr().out == f'grpo/3: 0.0 MB of float32 weights in {out}\n'
-    made, imported = again(out, tmp_path / 'next')
+    prepared, imported = again(out, tmp_path / 'next')
     assert tiny.same(imported, params)
-    assert made.tokenizer.get_vocab() == folders.chat_tokenizer().get_vocab()
-    assert made.tokenizer.chat_template == folders.CHATML
+    assert prepared.tokenizer.get_vocab() == folders.chat_tokenizer().get_vocab()
+    assert prepared.tokenizer.chat_template == folders.CHATML
     assert {path.name for path in out.iterdir()} == {path.name for path in source.iterdir()}
     for name in ('tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'):
         assert (out / name).read_bytes() == (source / name).read_bytes()
@@ -106,27 +110,27 @@ def test_nothing_but_the_policy_is_needed(plain, tmp_path):
 
 
 def test_adapters_are_folded_in(adapted, tmp_path):
-    workdir, config, made, params = adapted
+    workdir, config, prepared, params = adapted
     export.export(config, str(workdir), str(tmp_path / 'out'))
     found, merged = again(tmp_path / 'out', tmp_path / 'next')
-    assert not models.split(merged)[1]
-    logits = tiny.jit(functools.partial(group_logits, made.model))
+    assert not models.split_adapters(merged)[1]
+    logits = tiny.jit(functools.partial(group_logits, prepared.model))
     expected = np.asarray(logits(params, ROLLOUT))
     np.testing.assert_allclose(naive(found, merged), expected, atol=3e-5)
-    assert np.abs(naive(found, models.split(params)[0]) - expected).max() > 0.1
+    assert np.abs(naive(found, models.split_adapters(params)[0]) - expected).max() > 0.1
 
 
 def test_adapters_of_both_stages_are_folded_in(source, tmp_path):
     config = folders.get_config(source, rank=2, sft=2)
-    made = setup.prepare(config, tmp_path / 'run')
-    stages = [models.split(tiny.make_params(made.model, seed))[1] for seed in (1, 2)]
+    prepared = setup.prepare(config, tmp_path / 'run')
+    stages = [models.split_adapters(tiny.make_params(prepared.model, seed))[1] for seed in (1, 2)]
     for stage, adapters in zip(('sft', 'grpo'), stages, strict=True):
         folders.pretend(config, tmp_path / 'run', adapters, stage=stage)
     export.export(config, str(tmp_path / 'run'), str(tmp_path / 'out'))
     _, found = again(tmp_path / 'out', tmp_path / 'next')
-    expected = setup.initial_params(made)
+    expected = parameters.initial_params(prepared)
     for adapters in stages:
-        expected = models.merge(made.model.config, expected, adapters)
+        expected = models.merge_adapters(prepared.model.config, expected, adapters)
     assert tiny.gap(found, expected) < 1e-5
 
 
@@ -193,15 +197,15 @@ def test_end_tokens_are_those_of_the_run(generation, chat, expected, tmp_path):
 
 def test_a_tokenizer_of_the_config(source, tmp_path):
     """Nothing stays behind of the one it replaces."""
-    plain = tokens.byte_tokenizer()
+    plain = byte_tokenizer()
     plain.save_pretrained(tmp_path / 'plain')
     config = folders.get_config(source)
     config.tokenizer = str(tmp_path / 'plain')
     make_run(tmp_path / 'run', config=config)
     export.export(config, str(tmp_path / 'run'), str(tmp_path / 'out'))
-    made, _ = again(tmp_path / 'out', tmp_path / 'next')
-    assert made.tokenizer.get_vocab() == plain.get_vocab()
-    assert made.tokenizer.chat_template is None
+    prepared, _ = again(tmp_path / 'out', tmp_path / 'next')
+    assert prepared.tokenizer.get_vocab() == plain.get_vocab()
+    assert prepared.tokenizer.chat_template is None
     assert not (tmp_path / 'out' / 'chat_template.jinja').exists()
     assert read(tmp_path / 'out' / 'generation_config.json')['temperature'] == 0.6
 
@@ -226,7 +230,7 @@ def scratch(rank=0, **options):
 @pytest.mark.parametrize('kind', FROM_SCRATCH)
 def test_a_run_from_scratch_becomes_a_checkpoint(kind, tmp_path, caplog):
     """Also its tokenizer, although transformers chooses the class by the model beside it."""
-    config, made, params = make_run(tmp_path / 'run', config=scratch(**FROM_SCRATCH[kind]))
+    config, prepared, params = make_run(tmp_path / 'run', config=scratch(**FROM_SCRATCH[kind]))
     export.export(config, str(tmp_path / 'run'), str(tmp_path / 'out'))
     assert read(tmp_path / 'out' / 'config.json')['model_type'] == kind
     assert read(tmp_path / 'out' / 'generation_config.json') == {
@@ -234,7 +238,7 @@ def test_a_run_from_scratch_becomes_a_checkpoint(kind, tmp_path, caplog):
     }  # fmt: skip
     found, imported = again(tmp_path / 'out', tmp_path / 'next')
     assert tiny.same(imported, params)
-    assert found.model == made.model
+    assert found.model == prepared.model
     text = "Don't, 12345  \n\n <eos>é e\u0301 数"
     assert len(found.tokenizer) == 258
     assert found.tokenizer.encode(text) == list(text.encode())
@@ -250,7 +254,7 @@ def test_a_tokenizer_that_transformers_reads_otherwise(tmp_path, caplog):
     assert [record.message[:63] for record in caplog.records if record.name == 'grpo_jax'] == [
         'transformers reads the exported folder with another tokenizer t'
     ]
-    assert len(tokens.load_tokenizer(str(tmp_path / 'out'))) == 259
+    assert len(load_tokenizer(str(tmp_path / 'out'))) == 259
     faithful = tokenizers.Tokenizer.from_file(str(tmp_path / 'out' / 'tokenizer.json'))
     assert faithful.encode('e\u0301 12').ids == list('e\u0301 12'.encode())
 
@@ -267,14 +271,16 @@ def test_peft_reads_the_adapter(targets, tmp_path, capsys):
     source = folders.write(tmp_path / 'source')
     config = folders.get_config(source, rank=3)
     config.model.lora.update(alpha=5.0, targets=targets)
-    _, made, params = make_run(tmp_path / 'run', config=config)
+    _, prepared, params = make_run(tmp_path / 'run', config=config)
     out = tmp_path / 'out'
     export.export_adapter(config, str(tmp_path / 'run'), str(out))
     assert capsys.readouterr().out == f'grpo/3: adapters of {source} in {out}\n'
     stored = load_file(out / 'adapter_model.safetensors')
     assert len(stored) == (14 if len(targets) == 1 else 4)
-    adapters = models.split(params)[1]
-    merged = models.merge(made.model.config, setup.initial_params(made), adapters)
+    adapters = models.split_adapters(params)[1]
+    merged = models.merge_adapters(
+        prepared.model.config, parameters.initial_params(prepared), adapters
+    )
     base, complaints = checkpoints.open_torch(source)
     assert not complaints
     plain = checkpoints.completion_logits(base, ROLLOUT)
@@ -284,9 +290,9 @@ def test_peft_reads_the_adapter(targets, tmp_path, capsys):
         name: torch.Size(tensor.shape) for name, tensor in stored.items()
     }
     theirs = checkpoints.completion_logits(model, ROLLOUT)
-    assert checkpoints.error(naive(made, merged), theirs) < 1e-5
+    assert checkpoints.error(naive(prepared, merged), theirs) < 1e-5
     assert checkpoints.error(plain, theirs) > 0.01
-    assert setup.load_tokenizer(str(out)).encode('1+1=') == list(b'1+1=')
+    assert load_tokenizer(str(out)).encode('1+1=') == list(b'1+1=')
 
 
 def phi3(folder):
@@ -300,10 +306,10 @@ def phi3(folder):
     )  # fmt: skip
     fields = usual.to_dict() | {'architectures': ['Phi3ForCausalLM']}
     fields = {k: v for k, v in fields.items() if v is not None}
-    model = models.Transformer(families.model_config(fields))
+    model = models.Transformer(hf.model_config(fields))
     folder.mkdir()
     (folder / 'config.json').write_text(json.dumps(fields))
-    tokens.byte_tokenizer().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     hf.save(tiny.make_params(model), model.config, fields, folder, dtype='float32')
     return folder
 
@@ -372,7 +378,7 @@ def test_an_export_that_fails_leaves_nothing(plain, tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise OSError('the disk is full')
 
-    monkeypatch.setattr(hf, 'save_file', fail)
+    monkeypatch.setattr(hf.weights, 'save_file', fail)
     with pytest.raises(OSError, match='the disk is full'):
         export.export(config, str(workdir), str(tmp_path / 'out'))
     assert not list(tmp_path.iterdir())
@@ -400,13 +406,13 @@ def test_a_model_that_no_architecture_is_like(tmp_path):
         ),
         (
             ['--workdir={run}', '--output={out}', '--dtype=float32', '--adapter'],
-            '--dtype does nothing with --adapter, which are float32: leave it away',
+            '--dtype has no effect with --adapter, which is float32: remove it',
         ),
         (['--workdir={run}', '--output={out}', '--adaptor'], "unexpected argument '--adaptor'"),
         (['--workdir={run}', '--output={out}', '--adapter'], WITHOUT_ADAPTER),
         (
             ['--workdir={run}', '--output={out}', '--config.model.width=64'],
-            'model.width=64 does nothing with pretrained=',
+            'model.width=64 has no effect with pretrained=',
         ),
         (
             ['--workdir={run}', '--output={out}', '--config.mesh.fsdp=16'],

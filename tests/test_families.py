@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import tiny
 from checkpoints import rope, torch, transformers
-from test_models import decode_logits, group_logits
+from test_transformer import decode_logits, group_logits
 
-from grpo_jax.models.families import FAMILIES, model_config
-from grpo_jax.reward_model import outcome_scores
-from grpo_jax.sample import sample
+from grpo_jax.algorithm.reward_model import outcome_scores
+from grpo_jax.algorithm.sample import sample
+from grpo_jax.models.hf import model_config
+from grpo_jax.models.hf.families import FAMILIES
 from grpo_jax.types import Sampling
 
 TOLERANCE = 3e-5  # of the largest logit; float32 in both gives about 1e-6, at worst 1e-5

@@ -1,4 +1,4 @@
-"""The FLOP counter by hand and, where XLA can count, against XLA; then what it is for."""
+"""The FLOP counter by hand and, where XLA can count, against XLA; then FLOPs of our programs."""
 
 import functools
 
@@ -9,10 +9,12 @@ import pytest
 import tiny
 from jax.sharding import PartitionSpec
 
+from benchmarks.flops import count_flops
 from grpo_jax import models, sharding
-from grpo_jax.flops import count_flops
-from grpo_jax.sample import sample
-from grpo_jax.score import completion_logprobs, hidden_logprobs
+from grpo_jax.algorithm.logprobs import completion_logprobs
+from grpo_jax.algorithm.sample import sample
+from grpo_jax.engine.chunks import map_chunks
+from grpo_jax.engine.token_distribution import token_logprobs
 from grpo_jax.types import Prompts, Rollout, Sampling
 
 
@@ -64,7 +66,7 @@ def test_cond_counts_its_most_expensive_branch():
     assert count_flops(switch, ints(), floats(4, 4)) == 2 * ONE
 
 
-def test_what_wraps_a_function_does_not_hide_it():
+def test_wrapped_functions_are_counted():
     @jax.custom_vjp
     def square(x):
         return x @ x
@@ -97,7 +99,7 @@ def test_a_gradient_costs_twice_the_forward_pass():
     assert both == 3 * forward
 
 
-def test_refuses_what_it_does_not_count():
+def test_rejects_operations_that_it_does_not_count():
     def convolve(x, w):
         return jax.lax.conv(x, w, (1, 1), 'SAME')
 
@@ -121,11 +123,16 @@ def test_agrees_with_xla_where_no_loop_repeats():
 
     def run(params, group):
         prompts, tokens = group.prompts, group.tokens
-        read, state = models.apply(model, params, prompts.tokens, prompts.length, method='prefill')
+        cache, state = models.apply(model, params, prompts.tokens, prompts.length, method='prefill')
         last = models.last_tokens(prompts.tokens, prompts.length)
-        hidden = models.continuation_hidden(model, params, read, last, prompts.length, tokens)
-        found, _ = hidden_logprobs(model, params, hidden, tokens, Sampling(), chunk=16)
-        return found, state  # without it XLA leaves out most of the prompts' last layer
+        hidden = models.hidden_after_prompt(model, params, cache, last, prompts.length, tokens)
+
+        def piece(states, targets):
+            logits = models.apply(model, params, states, method='logits')
+            return token_logprobs(logits, targets, Sampling())[0]
+
+        logprobs = map_chunks(piece, (hidden, tokens), 16)
+        return logprobs, state  # without it XLA omits most of the prompts' last layer
 
     params = tiny.shapes(model)
     xla = jax.jit(run).lower(params, group).compile().cost_analysis()['flops']
@@ -133,7 +140,7 @@ def test_agrees_with_xla_where_no_loop_repeats():
 
 
 def test_sampling_counts_prefill_once_and_each_decode_step():
-    """By hand: every matrix for each token read, every score and value read, and the head."""
+    """By hand: every matrix for each token, all scores and values, and the output matrix."""
     model = tiny.make_model()
     c = model.config
     prompts, group_size, length, max_tokens = 3, 5, 6, 4
@@ -201,7 +208,7 @@ GROUP_SIZE, LENGTH, MAX_TOKENS = 8, 512, 64
 
 @functools.cache
 def plain_flops(config):
-    """Of log-probs and their gradient where every sequence of a group is read whole."""
+    """Of log-probs and their gradient where the prompt is processed for each completion."""
 
     def plain(params, rows, targets):
         hidden = oracle.hidden_states(params, rows, config, jnp)[:, LENGTH - 1 : -1]

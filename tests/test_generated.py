@@ -1,4 +1,4 @@
-"""Generated problems: arithmetic with its mistakes, and countdown."""
+"""Generated problems: arithmetic with systematic mistakes, and countdown."""
 
 import ast
 import collections
@@ -14,9 +14,10 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
-from grpo_jax import data, datasets
-from grpo_jax.datasets import countdown
-from grpo_jax.datasets.arithmetic import carryless, chain, row
+from grpo_jax import data
+from grpo_jax.data import datasets
+from grpo_jax.data.datasets import countdown
+from grpo_jax.data.datasets.arithmetic import carryless, make_row, solve
 
 ARITHMETIC = {'train_size': 80, 'test_size': 20}
 NATURAL = st.integers(0, 9999)
@@ -30,12 +31,12 @@ def cache_dir(tmp_path_factory):
 # Arithmetic, by hand
 
 
-def test_chain_by_hand():
-    right = chain([37, 58, 21], ['+', '+'], lambda: False)
+def test_solve_by_hand():
+    right = solve([37, 58, 21], ['+', '+'], lambda: False)
     assert right == ['37+58=95', '95+21=116']
-    slipped = chain([37, 58, 21], ['+', '+'], lambda: True)
-    assert slipped == ['37+58=85', '85+21=6']  # 7+8=15, keep 5; 8+2=10, keep 0
-    assert chain([2, 3, 4], ['+', '*'], lambda: False) == ['2+3=5', '5*4=20']  # left to right
+    mistaken = solve([37, 58, 21], ['+', '+'], lambda: True)
+    assert mistaken == ['37+58=85', '85+21=6']  # 7+8=15, keep 5; 8+2=10, keep 0
+    assert solve([2, 3, 4], ['+', '*'], lambda: False) == ['2+3=5', '5*4=20']  # left to right
 
 
 @pytest.mark.parametrize(
@@ -66,28 +67,30 @@ def test_carryless_is_a_ring(a, b, c):
 
 
 @hypothesis.given(NATURAL, NATURAL)
-def test_a_sum_is_carryless_where_no_column_reaches_ten(a, b):
-    columns = zip(f'{a:04}', f'{b:04}', strict=True)
-    assert (carryless(a, '+', b) == a + b) == all(int(x) + int(y) < 10 for x, y in columns)
+def test_a_sum_is_carryless_where_no_place_reaches_ten(a, b):
+    places = zip(f'{a:04}', f'{b:04}', strict=True)
+    assert (carryless(a, '+', b) == a + b) == all(int(x) + int(y) < 10 for x, y in places)
 
 
-def test_slips_are_drawn_at_carry_steps_alone():
-    asked = []
-    chain([12, 34, 7], ['+', '+'], lambda: bool(asked.append(None)))
-    assert len(asked) == 1  # 12+34 carries nothing, 46+7 does
+def test_mistakes_are_drawn_at_carry_steps_only():
+    draws = []
+    solve([12, 34, 7], ['+', '+'], lambda: bool(draws.append(None)))
+    assert len(draws) == 1  # 46+7 is a carry step, 12+34 is not
 
 
-def test_a_slip_never_leads_below_zero():
-    slips = iter([True])  # asked for 9+8 alone: 7-9 has nothing to borrow from
-    assert chain([9, 8, 9], ['+', '-'], lambda: next(slips)) == ['9+8=7', '7-9=8']
+def test_no_step_is_negative_after_a_mistake():
+    mistakes = iter([True])  # drawn for 9+8 only: 7-9 is always carryless
+    assert solve([9, 8, 9], ['+', '-'], lambda: next(mistakes)) == ['9+8=7', '7-9=8']
 
 
 def test_row_by_hand():
     columns = {'question': '37+58+21=', 'answer': '116', 'solution': '37+58=95;95+21=116'}
     for mistakes, demonstration in ((0, '37+58=95;95+21=116'), (1, '37+58=85;85+21=6')):
         expected = {**columns, 'demonstration': demonstration}
-        assert row([37, 58, 21], ['+', '+'], mistakes=mistakes, seed=0) == expected
-    drawn = [row([37, 58], ['+'], mistakes=0.5, seed=seed)['demonstration'] for seed in range(20)]
+        assert make_row([37, 58, 21], ['+', '+'], mistakes=mistakes, seed=0) == expected
+    drawn = [
+        make_row([37, 58], ['+'], mistakes=0.5, seed=seed)['demonstration'] for seed in range(20)
+    ]
     assert set(drawn) == {'37+58=95', '37+58=85'}
 
 
@@ -123,7 +126,7 @@ def test_no_more_problems_than_exist(cache_dir):
         load_arithmetic(cache_dir, train_size=55, test_size=1, **options)
 
 
-def test_every_chain_of_a_mixed_data_set(cache_dir):
+def test_every_solution_of_a_mixed_data_set(cache_dir):
     options = {'min_numbers': 2, 'max_numbers': 4, 'operations': '+-*', 'mistakes': 0.25}
     train, test = load_arithmetic(cache_dir, train_size=1500, test_size=300, **options)
     assert len({*questions(train), *questions(test)}) == 1800
@@ -184,7 +187,7 @@ DIGITS = {'min_digits': 2, 'max_digits': 3, 'operations': '+*', 'mistakes': 0.75
 def test_every_option_has_data_of_its_own(config, changed):
     options = {field.name for field in dataclasses.fields(config) if field.kw_only and field.init}
     assert changed.keys() == options
-    names = {made.name for made in [config(), *(config(**{n: changed[n]}) for n in changed)]}
+    names = {c.name for c in [config(), *(config(**{n: changed[n]}) for n in changed)]}
     assert len(names) == len(changed) + 1
     assert config().name == config().name
 
@@ -210,8 +213,8 @@ def test_prepared_data_are_used_again(tmp_path, capfd, caplog):
 def test_two_processes_prepare_at_once(tmp_path):
     program = (
         'import random, sys\n'
-        'from grpo_jax import datasets\n'
-        'random.seed(0)\n'  # TFDS names its unfinished folders by this generator
+        'from grpo_jax.data import datasets\n'
+        'random.seed(0)\n'  # TFDS draws the names of its unfinished folders from this generator
         'config = datasets.ArithmeticConfig(train_size=3000)\n'
         'print("ready", flush=True); input()\n'
         'builder = datasets.prepare(datasets.Arithmetic, config, sys.argv[1])\n'
@@ -302,7 +305,7 @@ def test_countdown_is_solvable_and_split(cache_dir):
 
 
 def test_countdown_row_by_hand():
-    columns = countdown.row(countdown.Problem([3, 8, 20], 4, '20 - 8 - 8'))
+    columns = countdown.make_row(countdown.Problem([3, 8, 20], 4, '20 - 8 - 8'))
     assert columns['question'].startswith('Use each of the numbers 3, 8 and 20 exactly once')
     assert 'to make 4.' in columns['question']
     assert '<answer>' in columns['question']

@@ -16,8 +16,9 @@ from checkpoints import torch, transformers
 from test_families import torch_scorer
 
 from grpo_jax import models, sharding
-from grpo_jax.models import folders, hf
-from grpo_jax.models.families import FAMILIES, hugging_face_fields, model_config
+from grpo_jax.models import hf
+from grpo_jax.models.hf import hugging_face_fields, model_config
+from grpo_jax.models.hf.families import FAMILIES
 
 TOKENS = torch.tensor([[3, 14, 15, 9, 2, 6, 5, 35, 8]])
 
@@ -148,7 +149,7 @@ def old_fields(fields):
 
 @pytest.mark.parametrize('kind', ['llama', 'gemma3_text', 'qwen3_moe', 'phi3'])
 def test_an_old_config_means_the_same(checkpoint, kind):
-    fields = folders.read_json(checkpoint(kind) / 'config.json')
+    fields = hf.read_json(checkpoint(kind) / 'config.json')
     if kind == 'llama':
         fields['rope_parameters'] = {'rope_type': 'linear', 'rope_theta': 70.0, 'factor': 2.0}
     if kind == 'gemma3_text':
@@ -174,7 +175,7 @@ def test_tensors_without_use_are_let_be(broken):
 def refusal(folder):
     """The message with which the folder is refused."""
     with pytest.raises(ValueError, match=r'.') as caught:
-        checkpoints.read(folders.find_folder(str(folder)))
+        checkpoints.read(hf.find_folder(str(folder)))
     return str(caught.value)
 
 
@@ -226,7 +227,7 @@ def test_pickled_weights_are_refused_with_the_command_that_converts_them(broken,
     assert 'import AutoModelForCausalLM as M' in message
     command = message.split('python -c "')[1].removesuffix('"')
     exec(command, {})  # in place of a Python of its own, which would take ten times as long
-    converted = folders.find_folder(f'{broken}-safe')
+    converted = hf.find_folder(f'{broken}-safe')
     read = tensors_of(converted)
     assert read.keys() == tensors.keys()
     assert all(torch.equal(read[name], tensors[name]) for name in tensors)
@@ -305,7 +306,7 @@ def test_folders_that_are_no_checkpoint(tmp_path, monkeypatch, checkpoint):
     monkeypatch.setattr(
         huggingface_hub, 'snapshot_download', lambda name, **_: str(checkpoint('llama'))
     )
-    assert folders.find_folder('somebody/some-model') == checkpoint('llama')
+    assert hf.find_folder('somebody/some-model') == checkpoint('llama')
 
 
 # Export
@@ -363,7 +364,7 @@ def test_export_in_shards(checkpoint, tmp_path):
     exported = export(tmp_path / 'out', source, dtype='float32', shard_bytes=most)
     assert same_tensors(exported, source)
     files = sorted(exported.glob('*.safetensors'))
-    index = folders.read_json(exported / 'model.safetensors.index.json')
+    index = hf.read_json(exported / 'model.safetensors.index.json')
     assert files[-1].name == f'model-{len(files):05}-of-{len(files):05}.safetensors'
     assert index['metadata']['total_size'] == sum(
         4 * tensor.numel() for tensor in tensors_of(source).values()

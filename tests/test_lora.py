@@ -8,26 +8,29 @@ import numpy as np
 import oracle
 import pytest
 import tiny
-from test_models import group_logits
+from test_transformer import group_logits
 
 from grpo_jax import models, sharding
+from grpo_jax.algorithm.config import Algorithm
+from grpo_jax.algorithm.optimizer import adamw
+from grpo_jax.algorithm.program import init_state, make_train_step
+from grpo_jax.algorithm.sample import sample
+from grpo_jax.algorithm.update import train_step
+from grpo_jax.engine.compute import Compute
 from grpo_jax.models import Lora
-from grpo_jax.optimizer import adamw
-from grpo_jax.sample import sample
-from grpo_jax.types import Objective, Sampling
-from grpo_jax.update import Algorithm, init_state, make_step, update
+from grpo_jax.types import Sampling
 
 LORA = Lora(rank=3, alpha=5.0)
 MODEL = tiny.make_model(tied_head=False, remat=False, lora=LORA)
 BASE_MODEL = MODEL.clone(config=MODEL.config.base)
 PARAMS = tiny.make_params(MODEL)  # no adapter is zero
-BASE, ADAPTERS = models.split(PARAMS)
+BASE, ADAPTERS = models.split_adapters(PARAMS)
 SAMPLING = Sampling(temperature=0.9)
 OPTIMIZER, _ = adamw(learning_rate=1e-2, steps=10)
 
 logits_of = tiny.jit(functools.partial(group_logits, MODEL))
 base_logits_of = tiny.jit(functools.partial(group_logits, BASE_MODEL))
-merge = tiny.jit(functools.partial(models.merge, MODEL.config))
+merge = tiny.jit(functools.partial(models.merge_adapters, MODEL.config))
 
 
 def logprobs_of(logits, rollout):
@@ -73,12 +76,12 @@ def test_split_and_join():
         for part in 'ab'
     }
     assert jax.tree.structure(BASE) == jax.tree.structure(tiny.shapes(BASE_MODEL))
-    joined = models.join(BASE, ADAPTERS)
+    joined = models.join_adapters(BASE, ADAPTERS)
     assert jax.tree.structure(joined) == jax.tree.structure(PARAMS)
     assert all(
         a is b for a, b in zip(jax.tree.leaves(joined), jax.tree.leaves(PARAMS), strict=True)
     )
-    assert models.split(BASE) == (BASE, {})
+    assert models.split_adapters(BASE) == (BASE, {})
 
 
 @pytest.mark.parametrize(
@@ -92,14 +95,14 @@ def test_split_and_join():
 )
 def test_targets(targets, found):
     shapes = tiny.shapes(tiny.make_model(lora=Lora(rank=2, targets=targets)))
-    _, adapters = models.split(shapes)
+    _, adapters = models.split_adapters(shapes)
     assert {name.split('_lora_')[0] for name in names(adapters)} == found
 
 
 def test_shapes():
     """Rank last in A and first in B; in float32 whatever the base is stored in."""
     model = tiny.make_model(lora=LORA, param_dtype='bfloat16')
-    base, adapters = models.split(tiny.shapes(model))
+    base, adapters = models.split_adapters(tiny.shapes(model))
     block = adapters['blocks']
     assert block['query_lora_a'].shape == (2, 16, 3)
     assert block['query_lora_b'].shape == (2, 3, 4, 6)
@@ -114,7 +117,7 @@ def test_experts_keep_theirs_out():
     with pytest.raises(ValueError, match=r'experts have no adapters; use targets='):
         tiny.make_model(lora=LORA, **experts)
     model = tiny.make_model(lora=Lora(rank=2, targets=('q_proj', 'o_proj')), **experts)
-    assert names(models.split(tiny.shapes(model))[1]) == {
+    assert names(models.split_adapters(tiny.shapes(model))[1]) == {
         f'{name}_lora_{part}' for name in ('query', 'out') for part in 'ab'
     }
 
@@ -141,12 +144,12 @@ def test_bad_options(options, message):
 
 def test_it_starts_as_the_base(rollout):
     """Exactly: what a fresh model adds is 0."""
-    fresh = tiny.jit(functools.partial(models.init, MODEL))(jax.random.key(0))
-    _, adapters = models.split(fresh)
+    fresh = tiny.jit(functools.partial(models.init_params, MODEL))(jax.random.key(0))
+    _, adapters = models.split_adapters(fresh)
     assert all((adapters['blocks'][name] == 0).all() for name in names(adapters) if name[-1] == 'b')
     assert all(np.std(adapters['blocks'][name]) > 0 for name in names(adapters) if name[-1] == 'a')
     np.testing.assert_array_equal(
-        logits_of(models.join(BASE, adapters), rollout), base_logits_of(BASE, rollout)
+        logits_of(models.join_adapters(BASE, adapters), rollout), base_logits_of(BASE, rollout)
     )
 
 
@@ -184,7 +187,7 @@ def test_gradient_is_that_through_merged_weights(rollout):
     seeds = np.random.default_rng(0).standard_normal((*rollout.tokens.shape, tiny.VOCAB))
 
     def ours(adapters):
-        return (seeds * group_logits(MODEL, models.join(BASE, adapters), rollout)).sum()
+        return (seeds * group_logits(MODEL, models.join_adapters(BASE, adapters), rollout)).sum()
 
     def through_weights(adapters):
         weights = folded(BASE, adapters)
@@ -217,15 +220,15 @@ def test_sampling_agrees_with_scoring(rollout):
 # Training
 
 
-OBJECTIVE = Objective(clip_low=0.2, clip_high=0.2, beta=0.1)
+ALGORITHM = Algorithm(clip_low=0.2, clip_high=0.2, beta=0.1)
 
 
 def program_of(state, base, rollout, rewards, mesh=None):
     """The update, compiled for its arguments in half the time (without the donation)."""
     step = functools.partial(
-        update, model=MODEL, optimizer=OPTIMIZER, algorithm=Algorithm(microbatch=4), mesh=mesh
+        train_step, model=MODEL, optimizer=OPTIMIZER, compute=Compute(microbatch=4), mesh=mesh
     )
-    lowered = jax.jit(step).lower(state, base, rollout, rewards, SAMPLING, OBJECTIVE)
+    lowered = jax.jit(step).lower(state, base, rollout, rewards, SAMPLING, ALGORITHM)
     return lowered.compile({'xla_backend_optimization_level': 0})
 
 
@@ -239,9 +242,9 @@ def trained(program, rollout, rewards):
     """States and metrics of two steps from adapters as they start."""
     states, metrics = [init_state(MODEL, OPTIMIZER, plain(ADAPTERS))], []
     for _ in range(2):
-        state, found = program(states[-1], BASE, rollout, rewards, SAMPLING, OBJECTIVE)
+        state, scalars = program(states[-1], BASE, rollout, rewards, SAMPLING, ALGORITHM)
         states.append(state)
-        metrics.append(jax.device_get(found))
+        metrics.append(jax.device_get(scalars))
     return states, metrics
 
 
@@ -250,7 +253,7 @@ def test_the_reference_is_the_base(trained, rollout):
     states, (first, second) = trained
     assert first['kl'] == 0
     assert second['kl'] > 1e-5
-    policy = logprobs_of(logits_of(models.join(BASE, states[1].params), rollout), rollout)
+    policy = logprobs_of(logits_of(models.join_adapters(BASE, states[1].params), rollout), rollout)
     reference = logprobs_of(base_logits_of(BASE, rollout), rollout)
     gap = (reference - policy)[rollout.mask]
     assert second['kl'] == pytest.approx(np.mean(np.exp(gap) - gap - 1), rel=1e-3)
@@ -279,7 +282,7 @@ def test_the_program_takes_the_base_once(program, rollout, rewards):
     """Its arguments are base, adapters, their two moments and the batch; its results no base."""
     memory = program.memory_analysis()
     base, adapters, batch = size_of(BASE), size_of(ADAPTERS), size_of((rollout, rewards))
-    scalars = 4 * 32  # counters, sampling, objective
+    scalars = 4 * 32  # counters, sampling, coefficients
     assert base > batch + adapters  # a second copy of anything but scalars could not hide
     assert 0 <= memory.argument_size_in_bytes - (base + 3 * adapters + batch) <= scalars
     assert 0 <= memory.output_size_in_bytes - 3 * adapters < 1024 < adapters  # metrics, counters
@@ -287,9 +290,9 @@ def test_the_program_takes_the_base_once(program, rollout, rewards):
 
 def test_the_base_is_needed(rollout, rewards):
     state = jax.eval_shape(functools.partial(init_state, MODEL, OPTIMIZER), ADAPTERS)
-    step = make_step(MODEL, OPTIMIZER, Algorithm())
+    step = make_train_step(MODEL, OPTIMIZER, ALGORITHM)
     with pytest.raises(ValueError, match='ref_params=None with adapters'):
-        step.lower(state, None, rollout, rewards, SAMPLING, OBJECTIVE)
+        step.lower(state, None, rollout, rewards, SAMPLING, ALGORITHM)
 
 
 @pytest.fixture
@@ -317,7 +320,7 @@ def test_training_on_a_mesh(mesh, trained, rollout, rewards):
     start = trained[0][1]
     args = jax.device_put((start, BASE), sharding.shardings((start, BASE), mesh))
     args += sharding.put_groups((rollout, rewards), mesh)
-    state, metrics = program_of(*args, mesh=mesh)(*args, SAMPLING, OBJECTIVE)
+    state, metrics = program_of(*args, mesh=mesh)(*args, SAMPLING, ALGORITHM)
     expected = trained[0][2]
     assert tiny.gap(state.params, expected.params) < 1e-3 * tiny.largest(expected.params)
     for name in ('loss', 'kl', 'grad_norm'):

@@ -16,8 +16,10 @@ import numpy as np
 import oracle
 import pytest
 
-from grpo_jax import losses
-from grpo_jax.types import Batch, Objective, Rollout
+from grpo_jax.algorithm import losses, metrics
+from grpo_jax.algorithm.config import Algorithm
+from grpo_jax.algorithm.critic import value_loss
+from grpo_jax.types import Batch, Rollout
 
 RATIOS = (0.1, 0.75, 0.79, 0.85, 1.01, 1.15, 1.25, 1.31, 4.0)
 ADVANTAGES = (-2.0, -0.5, 0.0, 0.3, 1.7)
@@ -29,17 +31,13 @@ ADVANTAGE = GRID[None, :, 1]
 LOGPROB = OLD + np.log(GRID[None, :, 0])
 
 
-def group(old=OLD, advantage=ADVANTAGE, ref=None):
-    """What a loss reads of a group: [1, tokens]."""
-    return Batch(None, jnp.asarray(advantage), None, ref, jnp.asarray(old))
-
-
-def value_and_slope(loss, logprob, *args):
+def value_and_slope(loss, logprob, *args, **coefficients):
     """Per-token values, and the derivative of each by its own log-prob."""
 
     @jax.jit
     def run(logprob):
-        values, pull = jax.vjp(lambda x: loss(x, *args), logprob)
+        arrays = map(jnp.asarray, args)
+        values, pull = jax.vjp(lambda x: loss(x, *arrays, **coefficients), logprob)
         return values, pull(jnp.ones_like(values))[0]
 
     return run(jnp.asarray(logprob))
@@ -55,8 +53,9 @@ def expected(function):
 
 @pytest.mark.parametrize(('low', 'high'), BOUNDS)
 def test_clipped(low, high):
-    objective = Objective(low, high)
-    values, slopes = value_and_slope(losses.clipped, LOGPROB, group(), objective)
+    values, slopes = value_and_slope(
+        losses.clipped, LOGPROB, OLD, ADVANTAGE, clip_low=low, clip_high=high
+    )
     old, advantage = OLD[0].astype(float), ADVANTAGE[0].astype(float)
     want, want_slopes = expected(lambda x, i: oracle.clipped(x, old[i], advantage[i], low, high))
     np.testing.assert_allclose(values, want, rtol=1e-5, atol=1e-6)
@@ -75,32 +74,38 @@ def test_clipped(low, high):
     ],
 )
 def test_clipped_by_hand(ratio, advantage, value, slope):
-    objective = Objective(0.2, 0.2)
-    only = group(np.float32([[-1.0]]), np.float32([[advantage]]))
+    only = np.float32([[-1.0]]), np.float32([[advantage]])
     logprob = np.float32([[-1 + math.log(ratio)]])
-    values, slopes = value_and_slope(losses.clipped, logprob, only, objective)
+    values, slopes = value_and_slope(losses.clipped, logprob, *only, clip_low=0.2, clip_high=0.2)
     np.testing.assert_allclose(values[0, 0], value, rtol=1e-6)
     np.testing.assert_allclose(slopes[0, 0], slope, rtol=1e-6)
 
 
 def test_nll():
-    values, slopes = value_and_slope(losses.nll, LOGPROB, group(), Objective())
+    values, slopes = value_and_slope(losses.nll, LOGPROB, ADVANTAGE)
     np.testing.assert_allclose(values, -ADVANTAGE * LOGPROB, rtol=1e-6)
     np.testing.assert_allclose(slopes, -ADVANTAGE, rtol=1e-6)
 
 
 def test_surrogate():
     """The ratio times A whatever the ratio, and so is its slope."""
-    values, slopes = value_and_slope(losses.surrogate, LOGPROB, group(), Objective())
+    values, slopes = value_and_slope(losses.surrogate, LOGPROB, OLD, ADVANTAGE)
     want = -GRID[None, :, 0] * ADVANTAGE
     np.testing.assert_allclose(values, want, rtol=1e-5)
     np.testing.assert_allclose(slopes, want, rtol=1e-5)
 
 
+def clip_masks(loss, low, high):
+    algorithm = Algorithm(loss=loss, clip_low=low, clip_high=high)
+    return metrics._clip_masks(algorithm, *map(jnp.asarray, (LOGPROB, OLD, ADVANTAGE)))
+
+
 @pytest.mark.parametrize(('low', 'high'), BOUNDS)
 def test_clip_masks_say_where_the_gradient_is_cut(low, high):
-    below, above = losses.clip_masks(jnp.asarray(LOGPROB), group(), Objective(low, high))
-    _, slopes = value_and_slope(losses.clipped, LOGPROB, group(), Objective(low, high))
+    below, above = clip_masks('clipped', low, high)
+    _, slopes = value_and_slope(
+        losses.clipped, LOGPROB, OLD, ADVANTAGE, clip_low=low, clip_high=high
+    )
     cut = (np.asarray(slopes) == 0) & (ADVANTAGE != 0)
     np.testing.assert_array_equal(below, cut & (LOGPROB < OLD))
     np.testing.assert_array_equal(above, cut & (LOGPROB > OLD))
@@ -111,8 +116,8 @@ def test_clip_masks_say_where_the_gradient_is_cut(low, high):
 @pytest.mark.parametrize(('low', 'high'), BOUNDS)
 def test_clip_masks_say_where_a_weight_is_bounded(low, high):
     """CISPO's slope is A times the ratio but there, for either sign."""
-    below, above = losses.clip_masks(jnp.asarray(LOGPROB), group(), Objective(low, high), 'cispo')
-    _, slopes = value_and_slope(losses.cispo, LOGPROB, group(), Objective(low, high))
+    below, above = clip_masks('cispo', low, high)
+    _, slopes = value_and_slope(losses.cispo, LOGPROB, OLD, ADVANTAGE, clip_low=low, clip_high=high)
     bounded = ~np.isclose(slopes, -ADVANTAGE * np.exp(LOGPROB - OLD), rtol=1e-5)
     moved = (np.asarray(below) | np.asarray(above)) & (ADVANTAGE != 0)
     np.testing.assert_array_equal(moved, bounded)
@@ -123,12 +128,12 @@ def test_clip_masks_say_where_a_weight_is_bounded(low, high):
 @pytest.mark.parametrize('name', ['k1', 'k2', 'k3'])
 def test_kl_estimators(name):
     """The grid's old log-probs stand for the reference's."""
-    values, slopes = value_and_slope(getattr(losses, name), LOGPROB, jnp.asarray(OLD))
+    values, slopes = value_and_slope(losses.kl_divergence, LOGPROB, OLD, estimator=name)
     ref = OLD[0].astype(float)
     want, want_slopes = expected(lambda x, i: oracle.kl(name, x, ref[i]))
     np.testing.assert_allclose(values, want, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(slopes, want_slopes, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(getattr(losses, name)(OLD, OLD), 0, atol=1e-7)
+    np.testing.assert_allclose(losses.kl_divergence(*2 * [jnp.asarray(OLD)], name), 0, atol=1e-7)
 
 
 def test_kl_estimators_in_expectation():
@@ -140,7 +145,7 @@ def test_kl_estimators_in_expectation():
     def mean(name, logits):
         logp = jax.nn.log_softmax(logits)
         fixed = jax.lax.stop_gradient(jnp.exp(logp))  # on-policy: samples, not differentiated
-        return (fixed * getattr(losses, name)(logp, ref)).sum()
+        return (fixed * losses.kl_divergence(logp, ref, name)).sum()
 
     logits = jnp.float32(logits)
 
@@ -158,35 +163,35 @@ def test_slope_of_the_on_policy_objective():
     """-(A + beta * (ref / pi - 1)), as in DeepSeekMath (2402.03300), appendix A.1.6."""
     rng = np.random.default_rng(1)
     logprob, ref, advantage = rng.normal(-2, 1, (3, 2, 8)).astype(np.float32)
-    batch = group(logprob, advantage)  # the policy is the one that sampled: ratio 1
-    objective = Objective(0.2, 0.28, 0.04)
 
-    def loss(x):
-        return losses.clipped(x, batch, objective) + objective.beta * losses.k3(x, ref)
+    def loss(x):  # the policy is the one that sampled: ratio 1
+        clipped = losses.clipped(
+            x, jnp.asarray(logprob), jnp.asarray(advantage), clip_low=0.2, clip_high=0.28
+        )
+        return clipped + 0.04 * losses.kl_divergence(x, jnp.asarray(ref), 'k3')
 
     _, slopes = value_and_slope(loss, logprob)
     np.testing.assert_allclose(slopes, -(advantage + 0.04 * (np.exp(ref - logprob) - 1)), rtol=2e-5)
 
 
 def test_gradient_coefficients_of_the_papers_table():
-    """SFT and RFT: the advantage; GRPO: A + beta * (ref / pi - 1), and 0 behind the mask."""
+    """SFT and RFT: the advantage; GRPO: A + beta * (ref / pi - 1), and 0 outside the mask."""
     rng = np.random.default_rng(2)
-    logprob, ref, advantage = rng.normal(-2, 1, (3, 2, 8)).astype(np.float32)
+    logprob, ref, advantage = jnp.asarray(rng.normal(-2, 1, (3, 2, 8)).astype(np.float32))
     mask = np.arange(8) < np.array([[8], [5]])
     rollout = Rollout(None, None, jnp.asarray(mask), None, None)
     batch = Batch(rollout, jnp.asarray(advantage), None)
-    coefficient = losses.gradient_coefficient(logprob, batch, Objective(), loss='nll')
+    coefficient = losses.gradient_coefficient(Algorithm(loss='nll'), logprob, batch)
     np.testing.assert_allclose(coefficient, np.where(mask, advantage, 0), rtol=1e-6)
     batch = batch._replace(ref_logprobs=jnp.asarray(ref))
-    coefficient = losses.gradient_coefficient(logprob, batch, Objective(beta=0.04), kl='k3')
+    coefficient = losses.gradient_coefficient(Algorithm(beta=0.04), logprob, batch)
     expected = np.where(mask, advantage + 0.04 * (np.exp(ref - logprob) - 1), 0)
     np.testing.assert_allclose(coefficient, expected, rtol=2e-5, atol=1e-6)
 
 
 def critic(value, old, target):
-    """What `value_loss` reads of a group of one token."""
-    old, target = (jnp.float32([[x]]) for x in (old, target))
-    return jnp.float32([[value]]), Batch(None, None, None, old_values=old, returns=target)
+    """Arguments of `value_loss` for a group of one token."""
+    return [jnp.float32([[x]]) for x in (value, old, target)]
 
 
 @pytest.mark.parametrize(
@@ -202,16 +207,14 @@ def critic(value, old, target):
     ],
 )
 def test_value_loss_by_hand(value, clip, loss, slope):
-    values, group = critic(value, 1.0, 2.0)
-    objective = Objective(value_clip=clip)
-    ours, slopes = value_and_slope(losses.value_loss, values, group, objective)
+    ours, slopes = value_and_slope(value_loss, *critic(value, 1.0, 2.0), value_clip=clip)
     np.testing.assert_allclose([ours[0, 0], slopes[0, 0]], [loss, slope], rtol=1e-6)
 
 
 @functools.cache
 def value_program():
-    def total(values, group, weights, objective):
-        return (weights * losses.value_loss(values, group, objective)).sum()
+    def total(values, old, target, weights, clip):
+        return (weights * value_loss(values, old, target, value_clip=clip)).sum()
 
     return jax.jit(jax.value_and_grad(total))
 
@@ -231,8 +234,7 @@ def check_value_loss(seed, clip):
         return out
 
     with jax.enable_x64(True):
-        group = Batch(None, None, None, old_values=jnp.asarray(old), returns=jnp.asarray(target))
-        value, gradient = value_program()(values, group, weights, Objective(value_clip=clip))
+        value, gradient = value_program()(values, old, target, weights, clip)
         ours = float(value), np.asarray(gradient)
     oracle.assert_same(ours, oracle.complex_step(total, values, np.ones((3, 5), bool)))
 

@@ -1,19 +1,23 @@
-"""Methods by name and by options: what each is, and what is refused because nothing reads it."""
+"""Methods by name and by options: what each is, and which options are rejected without effect."""
 
+import dataclasses
 import itertools
 import pathlib
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from grpo_jax import config as grpo_config
-from grpo_jax import presets
-from grpo_jax.algorithm import Algorithm
-from grpo_jax.collect import DROPS
-from grpo_jax.methods import parts_of
-from grpo_jax.preferences import PAIRWISE
-from grpo_jax.types import Objective, Sampling
+from grpo_jax.algorithm import presets
+from grpo_jax.algorithm.config import COEFFICIENTS, Algorithm
+from grpo_jax.algorithm.preferences import PAIRWISE
+from grpo_jax.engine.compute import Compute
+from grpo_jax.run import config as grpo_config
+from grpo_jax.run import config_checks, methods, saved_config
+from grpo_jax.run.methods import algorithm_of, compute_of
+from grpo_jax.run.selection import DROPS
 
-CONFIGS = pathlib.Path(grpo_config.__file__).parents[1] / 'configs'
+CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 
 
 def arithmetic():
@@ -24,51 +28,109 @@ def plain(**algorithm):
     config = grpo_config.defaults()
     config.grpo.algorithm.update(algorithm)
     if algorithm.get('kl') == 'none' and algorithm.get('loss') not in PAIRWISE:
-        config.grpo.objective.beta = 0.0
+        config.grpo.algorithm.beta = 0.0
     return config
 
 
-def made(name, config=None):
-    """The parts of a preset."""
-    return parts_of(presets.apply(config or arithmetic(), name))
+def of_preset(name, config=None):
+    """The algorithm of a preset that was applied to a config."""
+    return algorithm_of(methods.apply(config or arithmetic(), name))
 
 
-# From the config to the parts
+# From the config to the algorithm
 
 
-def test_the_parts_are_the_sections():
-    config = plain(loss='cispo', microbatch=4)
-    config.grpo.objective.update(clip_high=2.0, beta=0.5)
-    config.grpo.sampling.temperature = 0.5
-    assert parts_of(config) == (
-        Algorithm(loss='cispo', microbatch=4),
-        Objective(clip_high=2.0, beta=0.5),
-        Sampling(temperature=0.5),
-    )
+def test_the_algorithm_is_the_section():
+    config = plain(loss='cispo', clip_high=2.0, beta=0.5)
+    assert algorithm_of(config) == Algorithm(loss='cispo', clip_high=2.0, beta=0.5)
+
+
+def test_how_it_is_computed_is_a_section_of_its_own():
+    config = plain()
+    assert compute_of(config) == Compute()
+    config.grpo.compute.update(microbatch=4, logprob_chunk=16)
+    assert compute_of(config) == Compute(microbatch=4, logprob_chunk=16)
+    config.grpo.compute.microbatch = 0
+    with pytest.raises(ValueError, match=r'^grpo.compute.microbatch=0 is out of range'):
+        compute_of(config)
 
 
 def test_a_term_of_weight_zero_is_left_out():
-    config = plain()
-    config.grpo.objective.beta = 0.0
-    assert parts_of(config).algorithm == Algorithm(kl='none')
+    config = plain(beta=0.0)
+    algorithm = algorithm_of(config)
+    assert not algorithm.has_kl
+    assert not algorithm.uses_reference
 
 
 def test_a_term_with_a_weight_is_put_in():
-    config = plain()
-    assert not parts_of(config).algorithm.entropy
-    config.grpo.objective.entropy_bonus = 0.01
-    assert parts_of(config).algorithm == Algorithm(entropy=True)
-    config = plain()
-    config.grpo.objective.top_entropy = 0.2
-    assert parts_of(config).algorithm == Algorithm(entropy_mask=True)
+    assert not algorithm_of(plain()).needs_entropy
+    assert algorithm_of(plain(entropy_bonus=0.01)).needs_entropy
+    assert not algorithm_of(plain()).masks_entropy
+    assert algorithm_of(plain(top_entropy=0.2)).masks_entropy
 
 
-# Scalars that nothing reads
+def squared(logprobs, advantages):
+    """A loss of one's own."""
+    return -advantages * logprobs**2
+
+
+def test_functions_by_their_path():
+    config = plain(loss='test_methods:squared', beta=0.0)
+    assert algorithm_of(config).loss is squared
+    assert algorithm_of(config).name_of_loss == 'squared'
+    config.grpo.algorithm.loss = 'test_methods:square'
+    with pytest.raises(ValueError, match=r"^grpo.algorithm.loss: .* did you mean 'squared'"):
+        algorithm_of(config)
+
+
+# The options object
+
+
+def test_coefficients_are_leaves_and_choices_are_not():
+    algorithm = Algorithm(beta=0.1, clip_high=0.3)
+    assert sorted(map(float, jax.tree.leaves(algorithm))) == sorted(
+        getattr(algorithm, name) for name in COEFFICIENTS
+    )
+    doubled = jax.tree.map(lambda x: jnp.float32(2 * x), algorithm)
+    assert float(doubled.beta) == pytest.approx(0.2)
+    assert doubled.loss == 'clipped'
+    other = dataclasses.replace(algorithm, loss='cispo')
+    assert jax.tree.structure(algorithm) != jax.tree.structure(other)
+
+
+def test_terms_survive_tracing():
+    """A program that was compiled with a KL term is given one, whatever beta is then."""
+    seen = []
+
+    @jax.jit
+    def run(algorithm):
+        seen.append(algorithm.terms)
+        return algorithm.beta * 2
+
+    run(Algorithm(beta=0.1))
+    run(Algorithm(beta=0.2))
+    run(Algorithm(beta=jnp.float32(0.3)))
+    assert set(seen) == {frozenset({'beta'})}
+    run(Algorithm(beta=0.0))
+    assert seen[-1] == frozenset()
+
+
+def test_replacing_a_coefficient_changes_the_terms():
+    algorithm = Algorithm(beta=0.1)
+    assert dataclasses.replace(algorithm, beta=0.0).terms == frozenset()
+    assert dataclasses.replace(algorithm, entropy_bonus=0.1).terms == {'beta', 'entropy_bonus'}
+    stacked = dataclasses.replace(Algorithm(), beta=jnp.array([0.1, 0.2]))
+    assert stacked.terms == {'beta'}  # an array counts as not neutral
+    axes = dataclasses.replace(jax.tree.map(lambda _: None, stacked), beta=0)
+    assert jax.vmap(lambda a: a.beta, in_axes=(axes,))(stacked).shape == (2,)
+
+
+# Coefficients without effect
 
 PAIR = {'loss': 'dpo', 'scale': 'none', 'kl': 'none'}
 TRUST = {'loss': 'surrogate', 'step': 'trust_region', 'kl': 'none'}
 CRITIC = {'baseline': 'critic', 'scale': 'batch'}
-READ = {  # scalar -> another value, options that read it, options that do not
+USED = {  # coefficient -> another value, options that use it, options that do not
     'clip_low': (0.3, [{}, {'loss': 'cispo'}], [{'loss': 'sapo'}, {'loss': 'nll'}, PAIR, TRUST]),
     'clip_high': (0.3, [{}, {'loss': 'cispo'}], [{'loss': 'sapo'}, {'loss': 'nll'}, PAIR, TRUST]),
     'dual_clip': (3.0, [{}], [{'loss': 'cispo'}, {'loss': 'sapo'}, PAIR]),
@@ -85,40 +147,69 @@ READ = {  # scalar -> another value, options that read it, options that do not
     'max_kl': (0.1, [TRUST], [{}, {'loss': 'surrogate'}]),
     'damping': (0.2, [TRUST], [{}, {'loss': 'surrogate'}]),
 }
-ALWAYS = {'beta', 'entropy_bonus'}  # put their term into the program themselves
+ALWAYS = {'beta', 'entropy_bonus', 'advantage_eps'}  # see below
 
 
-def test_every_scalar_is_checked():
-    assert READ.keys() | ALWAYS == set(Objective._fields)
+def test_every_coefficient_is_checked():
+    assert USED.keys() | ALWAYS == set(COEFFICIENTS)
 
 
-@pytest.mark.parametrize('name', READ)
-def test_scalars_that_are_read(name):
-    value, reading, _ = READ[name]
-    for options in reading:
-        config = plain(**options)
-        config.grpo.objective[name] = value
-        assert getattr(parts_of(config).objective, name) == value
+def options_of(options, **more):
+    """Options of the library, with a KL term where a reference is possible."""
+    beta = {'beta': 0.04} if options.get('kl', 'k3') != 'none' or 'loss' in options else {}
+    if options.get('kl') == 'none' and options.get('loss') not in PAIRWISE:
+        beta = {}
+    return beta | options | more
+
+
+@pytest.mark.parametrize('name', USED)
+def test_coefficients_that_are_used(name):
+    value, using, _ = USED[name]
+    for options in using:
+        assert getattr(Algorithm(**options_of(options, **{name: value})), name) == value
+        config = plain(**options, **{name: value})
+        assert getattr(algorithm_of(config), name) == value
 
 
 @pytest.mark.parametrize(
-    ('name', 'options'), [(name, o) for name, (_, _, others) in READ.items() for o in others]
+    ('name', 'options'), [(name, o) for name, (_, _, others) in USED.items() for o in others]
 )
-def test_scalars_that_nothing_reads(name, options):
-    config = plain(**options)
-    assert parts_of(config)
-    config.grpo.objective[name] = READ[name][0]
-    message = rf'grpo.objective.{name}={READ[name][0]} does nothing with loss=.*: leave it away'
-    with pytest.raises(ValueError, match=message):
-        parts_of(config)
+def test_coefficients_without_effect(name, options):
+    assert Algorithm(**options_of(options))
+    message = rf'{name}={USED[name][0]} has no effect with .*: remove it'
+    with pytest.raises(ValueError, match=f'^{message}'):
+        Algorithm(**options_of(options, **{name: USED[name][0]}))
+    with pytest.raises(ValueError, match=f'^grpo.algorithm.{message}'):
+        algorithm_of(plain(**options, **{name: USED[name][0]}))
 
 
 @pytest.mark.parametrize('name', ['kl_clamp', 'reference_decay'])
-def test_what_belongs_to_a_term_of_weight_zero_does_nothing(name):
-    config = plain()
-    config.grpo.objective.update({'beta': 0.0, name: READ[name][0]})
-    with pytest.raises(ValueError, match=f'grpo.objective.{name}=.* does nothing .* kl=.none.'):
-        parts_of(config)
+def test_a_part_of_a_term_of_weight_zero_has_no_effect(name):
+    with pytest.raises(ValueError, match=rf'^{name}=.* has no effect with beta=0.0, kl=.k3.'):
+        Algorithm(**{name: USED[name][0]})
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'beta': 5.0, 'kl': 'none'}, r"^beta=5.0 has no effect with kl='none': remove it"),
+        ({'importance_cap': 0.1}, r'^importance_cap=0.1 is out of range: .* at least 1$'),
+        ({'importance_cap': 3.0}, r"^importance_cap=3.0 has no effect with importance='none'"),
+        ({'scale': 'none', 'advantage_eps': 0.1}, '^advantage_eps=0.1 has no effect with scale'),
+        ({'cg_steps': 5}, r"^cg_steps=5 has no effect with step='optimizer': remove it"),
+        ({'loss': 'nll', 'ratio': 'sequence'}, r"^ratio='sequence' has no effect with loss='nll'"),
+        ({'loss': squared, 'clip_low': 0.1}, r"^clip_low=0.1 has no effect with loss='squared'"),
+        ({'advantage_estimator': abs, 'scale': 'none'}, r"^scale='none' has no effect with an adv"),
+        ({'clip_low': -0.1}, r'^clip_low=-0.1 is out of range: it has to be at least 0$'),
+        ({'beta': float('nan')}, r'^beta=nan is out of range'),
+        ({'top_entropy': 0.0}, r'^top_entropy=0.0 is out of range: .* above 0 and at most 1$'),
+        ({**PAIR, 'beta': 0.1, 'label_smoothing': 0.5}, r'^label_smoothing=0.5 .*, below 0.5$'),
+        ({**PAIR, 'beta': 0.0}, r"^beta=0 with loss='dpo': set it above 0"),
+    ],
+)
+def test_options_of_the_library_that_are_rejected(options, message):
+    with pytest.raises(ValueError, match=message):
+        Algorithm(**options)
 
 
 SECTIONS = [
@@ -132,23 +223,25 @@ SECTIONS = [
 
 
 @pytest.mark.parametrize(('section', 'key', 'options', 'reason'), SECTIONS)
-def test_sections_that_nothing_reads(section, key, options, reason):
+def test_sections_without_effect(section, key, options, reason):
     config = plain(**options)
-    assert parts_of(config)
+    assert algorithm_of(config)
     place = config
     for name in section.split('.'):
         place = place[name]
     place[key] = 'process' if key == 'kind' else 7
-    with pytest.raises(ValueError, match=f'{section}.{key}=.* does nothing with {reason}: leave'):
-        parts_of(config)
+    with pytest.raises(
+        ValueError, match=f'{section}.{key}=.* has no effect with {reason}: remove it'
+    ):
+        algorithm_of(config)
 
 
-def test_sections_that_are_read():
+def test_sections_that_are_used():
     config = plain(**CRITIC)
     config.critic.optimizer.learning_rate = 0.5
     config.reward_model.update(weight=0.5, steps=3)
     config.grpo.optimizer.learning_rate = 0.5
-    assert parts_of(config).algorithm.has_critic
+    assert algorithm_of(config).has_critic
 
 
 # Who samples, and what of it is learnt from
@@ -158,62 +251,62 @@ def test_sources():
     for options in ({'loss': 'nll'}, PAIR):
         config = plain(**options)
         config.grpo.source = 'reference'
-        assert parts_of(config).algorithm.loss == options['loss']
+        assert algorithm_of(config).loss == options['loss']
     config = plain()
     config.grpo.source = 'reference'
     message = "grpo.source='reference' with loss='clipped', .*: use loss='nll' or one of dpo, ipo"
     with pytest.raises(ValueError, match=message):
-        parts_of(config)
+        algorithm_of(config)
     config.grpo.source = 'model'
     with pytest.raises(
         ValueError, match=r"grpo\.source='model' is unknown: use policy or reference"
     ):
-        parts_of(config)
+        algorithm_of(config)
 
 
 def test_samples_of_rounded_weights_need_a_correction():
     config = plain(importance='token_mask')
     config.grpo.weights = 'int8'
-    assert parts_of(config).algorithm.importance == 'token_mask'
+    assert algorithm_of(config).importance == 'token_mask'
     for options in ({}, PAIR):
         config = plain(**options)
         config.grpo.weights = 'int8'
         with pytest.raises(
             ValueError, match=r"weights='int8' with .*importance='none'.* weights='model'$"
         ):
-            parts_of(config)
+            algorithm_of(config)
     config.grpo.weights = 'float8'
     with pytest.raises(ValueError, match="weights='float8' is unknown: use one of model, int8"):
-        parts_of(config)
+        algorithm_of(config)
 
 
 def test_drops():
     config = plain()
     config.grpo.drop = DROPS
-    assert parts_of(config)
+    assert algorithm_of(config)
     config.grpo.drop = ('wrong', 'long')
     with pytest.raises(
         ValueError, match=r"grpo\.drop names 'long', which is unknown: .* duplicates"
     ):
-        parts_of(config)
+        algorithm_of(config)
 
 
 @pytest.mark.parametrize('loss', ['dpo', 'ipo', 'hinge'])
 def test_pairs(loss):
     config = plain(**PAIR | {'loss': loss})
-    assert parts_of(config).algorithm.reads_reference
-    config.grpo.objective.beta = 0.0
-    with pytest.raises(ValueError, match=f"grpo.objective.beta=0 with loss='{loss}': set it above"):
-        parts_of(config)
-    config.grpo.objective.beta = 0.1
+    assert algorithm_of(config).uses_reference
+    config.grpo.algorithm.beta = 0.0
+    with pytest.raises(ValueError, match=f"grpo.algorithm.beta=0 with loss='{loss}': set it above"):
+        algorithm_of(config)
+    config.grpo.algorithm.beta = 0.1
     config.grpo.group_size = 1
     with pytest.raises(ValueError, match=r'needs pairs: grpo.group_size=1 has to be at least 2'):
-        parts_of(config)
+        algorithm_of(config)
     config.grpo.group_size = 2
-    assert parts_of(config)
+    assert algorithm_of(config)
     config.grpo.drop = ('wrong',)
     with pytest.raises(ValueError, match=r"needs pairs: .* grpo.drop=\('wrong',\) empty"):
-        parts_of(config)
+        algorithm_of(config)
 
 
 # Presets
@@ -229,8 +322,8 @@ def test_the_presets():
     }  # fmt: skip
 
 
-# What differs from GRPO, from the papers: options, scalars and keys of `grpo`. Without a KL term
-# beta is 0.
+# What differs from GRPO, from the papers: choices, coefficients and keys of `grpo`. Without a KL
+# term beta is 0.
 NO_KL = {'kl': 'none'}
 KL_IN_REWARD = {'kl': 'k1', 'kl_place': 'reward'}
 COPY = {'loss': 'nll', 'baseline': 'none', 'scale': 'none', 'aggregation': 'token_mean', **NO_KL}
@@ -283,8 +376,8 @@ TABLE = {
     'tis_sequence': ({'importance': 'sequence'}, {'importance_cap': 2.0}, {}),
     'masked_is': ({'importance': 'token_mask'}, {'importance_cap': 2.0}, {}),
     'masked_is_sequence': ({'importance': 'sequence_mask'}, {'importance_cap': 2.0}, {}),
-    'entropy_bonus': ({'entropy': True}, {'entropy_bonus': 1e-3}, {}),
-    'top_entropy': ({'entropy_mask': True}, {'top_entropy': 0.2}, {}),
+    'entropy_bonus': ({}, {'entropy_bonus': 1e-3}, {}),
+    'top_entropy': ({}, {'top_entropy': 0.2}, {}),
     'trpo': (
         {'loss': 'surrogate', 'step': 'trust_region', **NO_KL},
         {'beta': 0.0, 'max_kl': 0.01},
@@ -305,40 +398,51 @@ TABLE = {
 
 @pytest.mark.parametrize('name', presets.PRESETS)
 def test_presets_by_hand(name):
-    """Starting from a config with settings of its own, which stay."""
-    options, scalars, keys = TABLE[name]
-    parts = made(name)
-    assert parts.algorithm == Algorithm(**{'microbatch': 32, 'scale': 'std', **options})
-    assert parts.objective == Objective(**{'beta': 0.005, **scalars})
-    config, before = presets.apply(arithmetic(), name).to_dict(), arithmetic().to_dict()
+    """Starting from a config whose other settings stay."""
+    choices, coefficients, keys = TABLE[name]
+    expected = Algorithm(**{'beta': 0.04} | choices | coefficients)
+    assert presets.preset(name) == of_preset(name) == expected
+    config, before = methods.apply(arithmetic(), name).to_dict(), arithmetic().to_dict()
     grpo, usual = config.pop('grpo'), before.pop('grpo')
     assert config == before
     if name == 'trpo':  # has no use for the optimizer that the config has set
         keys = keys | {'optimizer': grpo_config.defaults().grpo.optimizer.to_dict()}
-    for key in usual.keys() - {'algorithm', 'objective'}:
+    for key in usual.keys() - {'algorithm'}:
         assert grpo[key] == keys.get(key, usual[key]), key
 
 
+def test_a_preset_with_changes():
+    assert presets.preset('dapo', clip_high=0.3) == Algorithm(
+        aggregation='token_mean', kl='none', clip_high=0.3
+    )
+    with pytest.raises(ValueError, match=r"preset 'dpao' is unknown: use one of rft, .*"):
+        presets.preset('dpao')
+
+
 def test_no_two_presets_are_the_same():
-    found = {}
+    by_name = {}
     for name in presets.PRESETS:
-        config = presets.apply(arithmetic(), name)
-        found[name] = made(name), config.grpo.source, config.grpo.refill, tuple(config.grpo.drop)
-    for one, other in itertools.combinations(found, 2):
-        assert found[one] != found[other], (one, other)
+        config = methods.apply(arithmetic(), name)
+        grpo = config.grpo
+        by_name[name] = algorithm_of(config), grpo.source, grpo.refill, tuple(grpo.drop)
+    for one, other in itertools.combinations(by_name, 2):
+        assert by_name[one] != by_name[other], (one, other)
 
 
 @pytest.mark.parametrize('name', presets.PRESETS)
 def test_presets_do_not_pile_up(name):
-    """Whichever came before: but for beta, which some leave as they find it."""
-    alone = presets.apply(arithmetic(), name).to_dict()
+    """Whichever came before; beta too."""
+    alone = methods.apply(arithmetic(), name).to_dict()
     for before in presets.PRESETS:
-        config = presets.apply(presets.apply(arithmetic(), before), name)
-        if 'beta' not in presets.PRESETS[name].get('objective', {}):
-            config.grpo.objective.beta = 0.005
-        if before == 'trpo':  # has taken the optimizer's settings away
-            config.grpo.optimizer = presets.apply(arithmetic(), name).grpo.optimizer
+        config = methods.apply(methods.apply(arithmetic(), before), name)
+        if before == 'trpo':  # has removed the optimizer's settings
+            config.grpo.optimizer = methods.apply(arithmetic(), name).grpo.optimizer
         assert config.to_dict() == alone, before
+
+
+def test_grpo_after_dapo_has_its_kl_term():
+    config = methods.apply(methods.apply(arithmetic(), 'dapo'), 'grpo')
+    assert config.grpo.algorithm.beta == 0.04
 
 
 def test_an_unknown_preset():
@@ -346,7 +450,7 @@ def test_an_unknown_preset():
     with pytest.raises(
         ValueError, match=r"preset 'grop' is unknown: use one of rft, .*, trl, verl"
     ):
-        presets.apply(config, 'grop')
+        methods.apply(config, 'grop')
     assert config.to_dict() == arithmetic().to_dict()
 
 
@@ -361,31 +465,39 @@ CONVENTIONS = {  # how the standard deviation is taken, what is added to it, bou
 
 @pytest.mark.parametrize('name', presets.CONVENTIONS)
 def test_conventions(name):
-    """They change what the method reads of three values and nothing else."""
+    """They change those of three values that the method uses, and nothing else."""
     scale, eps, clamp = CONVENTIONS[name]
     for before in ('grpo', 'bnpo', 'dual_clip', 'rloo'):
-        config = presets.apply(arithmetic(), before)
-        config.grpo.objective.kl_clamp = 5.0
+        config = methods.apply(arithmetic(), before)
+        config.grpo.algorithm.kl_clamp = 5.0
         expected = config.to_dict()
         if before != 'rloo':
             expected['grpo']['algorithm'] |= {'scale': scale, 'advantage_eps': eps}
-        expected['grpo']['objective'] |= {'kl_clamp': clamp}
-        assert presets.apply(config, name).to_dict() == expected
-        assert parts_of(config).objective.kl_clamp == clamp
+        expected['grpo']['algorithm'] |= {'kl_clamp': clamp}
+        assert methods.apply(config, name).to_dict() == expected
+        assert algorithm_of(config).kl_clamp == clamp
     for before in ('dapo', 'ppo', 'dr_grpo'):
-        config = presets.apply(presets.apply(arithmetic(), before), name)
-        assert parts_of(config)
+        config = methods.apply(methods.apply(arithmetic(), before), name)
+        assert algorithm_of(config)
         assert config.grpo.algorithm.scale == {'dapo': scale, 'ppo': 'batch'}.get(before, 'none')
 
 
 # Config files
 
+TASK = {'beta': 0.005}  # of the arithmetic task, where the method has a KL term
 
-def test_a_config_file_of_every_preset():
-    for name in presets.PRESETS:
-        config = grpo_config.load(f'{CONFIGS / "variants.py"}:{name}')
-        grpo_config.check_keys(config)
-        assert config.to_dict() == presets.apply(arithmetic(), name).to_dict()
+
+@pytest.mark.parametrize('name', presets.PRESETS)
+def test_a_config_file_of_every_preset(name):
+    config = grpo_config.load(f'{CONFIGS / "variants.py"}:{name}')
+    config_checks.check_keys(config)
+    expected = methods.apply(arithmetic(), name)
+    if presets.PRESETS[name].get('beta') == presets.BETA:
+        expected.grpo.algorithm.update(TASK)
+    assert config.to_dict() == expected.to_dict()
+
+
+def test_a_config_file_of_no_preset():
     with pytest.raises(ValueError, match=r"variants.py:grop: .*preset 'grop' is unknown"):
         grpo_config.load(f'{CONFIGS / "variants.py"}:grop')
 
@@ -395,8 +507,10 @@ def test_a_config_file_of_every_preset():
 )
 def test_config_files_of_methods(name):
     config = grpo_config.load(CONFIGS / f'{name}.py')
-    grpo_config.check_keys(config)
-    grpo_config.check_values(config)
-    expected = made(name) if name in presets.PRESETS else made('grpo')
-    assert parts_of(config).algorithm == expected.algorithm
-    assert grpo_config.from_json(grpo_config.to_json(config)).to_dict() == config.to_dict()
+    config_checks.check_keys(config)
+    config_checks.check_values(config)
+    expected = of_preset(name if name in presets.PRESETS else 'grpo')
+    if expected.beta == presets.BETA:
+        expected = dataclasses.replace(expected, **TASK)
+    assert algorithm_of(config) == expected
+    assert saved_config.from_json(saved_config.to_json(config)).to_dict() == config.to_dict()

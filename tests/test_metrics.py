@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from grpo_jax.metrics import rollout_metrics
+from grpo_jax.algorithm.metrics import rollout_metrics
 from grpo_jax.types import Prompts, Rollout
 
 
@@ -16,7 +16,8 @@ def test_rollout_metrics_by_hand():
     rewards = jnp.array([[1.0, 0.0], [0.5, 0.5]])
     expected = {
         'reward': 0.5,
-        'reward_std': 0.25,  # of [1, 0] it is 0.5, of [0.5, 0.5] nothing
+        'reward_std': (0.5 / 3) ** 0.5,  # of all four, as a sample
+        'reward_std_in_group': 0.25,  # of [1, 0] it is 0.5, of [0.5, 0.5] nothing
         'frac_reward_zero_std': 0.5,
         'num_tokens': 4 + 2 + 2 + 4 + 5 + 1,
         'completions/mean_length': 3,

@@ -32,7 +32,7 @@ def pictures(cells):
 
 @pytest.fixture
 def execute(tmp_path, monkeypatch):
-    """Runs a notebook on a kernel of this very interpreter, whatever others are installed."""
+    """Run a notebook on a kernel of this interpreter, whichever others are installed."""
     kernel = tmp_path / 'kernels' / 'tested' / 'kernel.json'
     kernel.parent.mkdir(parents=True)
     command = [sys.executable, '-m', 'ipykernel_launcher', '-f', '{connection_file}']
@@ -64,7 +64,7 @@ def test_the_tour(execute):
 
 
 def test_the_coefficients(execute):
-    """Stored with small pictures and with numbers that are still those of the package."""
+    """The stored pictures are small, and the stored numbers are those that the package prints."""
     _, stored = read('coefficients.ipynb')
     assert pictures(stored) == 4
     assert (NOTEBOOKS / 'coefficients.ipynb').stat().st_size < 100_000

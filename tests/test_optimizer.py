@@ -7,7 +7,7 @@ import optax
 import pytest
 import tiny
 
-from grpo_jax.optimizer import adamw
+from grpo_jax.algorithm.optimizer import adamw, make_optimizer
 
 
 def adamw_by_hand(params, gradients, rates, *, b1, b2, eps, weight_decay, clip_norm):
@@ -106,3 +106,52 @@ def test_learning_rates(options, expected):
 def test_bad_optimizer(options, message):
     with pytest.raises(ValueError, match=message):
         adamw(**{'learning_rate': 1.0, 'steps': 10, **options})
+
+
+def updates(optimizer, params, gradient, count=3):
+    state, steps = optimizer.init(params), []
+    for _ in range(count):
+        update, state = optimizer.update(gradient, state, params)
+        steps.append(update)
+    return steps
+
+
+@pytest.mark.parametrize('name', ['optax:sgd', 'optax.sgd', optax.sgd])
+def test_any_optax_factory(name):
+    """Behind the same clip and with the same schedule; the gradient's norm is 5."""
+    optimizer, schedule = make_optimizer(
+        name, learning_rate=0.1, steps=8, warmup_steps=3, options={'momentum': 0.5}
+    )
+    gradient = {'gate': jnp.array([3.0, 4.0])}
+    found = updates(optimizer, {'gate': jnp.zeros(2)}, gradient)
+    rates = [0.025, 0.05, 0.075]
+    np.testing.assert_allclose([schedule(k) for k in range(3)], rates, rtol=1e-6)
+    for update, rate, trace in zip(found, rates, (1.0, 1.5, 1.75), strict=True):
+        np.testing.assert_allclose(update['gate'], -rate * trace * np.array([0.6, 0.8]), rtol=1e-5)
+
+
+def test_adamw_by_its_name_is_adamw():
+    options = {'learning_rate': 0.1, 'steps': 3, 'b1': 0.5, 'weight_decay': 0.1, 'clip_norm': 0.5}
+    params = gradient = {'gate': jnp.array([3.0, 4.0])}
+    for optimizer, _ in (make_optimizer(**options), make_optimizer('adamw', **options)):
+        assert tiny.same(
+            updates(optimizer, params, gradient), updates(adamw(**options)[0], params, gradient)
+        )
+
+
+@pytest.mark.parametrize(
+    ('name', 'options', 'message'),
+    [
+        ('adam', {}, "unknown optimizer 'adam', did you mean 'adamw'"),
+        ('optax:adamm', {}, "optimizer 'optax:adamm': optax has no 'adamm', did you mean 'adam'"),
+        ('optax:sgd', {'options': {'momentun': 1}}, 'do not fit optax:sgd: .* it takes momentum'),
+        ('optax:sgd', {'b1': 0.5}, "b1=0.5 has no effect with name='optax:sgd': set its own in"),
+        ('adamw', {'options': {'b1': 0.5}}, "has no effect with name='adamw': set b1, b2, eps and"),
+        ('optax:sgd', {'decay': 'step'}, "decay='step' is unknown"),
+        ('optax:sgd', {'clip_norm': -1.0}, 'clip_norm=-1.0 is out of range'),
+        (lambda learning_rate: 0, {}, 'returned int: return an optax.GradientTransformation'),
+    ],
+)
+def test_bad_factories(name, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_optimizer(name, learning_rate=1.0, steps=10, **options)

@@ -1,6 +1,6 @@
 """Gradient and step of an update in dtypes of two bytes, and with all terms of the loss."""
 
-from types import SimpleNamespace
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -9,21 +9,23 @@ import optax
 import pytest
 import tiny
 
-from grpo_jax import update
-from grpo_jax.algorithm import Algorithm
-from grpo_jax.types import Objective, Sampling
+from grpo_jax.algorithm.config import Algorithm
+from grpo_jax.algorithm.program import init_state, make_train_step
+from grpo_jax.engine.compute import Compute
+from grpo_jax.models import ModelConfig
+from grpo_jax.types import Sampling
+
+COMPUTE = Compute(microbatch=2)
 
 # The trust region's step
 
 
-def run_update(params, rollout, rewards, objective, **options):
+def run_update(params, rollout, rewards, **options):
     model, optimizer = tiny.Bigram(), optax.identity()
-    algorithm = Algorithm(
-        loss='surrogate', step='trust_region', kl='none', microbatch=2, cg_steps=3, **options
-    )
-    state = update.init_state(model, optimizer, params)
-    step = update.make_step(model, optimizer, algorithm)
-    state, metrics = step(state, None, rollout, rewards, Sampling(), objective)
+    algorithm = Algorithm(loss='surrogate', step='trust_region', kl='none', cg_steps=3, **options)
+    state = init_state(model, optimizer, params)
+    step = make_train_step(model, optimizer, algorithm, compute=COMPUTE)
+    state, metrics = step(state, None, rollout, rewards)
     return state.params, {name: float(value) for name, value in metrics.items()}
 
 
@@ -40,9 +42,8 @@ def difference(a, b):
 def test_parameters_of_two_bytes_are_updated(dtype, rollout, rewards):
     exact = tiny.Bigram().make_params()
     before = jax.tree.map(lambda x: x.astype(dtype), exact)
-    objective = Objective(max_kl=0.1)
-    after, found = run_update(before, rollout, rewards, objective)
-    expected, _ = run_update(exact, rollout, rewards, objective)
+    after, found = run_update(before, rollout, rewards, max_kl=0.1)
+    expected, _ = run_update(exact, rollout, rewards, max_kl=0.1)
     assert found['trust_region/accepted'] == 1
     assert 0 < found['trust_region/kl_step'] <= 0.1
     assert {x.dtype for x in jax.tree.leaves(after)} == {jnp.dtype(dtype)}
@@ -54,10 +55,10 @@ def test_the_search_knows_of_the_entropy_bonus(rollout, rewards):
     """With equal rewards it is all there is to gain."""
     params, same = tiny.Bigram().make_params(), np.ones_like(rewards)
     for bonus in (0.0, 0.1):
-        objective = Objective(entropy_bonus=bonus)
-        after, found = run_update(params, rollout, same, objective, entropy=True)
+        options = {'entropy_bonus': bonus, 'entropy': True}
+        after, found = run_update(params, rollout, same, **options)
         assert found['trust_region/accepted'] == (bonus > 0)
-    _, again = run_update(after, rollout, same, objective, entropy=True)
+    _, again = run_update(after, rollout, same, **options)
     assert again['entropy'] > found['entropy']
 
 
@@ -65,7 +66,7 @@ def test_the_search_knows_of_the_entropy_bonus(rollout, rewards):
 
 
 class Half(tiny.Bigram):
-    config = SimpleNamespace(**(vars(tiny.Bigram.config) | {'dtype': 'float16'}))
+    config: ModelConfig = dataclasses.replace(tiny.Bigram.config, dtype='float16')
 
 
 def test_slopes_of_many_tokens_are_not_too_small_for_float16():
@@ -73,12 +74,12 @@ def test_slopes_of_many_tokens_are_not_too_small_for_float16():
     rollout = tiny.make_rollout(max_tokens=700)
     rewards = 1e-3 * tiny.make_rewards()
     optimizer = optax.trace(0.0)
-    algorithm = Algorithm(baseline='none', scale='none', kl='none', microbatch=2)
+    algorithm = Algorithm(baseline='none', scale='none', kl='none')
 
     def gradient(model):
-        step = update.make_step(model, optimizer, algorithm)
-        state = update.init_state(model, optimizer, model.make_params())
-        state, _ = step(state, None, rollout, rewards, Sampling(), Objective())
+        step = make_train_step(model, optimizer, algorithm, compute=COMPUTE)
+        state = init_state(model, optimizer, model.make_params())
+        state, _ = step(state, None, rollout, rewards, Sampling(), algorithm)
         return jax.device_get(state.opt_state.trace)
 
     found, expected = gradient(Half()), gradient(tiny.Bigram())

@@ -1,22 +1,26 @@
-"""In which order steps are sampled, judged, dispatched and fetched, with nothing but stubs."""
+"""The order in which steps are sampled, graded, dispatched and fetched, with stubs only."""
 
 import logging
+import signal
 from types import SimpleNamespace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
+import typechecking
 
-from grpo_jax import checkpoint, report, train
-from grpo_jax.collect import Collected
-from grpo_jax.stages import Stage
+from grpo_jax.run import checkpoint, report
+from grpo_jax.run.rollouts import CollectedBatch, Position
+from grpo_jax.run.stages import Stage
+from grpo_jax.run.training import Snapshot, StageLoop
 from grpo_jax.types import TrainState
 
 STEPS = 5
 
 
 class Value:
-    """A device's number that tells when it is fetched."""
+    """A number on a device that reports when it is fetched."""
 
     def __init__(self, value, fetched=lambda: None):
         self.value, self.fetched = value, fetched
@@ -27,10 +31,23 @@ class Value:
 
 
 class Manager:
-    """Keeps nothing."""
+    """Keeps nothing but the number of the last save."""
 
-    latest_step = staticmethod(lambda: None)
-    wait_until_finished = staticmethod(lambda: None)
+    def __init__(self):
+        self.last = None
+
+    def latest_step(self):
+        return self.last
+
+    def wait_until_finished(self):
+        pass
+
+
+@pytest.fixture(autouse=True)
+def _no_type_checks():
+    """The stubs have none of the types."""
+    with typechecking.off():
+        yield
 
 
 @pytest.fixture
@@ -38,8 +55,10 @@ def events(monkeypatch):
     """What happens, in order."""
     found = []
 
-    def save(manager, step, state, sampled=None):
+    def save(manager, step, state, sampled=None, position=None):
+        assert position == Position(step, 10 * step).to_json()
         found.append(('save', step, int(state.step), sampled))
+        manager.last = step
 
     monkeypatch.setattr(checkpoint, 'save', save)
     return found
@@ -47,26 +66,30 @@ def events(monkeypatch):
 
 def run(events, workdir, *, every=STEPS, start=0, sampled=None, skipped=(0,) * STEPS, **options):
     """Steps of a stage whose state and policy are the number of updates."""
-    fail = options.pop('fail', {})
+    fail, during = options.pop('fail', {}), options.pop('during', {})
+    params = options.pop('params', None)
 
     def happens(*event):
         events.append(event)
         if event in fail:
-            raise fail[event]
+            raise fail.pop(event)
 
-    def sample(step, policy, began):
-        happens('sample', step, f'policy {policy}')
-        return [f'samples {step}']
+    def sample(position, policy, initial):
+        happens('sample', position.step, f'policy {policy}')
+        return [f'samples {position.step}']
 
-    def collect(step, sampled, policy, began):
+    def collect(position, sampled, policy, initial):
+        step = position.step
         assert sampled == [f'samples {step}']
-        happens('judge', step)
+        happens('grade', step)
         times = {'timing/sample': 1e-9, 'timing/reward': 1e-9}
-        return Collected(sampled, None, times, [{'of': step}])
+        following = Position(step + 1, position.next_batch + 10)
+        return CollectedBatch(sampled, None, times, [{'of': step}], following)
 
-    def step(state, began, collected):
+    def step(state, initial, batch):
         k = int(state.step)
-        assert collected.rollout == [f'samples {k}']
+        assert batch.rollout == [f'samples {k}']
+        during.get(('update', k), lambda state: None)(state)
         happens('update', k)
         metrics = {
             'num_tokens': Value(7, lambda: happens('fetch', k)),
@@ -75,18 +98,19 @@ def run(events, workdir, *, every=STEPS, start=0, sampled=None, skipped=(0,) * S
         return state._replace(step=k + 1), metrics
 
     def heldout(policy):
-        happens('ask', policy)
+        happens('evaluate', policy)
         return SimpleNamespace(_asdict=dict, metrics={})
 
     stage = Stage(
         name='grpo', steps=STEPS, updates=2, schedule=lambda count: 10.0 * count, start=None,
-        step=step, sample=sample, collect=collect, policy=lambda state, began: int(state.step),
+        step=step, sample=sample, collect=collect, policy=lambda state, initial: int(state.step),
         finish=None, heldout=heldout if 'eval_every' in options else None, **options,
     )  # fmt: skip
     config = SimpleNamespace(checkpoint=SimpleNamespace(every=every))
-    made = SimpleNamespace(config=config, workdir=workdir)
-    state = TrainState(start, None, None, skipped=0)
-    train._steps(made, stage, Manager(), start, state, sampled, None)
+    setup = SimpleNamespace(config=config, workdir=workdir)
+    state = TrainState(start, params, None, skipped=0)
+    snapshot = Snapshot(state, Position(start, 10 * start), sampled)
+    return StageLoop(setup, stage, Manager(), None, snapshot).run()
 
 
 def short(events):
@@ -100,8 +124,8 @@ def steps_of(path):
 def test_metrics_are_fetched_while_the_next_step_is_sampled(events, tmp_path):
     run(events, tmp_path)
     assert short(events) == (
-        'sample0 judge0 update0 sample1 fetch0 judge1 update1 sample2 fetch1 judge2 update2 '
-        'sample3 fetch2 judge3 update3 sample4 fetch3 judge4 update4 fetch4 save5'
+        'sample0 grade0 update0 sample1 fetch0 grade1 update1 sample2 fetch1 grade2 update2 '
+        'sample3 fetch2 grade3 update3 sample4 fetch3 grade4 update4 fetch4 save5'
     )
     policies = [event[2] for event in events if event[0] == 'sample']
     assert policies == [f'policy {k}' for k in range(STEPS)]
@@ -110,8 +134,8 @@ def test_metrics_are_fetched_while_the_next_step_is_sampled(events, tmp_path):
 def test_ahead_the_next_step_is_sampled_before_the_update(events, tmp_path):
     run(events, tmp_path, ahead=True)
     assert short(events) == (
-        'sample0 judge0 sample1 update0 judge1 sample2 update1 fetch0 judge2 sample3 update2 '
-        'fetch1 judge3 sample4 update3 fetch2 judge4 update4 fetch3 fetch4 save5'
+        'sample0 grade0 sample1 update0 grade1 sample2 update1 fetch0 grade2 sample3 update2 '
+        'fetch1 grade3 sample4 update3 fetch2 grade4 update4 fetch3 fetch4 save5'
     )
     policies = [event[2] for event in events if event[0] == 'sample']
     assert policies == ['policy 0', *(f'policy {k}' for k in range(STEPS - 1))]
@@ -130,7 +154,7 @@ def test_rows_are_those_of_every_step_in_order(events, tmp_path, ahead):
     assert [row['of'] for row in runs.lines(tmp_path / 'completions.jsonl')] == list(range(STEPS))
     assert [event[1] for event in events if event[0] == 'save'] == [2, 4, 5]
     for place, event in enumerate(events):
-        if event[0] in ('save', 'ask'):  # all rows of before are there
+        if event[0] in ('save', 'evaluate'):  # all rows of before are there
             updates = [e[1] for e in events[:place] if e[0] == 'update']
             assert updates == [e[1] for e in events[:place] if e[0] == 'fetch']
 
@@ -139,8 +163,8 @@ def test_checkpoints_hold_samples_of_an_older_policy(events, tmp_path):
     run(events, tmp_path, ahead=True, stale=True, every=2)
     saved = [event for event in events if event[0] == 'save']
     assert saved == [
-        ('save', 2, 2, ['samples 2']),
-        ('save', 4, 4, ['samples 4']),
+        ('save', 2, 2, 'samples 2'),
+        ('save', 4, 4, 'samples 4'),
         ('save', 5, 5, None),
     ]
     events.clear()
@@ -150,38 +174,123 @@ def test_checkpoints_hold_samples_of_an_older_policy(events, tmp_path):
 
 def test_a_stage_goes_on_with_what_was_sampled(events, tmp_path):
     run(events, tmp_path, ahead=True, stale=True, start=2, sampled=['samples 2'])
-    assert short(events[:3]) == 'judge2 sample3 update2'
+    assert short(events[:3]) == 'grade2 sample3 update2'
+
+
+# An error or an interrupt saves the newest state
 
 
 @pytest.mark.parametrize(
     ('ahead', 'event', 'saved'),
     [
-        (False, ('judge', 3), [('save', 3, 3, None)]),
-        (False, ('sample', 2, 'policy 2'), [('save', 2, 2, None)]),
-        (False, ('update', 3), []),
-        (True, ('judge', 3), [('save', 3, 3, ['samples 3'])]),
-        (True, ('sample', 3, 'policy 2'), [('save', 2, 2, ['samples 2'])]),
-        (True, ('update', 3), []),
+        (False, ('grade', 3), ('save', 3, 3, None)),
+        (False, ('sample', 2, 'policy 2'), ('save', 2, 2, None)),
+        (False, ('update', 3), ('save', 3, 3, None)),
+        (False, ('fetch', 2), ('save', 3, 3, None)),  # while waiting for an update
+        (False, ('evaluate', 3), ('save', 3, 3, None)),
+        (True, ('grade', 3), ('save', 3, 3, 'samples 3')),
+        (True, ('sample', 3, 'policy 2'), ('save', 2, 2, 'samples 2')),
+        (True, ('update', 3), ('save', 3, 3, 'samples 3')),
+        (True, ('fetch', 2), ('save', 4, 4, 'samples 4')),  # after the dispatch of the next one
+        (True, ('evaluate', 3), ('save', 3, 3, 'samples 3')),
     ],
 )
-def test_rows_of_finished_steps_outlive_a_failure(events, tmp_path, ahead, event, saved):
-    with pytest.raises(KeyboardInterrupt):
-        run(events, tmp_path, ahead=ahead, stale=ahead, fail={event: KeyboardInterrupt})
-    finished = [e[1] for e in events if e[0] == 'update' and e != event]
+@pytest.mark.parametrize('kind', [KeyboardInterrupt, OSError])
+def test_the_newest_state_is_saved(events, tmp_path, ahead, event, saved, kind):
+    options = {'eval_every': 3} if event[0] == 'evaluate' else {}
+    with pytest.raises(kind):
+        run(events, tmp_path, ahead=ahead, stale=ahead, fail={event: kind}, **options)
+    assert [e for e in events if e[0] == 'save'] == [saved]
+    finished = list(range(saved[1]))
     assert steps_of(tmp_path / 'metrics.jsonl') == finished
     assert steps_of(tmp_path / 'completions.jsonl') == finished
-    assert [e for e in events if e[0] == 'save'] == saved
 
 
-def test_a_failure_of_a_fetch_is_not_saved_over(events, tmp_path):
-    """A row is missing, so a checkpoint of after it would leave a gap."""
-    with pytest.raises(OSError, match='gone'):
-        run(events, tmp_path, fail={('fetch', 2): OSError('gone')})
+@pytest.mark.parametrize('name', ['metrics', 'completions', 'heldout'])
+def test_an_interrupt_in_the_middle_of_writing(events, tmp_path, monkeypatch, name):
+    """Rows that were written in part are replaced, and held-out answers are kept."""
+    write, failures = getattr(report.Records, name), [KeyboardInterrupt]
+
+    def interrupted(records, step, value):
+        if step == 3 and failures:
+            if name == 'heldout':
+                records.files[name].write('{"stage": "grpo", "st')
+            else:
+                write(records, step, value)
+            raise failures.pop()
+        write(records, step, value)
+
+    monkeypatch.setattr(report.Records, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(events, tmp_path, eval_every=3)
+    step = 3 if name == 'heldout' else 4
+    assert [e[:3] for e in events if e[0] == 'save'] == [('save', step, step)]
+    assert steps_of(tmp_path / 'metrics.jsonl') == list(range(step))
+    assert steps_of(tmp_path / 'completions.jsonl') == list(range(step))
+    report.Records(tmp_path, 'grpo', step).close()  # a resumed run
+    assert steps_of(tmp_path / 'heldout.jsonl') == ([0, 3] if step == 4 else [0])
+
+
+def test_an_interrupt_while_saving(events, tmp_path, monkeypatch):
+    save, failures = checkpoint.save, [KeyboardInterrupt]
+
+    def interrupted(manager, step, *rest):
+        if step == 4 and failures:
+            raise failures.pop()
+        save(manager, step, *rest)
+
+    monkeypatch.setattr(checkpoint, 'save', interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(events, tmp_path, every=2)
+    assert [e[:3] for e in events if e[0] == 'save'] == [('save', 2, 2), ('save', 4, 4)]
+
+
+@pytest.mark.parametrize('step', [0, 2])
+def test_ctrl_c_during_an_update_comes_after_it(events, tmp_path, step):
+    """The old state is gone then; before the first update there is nothing to lose."""
+    finished = []
+
+    def interrupt(state):
+        signal.raise_signal(signal.SIGINT)
+        finished.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(events, tmp_path, during={('update', step): interrupt})
+    assert finished == ([True] if step else [])
+    assert [e[:3] for e in events if e[0] == 'save'] == ([('save', 3, 3)] if step else [])
+    assert steps_of(tmp_path / 'metrics.jsonl') == ([0, 1, 2] if step else [])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_state_whose_memory_is_gone_is_not_saved(events, tmp_path, caplog):
+    def donate(state):
+        state.params.delete()
+
+    with pytest.raises(OSError, match='gone'), caplog.at_level(logging.WARNING):
+        run(
+            events, tmp_path, params=jnp.ones(2), during={('update', 2): donate},
+            fail={('update', 2): OSError('gone')},
+        )  # fmt: skip
+    assert not [e for e in events if e[0] == 'save']
+    assert [record.message for record in caplog.records] == [
+        'grpo: the state after step 2 is lost, because the update that failed had taken over its '
+        'memory'
+    ]
+
+
+def test_the_first_error_is_what_the_user_sees(events, tmp_path, caplog):
+    """A row is missing, so a checkpoint after it would leave a gap."""
+    fail = {('grade', 3): ValueError('reward'), ('fetch', 2): OSError('no device')}
+    with pytest.raises(ValueError, match='reward'), caplog.at_level(logging.WARNING):
+        run(events, tmp_path, ahead=True, fail=fail)
     assert steps_of(tmp_path / 'metrics.jsonl') == [0, 1]
     assert not [e for e in events if e[0] == 'save']
+    assert [record.message for record in caplog.records] == [
+        'grpo: the state after step 3 was not saved: OSError: no device'
+    ]
 
 
-def test_rows_that_are_torn_are_not_saved_over(events, tmp_path, monkeypatch):
+def test_rows_that_cannot_be_written_are_not_saved_over(events, tmp_path, monkeypatch):
     write = report.Records.completions
 
     def interrupt(records, step, rows):
@@ -196,7 +305,7 @@ def test_rows_that_are_torn_are_not_saved_over(events, tmp_path, monkeypatch):
     assert not [e for e in events if e[0] == 'save']
 
 
-def test_updates_left_out_are_told_and_do_not_count(events, tmp_path, caplog):
+def test_skipped_updates_are_reported_and_do_not_count(events, tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         run(events, tmp_path, skipped=(0, 1, 1, 3, 3))
     assert [record.message.partition(':')[0] for record in caplog.records] == [

@@ -10,8 +10,8 @@ import pytest
 import runs
 from tensorboardX.proto.event_pb2 import Event
 
-from grpo_jax import report
-from grpo_jax.judging import Evaluation
+from grpo_jax.run import report
+from grpo_jax.run.evaluation import Evaluation
 
 
 def curves(folder):
@@ -126,7 +126,7 @@ def test_a_torn_last_line_is_removed(written, torn):
     path = written / 'metrics.jsonl'
     before = path.read_text()
     path.write_text(before + torn)  # killed before the end of the line
-    report.cut_off(path, 'grpo', 3)
+    report.remove_lines(path, 'grpo', 3)
     assert path.read_text() == before
     assert not list(written.glob('*.partial'))
 
@@ -153,7 +153,7 @@ def test_iterations_are_numbered_through(written):
     ]  # fmt: skip
     rows = report.read_policy(written / 'metrics.jsonl', 3)
     assert [row['step'] for row in rows] == [0, 1, 2, 3]
-    report.cut_off(written / 'metrics.jsonl', 'reward-2', 0)  # comes before grpo-2
+    report.remove_lines(written / 'metrics.jsonl', 'reward-2', 0)  # comes before grpo-2
     assert [row['stage'] for row in runs.lines(written / 'metrics.jsonl')][-1] == 'grpo'
 
 

@@ -17,8 +17,9 @@ import pytest
 import tiny
 
 from grpo_jax import models, sharding
-from grpo_jax.optimizer import adamw
-from grpo_jax.reward_model import (
+from grpo_jax.algorithm.optimizer import adamw
+from grpo_jax.algorithm.program import init_state
+from grpo_jax.algorithm.reward_model import (
     LOSSES,
     bradley_terry,
     label_loss,
@@ -28,7 +29,6 @@ from grpo_jax.reward_model import (
     token_scores,
 )
 from grpo_jax.types import TrainState
-from grpo_jax.update import init_state
 
 RECORDER = optax.sgd(1.0, momentum=0.0)  # its trace is the last gradient
 ROLLOUT = tiny.make_rollout()

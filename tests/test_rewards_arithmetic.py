@@ -21,7 +21,7 @@ def rights(prompt, completion):
         (RIGHT, np.int64(116), 1.0),
         (RIGHT + ' \n', ' 116', 1.0),
         ('37+58=85;85+21=106', '116', 0.0),
-        ('nonsense=116', '116', 1.0),  # only the final answer is judged
+        ('nonsense=116', '116', 1.0),  # only the final answer counts
         ('5-9=-4', '-4', 1.0),
         ('116', '116', 0.0),
         ('', '116', 0.0),
@@ -35,7 +35,7 @@ def test_exact_answer(completion, answer, expected):
 
 
 @pytest.mark.parametrize('answer', ['', 'x', '1.5', '007', None, True])
-def test_exact_answer_refuses_a_column_without_whole_numbers(answer):
+def test_exact_answer_rejects_a_column_without_whole_numbers(answer):
     with pytest.raises(ValueError, match=r'column answer, row 1: .* not a whole number'):
         exact_answer(['', ''], ['', ''], answer=['1', answer])
 
@@ -86,7 +86,7 @@ def test_spans_of_steps():
 
 @st.composite
 def chains(draw):
-    """A prompt, the numbers and symbols behind it, and its running results."""
+    """A prompt, its numbers and symbols, and its running results."""
     count = draw(st.integers(2, 5))
     numbers = draw(st.lists(st.integers(-99, 99), min_size=count, max_size=count))
     symbols = draw(st.lists(st.sampled_from('+-*'), min_size=count - 1, max_size=count - 1))
@@ -112,8 +112,8 @@ def test_random_chains(chain, data):
     n = len(steps)
     k = data.draw(st.integers(0, n - 1), label='step that changes')
 
-    def share(some):
-        return one(arithmetic_steps, ';'.join(some), prompt)
+    def share(written_steps):
+        return one(arithmetic_steps, ';'.join(written_steps), prompt)
 
     assert rights(prompt, ';'.join(steps)) == [True] * n
     assert share(steps) == 1.0
@@ -140,9 +140,9 @@ def test_random_chains(chain, data):
 @given(chains(), st.text('0123456789+-*=; ', max_size=60))
 def test_any_text_scores_a_share_of_the_needed_steps(chain, text):
     prompt, _, symbols, _ = chain
-    verdicts = rights(prompt, text)
-    assert one(arithmetic_steps, text, prompt) == sum(verdicts) / len(symbols) <= 1
-    assert not any(verdicts[len(symbols) :])
+    correct = rights(prompt, text)
+    assert one(arithmetic_steps, text, prompt) == sum(correct) / len(symbols) <= 1
+    assert not any(correct[len(symbols) :])
     assert all(0 <= s.start < s.end <= len(text) for s in check_steps(prompt, text))
 
 

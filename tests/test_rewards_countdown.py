@@ -1,6 +1,8 @@
 """Countdown: hand cases and random equations against Python's own arithmetic."""
 
+import inspect
 import json
+import sys
 from fractions import Fraction
 
 import pytest
@@ -76,6 +78,14 @@ def test_only_the_last_answer_counts():
 def test_columns_as_texts():
     assert reward('25+3*7', '[3, 7, 25]', '46') == 1.0
     assert reward('25+3*7', json.dumps([3, 7, 26]), '46') == 0.0
+
+
+def test_nesting_beyond_the_stack_is_wrong():
+    def call(depth):
+        return call(depth - 1) if depth else reward('(' * 140 + '1' + ')' * 140, [1], 1)
+
+    limit = sys.getrecursionlimit()
+    assert call(limit - 250 - len(inspect.stack())) == 0.0
 
 
 @st.composite

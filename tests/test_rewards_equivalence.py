@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from grpo_jax.rewards import equivalence_classes, equivalent, pool
-from grpo_jax.rewards.equivalence import compare, equivalent_pairs
-from grpo_jax.rewards.normal import normal_form
+from grpo_jax.rewards import equivalence_classes, equivalent
+from grpo_jax.rewards.verify import pool
+from grpo_jax.rewards.verify.equivalence import compare, equivalent_pairs
+from grpo_jax.rewards.verify.normal_form import normal_form
 
 SAME = [
     # numbers
@@ -121,19 +122,19 @@ DIFFERENT = [
 
 
 def test_pairs_by_hand():
-    # All at once, so that the workers share them; the list that is shown holds the misses.
-    verdicts = equivalent_pairs(SAME + DIFFERENT, seconds=30.0)
-    assert [pair for pair, same in zip(SAME, verdicts, strict=False) if same is not True] == []
-    assert [p for p, same in zip(DIFFERENT, verdicts[len(SAME) :], strict=True) if same] == []
-    turned = equivalent_pairs([(b, a) for a, b in SAME + DIFFERENT], seconds=30.0)
-    assert turned == verdicts
+    # All at once, so that the workers share them; a failed assertion shows the misses.
+    results = equivalent_pairs(SAME + DIFFERENT, seconds=30.0)
+    assert [pair for pair, same in zip(SAME, results, strict=False) if same is not True] == []
+    assert [p for p, same in zip(DIFFERENT, results[len(SAME) :], strict=True) if same] == []
+    swapped = equivalent_pairs([(b, a) for a, b in SAME + DIFFERENT], seconds=30.0)
+    assert swapped == results
 
 
 def test_equal_texts_and_numbers_need_no_worker(monkeypatch):
-    def refuse():
-        raise AssertionError('asked a worker')
+    def fail():
+        raise AssertionError('used a worker')
 
-    monkeypatch.setattr(pool, 'shared', refuse)
+    monkeypatch.setattr(pool, 'shared', fail)
     for a, b, same in [
         (r'\frac{\sqrt3}{2}', r'\dfrac{ \sqrt{3} }{2}', True),
         ('(1, 2)', '(1,2.0)', True),
@@ -167,7 +168,7 @@ def test_classes_vote_in_order_of_appearance():
     assert equivalence_classes([None, None]) == [None, None]
 
 
-def test_an_answer_that_cannot_be_read_in_time_is_a_class_of_its_own():
+def test_an_answer_that_cannot_be_parsed_in_time_is_a_class_of_its_own():
     shared = pool.shared()
     before = shared.timeouts + shared.crashes
     answers = [r'\sqrt{2}', '9^{9^{9^9}}', '2^{1/2}', '9^{9^{9^9}}', r'\sqrt{3}']

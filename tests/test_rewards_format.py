@@ -68,7 +68,7 @@ def test_think_format(completion, expected):
     assert one(think_format, completion, 'Q') == expected
 
 
-def test_think_format_behind_a_prompt_that_opens_the_thought():
+def test_think_format_after_a_prompt_that_opens_the_thought():
     assert one(think_format, 'hm</think><answer>18</answer>', 'Assistant: <think>\n') == 1.0
     assert one(think_format, '<think>hm</think><answer>18</answer>', '<think>\n') == 0.0
 
@@ -89,7 +89,7 @@ def test_tag_count(completion, expected):
     assert one(tag_count, completion, 'Q') == expected
 
 
-def test_tag_count_behind_a_prompt_that_opens_the_thought():
+def test_tag_count_after_a_prompt_that_opens_the_thought():
     assert one(tag_count, 'hm</think><answer>18</answer>', 'Assistant: <think>\n') == 1.0
 
 

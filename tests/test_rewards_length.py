@@ -23,12 +23,12 @@ from grpo_jax.rewards import language_mix, repetition, soft_overlong
 )
 def test_soft_overlong_counts_tokens(tokens, expected):
     options = {'max_tokens': 100, 'cache_tokens': 20}
-    found = soft_overlong(['p'], ['some text'], completion_ids=[[7] * tokens], **options)
-    assert found == [pytest.approx(expected)]
+    result = soft_overlong(['p'], ['some text'], completion_ids=[[7] * tokens], **options)
+    assert result == [pytest.approx(expected)]
 
 
 @pytest.mark.parametrize(('most', 'cache'), [(10, 0), (10, 11), (0, 0), (10, -1)])
-def test_soft_overlong_refuses_a_cache_that_does_not_fit(most, cache):
+def test_soft_overlong_rejects_a_cache_that_does_not_fit(most, cache):
     with pytest.raises(ValueError, match=f'cache_tokens={cache} with max_tokens={most}'):
         soft_overlong([], [], completion_ids=[], max_tokens=most, cache_tokens=cache)
 
@@ -50,7 +50,7 @@ def test_repetition(ids, n, expected):
     assert repetition([''], [''], completion_ids=[ids], n=n) == [pytest.approx(expected)]
 
 
-def test_repetition_refuses_n():
+def test_repetition_rejects_n():
     with pytest.raises(ValueError, match='n=0: n-grams have at least one token'):
         repetition([''], [''], completion_ids=[[]], n=0)
 
@@ -84,8 +84,8 @@ ENGLISH = 'How many apples are there?'
     ],
 )
 def test_language_mix(question, completion, expected):
-    found = one(language_mix, completion, question)
-    assert found == (expected if expected is None else pytest.approx(expected))
+    result = one(language_mix, completion, question)
+    assert result == (expected if expected is None else pytest.approx(expected))
 
 
 def test_language_of_the_question_not_of_the_template():

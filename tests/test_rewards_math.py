@@ -3,14 +3,8 @@
 import pytest
 from reward_cases import HOSTILE, one, real
 
-from grpo_jax.rewards import (
-    cmath_answer,
-    extract_answer,
-    gsm8k_answer,
-    hash_format,
-    math_answer,
-)
-from grpo_jax.rewards.math import reference_answer
+from grpo_jax.rewards import cmath_answer, extract_answer, gsm8k_answer, hash_format, math_answer
+from grpo_jax.rewards.verify.answers import reference_answer
 
 
 @pytest.mark.parametrize(
@@ -28,7 +22,7 @@ def test_gsm8k_answer(completion, expected):
     assert one(gsm8k_answer, completion, answer='2 eggs\n#### 18') == expected
 
 
-def test_gsm8k_answer_compares_to_the_last_number_behind_hashes():
+def test_gsm8k_answer_compares_to_the_last_number_after_hashes():
     assert one(gsm8k_answer, '18', answer='#### 3\n#### 18') == 1.0
 
 

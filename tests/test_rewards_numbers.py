@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_jax.rewards import normalize_number
-from grpo_jax.rewards.numbers import read_number, same_number
+from grpo_jax.rewards.verify.numbers import parse_number, same_number
 
 
 @pytest.mark.parametrize(
@@ -90,15 +90,15 @@ def test_equal_fractions_have_one_spelling(p, q, factor):
         ('$3.', '3', 0, False),
     ],
 )
-def test_read_number(text, value, places, percent):
-    assert read_number(text) == (Fraction(value), places, percent)
+def test_parse_number(text, value, places, percent):
+    assert parse_number(text) == (Fraction(value), places, percent)
 
 
 @pytest.mark.parametrize(
     'text', ['', '1,0001', '1/0', '\\frac{1}{0}', '18 eggs', '2 3', 'x', '%', '1' * 500, '1.2.3']
 )
-def test_what_is_no_number(text):
-    assert read_number(text) is None
+def test_parse_number_rejects_other_text(text):
+    assert parse_number(text) is None
 
 
 SAME = [
@@ -108,7 +108,7 @@ SAME = [
     ('2\\frac{1}{2}', '2.5'),
     ('3.14', '3.14159'),  # rounded
     ('0.333', '1/3'),  # exactly 1e-3 off
-    ('0.666', '2/3'),  # cut
+    ('0.666', '2/3'),  # truncated
     ('0.667', '2/3'),
     ('50%', '50'),  # the sign left out
     ('50%', '0.5'),
@@ -134,20 +134,20 @@ DIFFERENT = [
 
 @pytest.mark.parametrize(('a', 'b'), SAME)
 def test_same_numbers(a, b):
-    assert same_number(read_number(a), read_number(b))
-    assert same_number(read_number(b), read_number(a))
+    assert same_number(parse_number(a), parse_number(b))
+    assert same_number(parse_number(b), parse_number(a))
 
 
 @pytest.mark.parametrize(('a', 'b'), DIFFERENT)
 def test_different_numbers(a, b):
-    assert not same_number(read_number(a), read_number(b))
-    assert not same_number(read_number(b), read_number(a))
+    assert not same_number(parse_number(a), parse_number(b))
+    assert not same_number(parse_number(b), parse_number(a))
 
 
 @given(st.decimals(-(10**6), 10**6, places=6), st.integers(0, 5))
 def test_a_rounded_decimal_is_the_same_up_to_a_thousandth(value, places):
     rounded = round(value, places)
-    exact, short = read_number(f'{value:f}'), read_number(f'{rounded:f}')
+    exact, short = parse_number(f'{value:f}'), parse_number(f'{rounded:f}')
     whole = value == int(value) or rounded == int(rounded)
     near = abs(value - rounded) * 1000 <= max(abs(value), abs(rounded))
     assert same_number(exact, short) == (value == rounded or (near and not whole))

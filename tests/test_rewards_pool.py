@@ -13,12 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from grpo_jax.rewards import pool
+from grpo_jax.rewards.verify import pool
 
 SECONDS = 30.0  # for what is expected to be decided, on a busy machine
 SAME, DIFFERENT = ['is', 'x+x', '2x'], ['is', 'x+x', '3x']
 FOREVER = ['is', 'x', '9^{9^{9^9}}']
-# A worker that does as it is told, for what no expression brings about reliably.
+# A worker that follows orders, for failures that no expression causes reliably.
 SCRIPTED = textwrap.dedent("""
     import json, os, sys, time
     print('ready', flush=True)
@@ -71,103 +71,103 @@ def test_trees(real):
         ['all', [SAME, DIFFERENT]],
         ['any', [DIFFERENT, SAME]],
         ['any', [DIFFERENT, ['all', [SAME, False]]]],
-        ['all', [DIFFERENT, FOREVER]],  # asks no more than it needs
+        ['all', [DIFFERENT, FOREVER]],  # evaluates no more than it needs
         ['any', [SAME, FOREVER]],
         ['is', '\\frac{', 'x'],
     ]
-    verdicts = [True, False, True, False, True, False, True, False, False, True, False]
-    assert real.ask(trees, seconds=SECONDS) == verdicts
-    assert real.ask([], seconds=SECONDS) == []
+    results = [True, False, True, False, True, False, True, False, False, True, False]
+    assert real.evaluate(trees, seconds=SECONDS) == results
+    assert real.evaluate([], seconds=SECONDS) == []
     assert (real.timeouts, real.crashes) == (0, 0)
 
 
-def test_a_deadline_costs_one_answer_and_a_worker(real):
-    assert real.ask([SAME, FOREVER, DIFFERENT, SAME], seconds=2.0) == [True, None, False, True]
+def test_a_deadline_costs_one_result_and_a_worker(real):
+    assert real.evaluate([SAME, FOREVER, DIFFERENT, SAME], seconds=2.0) == [True, None, False, True]
     assert (real.timeouts, real.crashes) == (1, 0)
-    assert real.ask([SAME], seconds=SECONDS) == [True]
+    assert real.evaluate([SAME], seconds=SECONDS) == [True]
 
 
-def test_order_is_that_of_the_questions(scripted):
+def test_results_are_in_the_order_of_the_trees(scripted):
     orders = [0.3, 'no', 0.2, 'yes', 'no', 0.0, 'yes', 'no']
-    assert scripted.ask(orders, seconds=SECONDS) == [order != 'no' for order in orders]
+    assert scripted.evaluate(orders, seconds=SECONDS) == [order != 'no' for order in orders]
 
 
-def test_a_worker_that_dies_costs_its_answer(scripted):
-    assert scripted.ask(['yes', 'die', 'no', 'die', 'yes'], seconds=SECONDS) == [
+def test_a_worker_that_dies_costs_its_result(scripted):
+    assert scripted.evaluate(['yes', 'die', 'no', 'die', 'yes'], seconds=SECONDS) == [
         True, None, False, None, True,
     ]  # fmt: skip
     assert (scripted.timeouts, scripted.crashes) == (0, 2)
 
 
-def test_a_worker_killed_between_questions_costs_nothing(scripted):
-    assert scripted.ask([0.1] * 8, seconds=SECONDS) == [True] * 8
+def test_a_worker_killed_between_comparisons_costs_nothing(scripted):
+    assert scripted.evaluate([0.1] * 8, seconds=SECONDS) == [True] * 8
     for worker in list(scripted._workers):
         worker.process.kill()
         worker.process.wait()
-    assert scripted.ask(['yes', 'no'], seconds=SECONDS) == [True, False]
+    assert scripted.evaluate(['yes', 'no'], seconds=SECONDS) == [True, False]
     assert scripted.crashes == 0
 
 
-def test_waiting_costs_the_deadline_and_no_more(scripted):
+def test_waiting_ends_at_the_deadline(scripted):
     start = time.monotonic()
-    assert scripted.ask(['wait', 'wait', 'yes'], seconds=0.5) == [None, None, True]
+    assert scripted.evaluate(['wait', 'wait', 'yes'], seconds=0.5) == [None, None, True]
     assert time.monotonic() - start < 30  # a worker would wait for sixty
     assert scripted.timeouts == 2
 
 
 def test_no_process_is_left(scripted):
-    scripted.ask(['yes', 'die', 'wait'], seconds=0.5)
+    scripted.evaluate(['yes', 'die', 'wait'], seconds=0.5)
     left = pids(scripted)
     assert left
-    assert [os.getsid(pid) for pid in left] == left  # an interrupt from the keyboard passes by
+    assert list(map(os.getsid, left)) == left  # interrupts from the keyboard do not reach them
     assert all(map(alive, left))
     scripted.close()
     assert not any(map(alive, left))
     assert pids(scripted) == []
-    assert scripted.ask(['no'], seconds=SECONDS) == [False]  # and it starts anew
+    assert scripted.evaluate(['no'], seconds=SECONDS) == [False]  # and it starts again
 
 
-def test_an_interrupt_leaves_no_stale_answers(scripted, monkeypatch):
-    scripted.ask(['yes', 'yes'], seconds=SECONDS)
+def test_an_interrupt_leaves_no_stale_results(scripted, monkeypatch):
+    scripted.evaluate(['yes', 'yes'], seconds=SECONDS)
 
-    def interrupted(verdicts):
+    def interrupted(results):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
         patch.setattr(scripted, '_collect', interrupted)
         with pytest.raises(KeyboardInterrupt):
-            scripted.ask([0.1, 0.1], seconds=SECONDS)
-    assert scripted.ask(['no', 'no', 'no'], seconds=SECONDS) == [False] * 3
+            scripted.evaluate([0.1, 0.1], seconds=SECONDS)
+    assert scripted.evaluate(['no', 'no', 'no'], seconds=SECONDS) == [False] * 3
 
 
-def test_any_thread_can_ask(scripted):
+def test_any_thread_can_evaluate(scripted):
     orders = [['yes', 'no', 0.05], ['no', 'no'], ['yes'], ['no', 'yes', 'no', 'yes']] * 3
     with ThreadPoolExecutor(6) as threads:
-        found = list(threads.map(lambda some: scripted.ask(some, seconds=SECONDS), orders))
-    assert found == [[order != 'no' for order in some] for some in orders]
+        results = list(threads.map(lambda part: scripted.evaluate(part, seconds=SECONDS), orders))
+    assert results == [[order != 'no' for order in part] for part in orders]
     assert threading.active_count() >= 1
     assert len(pids(scripted)) <= 2
 
 
-def test_a_worker_that_cannot_start_says_how_to_find_out(tmp_path):
+def test_a_worker_that_cannot_start_names_the_command_to_debug(tmp_path):
     script = tmp_path / 'broken.py'
     script.write_text('raise SystemExit(3)')
     workers = pool.Pool(1, script=script)
     with pytest.raises(ChildProcessError, match=r'3 workers ended before they .*broken\.py'):
-        workers.ask(['yes'], seconds=SECONDS)
+        workers.evaluate(['yes'], seconds=SECONDS)
     assert pids(workers) == []
 
 
 def test_memory_of_a_worker_is_limited():
     workers = pool.Pool(1, memory=400 * 2**20)
     try:
-        assert workers.ask([SAME], seconds=SECONDS) == [True]
+        assert workers.evaluate([SAME], seconds=SECONDS) == [True]
         limits = Path(f'/proc/{pids(workers)[0]}/limits').read_text()
         (line,) = [line for line in limits.splitlines() if line.startswith('Max address space')]
         assert line.split()[3] == str(400 * 2**20)
-        # 2^(3·10^9) has 375 MB; whichever of the two limits it meets, it costs one verdict.
-        assert workers.ask([['is', 'x', '2^{3000000000}x']], seconds=5.0) in ([None], [False])
-        assert workers.ask([SAME], seconds=SECONDS) == [True]
+        # 2^(3·10^9) has 375 MB; whichever of the two limits it meets, it costs one result.
+        assert workers.evaluate([['is', 'x', '2^{3000000000}x']], seconds=5.0) in ([None], [False])
+        assert workers.evaluate([SAME], seconds=SECONDS) == [True]
     finally:
         workers.close()
 
@@ -187,8 +187,8 @@ def test_a_worker_imports_no_jax_and_none_of_this_package():
 
 PARENT = """
 import sys
-from grpo_jax.rewards import pool
-print(pool.shared().ask([['is', 'x+x', '2x']], seconds=60.0), flush=True)
+from grpo_jax.rewards.verify import pool
+print(pool.shared().evaluate([['is', 'x+x', '2x']], seconds=60.0), flush=True)
 print(*[w.process.pid for w in pool.shared()._workers], flush=True)
 {rest}
 """
@@ -216,8 +216,8 @@ def test_workers_end_with_their_program():
     assert not any(map(alive, workers))
 
 
-def test_workers_end_where_their_program_is_killed_in_the_middle_of_a_question():
-    rest = "pool.shared().ask([['is', 'x', '9^{9^{9^9}}']], seconds=3.0)"
+def test_workers_end_where_their_program_is_killed_during_a_comparison():
+    rest = "pool.shared().evaluate([['is', 'x', '9^{9^{9^9}}']], seconds=3.0)"
     parent, workers = start(
         rest.replace('pool.shared()', 'print("asking", flush=True) or pool.shared()')
     )
@@ -236,10 +236,10 @@ def test_a_forked_child_has_workers_of_its_own():
         child = os.fork()
         if not child:
             assert pool.shared()._workers == []
-            ok = pool.shared().ask([['is', 'x+x', '3x']], seconds=60.0) == [False]
+            ok = pool.shared().evaluate([['is', 'x+x', '3x']], seconds=60.0) == [False]
             sys.exit(0 if ok else 1)
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-        print(pool.shared().ask([['is', 'x+x', '2x']], seconds=60.0), flush=True)
+        print(pool.shared().evaluate([['is', 'x+x', '2x']], seconds=60.0), flush=True)
         print(*[w.process.pid for w in pool.shared()._workers], flush=True)
     """)
     parent, workers = start(rest)

@@ -36,8 +36,11 @@ def test_score_adds_weighted_parts_over_the_functions_that_apply():
 def test_statistics_over_rows_that_apply():
     parts = {'a': np.array([1, np.nan, 3], np.float32), 'none': np.full(3, np.nan, np.float32)}
     metrics = statistics(rewards.Scores(np.zeros(3, np.float32), parts))
-    assert metrics == {'rewards/a/mean': 2.0, 'rewards/a/std': 1.0}
+    assert metrics == {'rewards/a/mean': 2.0, 'rewards/a/std': 2**0.5}  # of 1 and 3, as a sample
     assert all(type(value) is float for value in metrics.values())
+    parts = {'a': np.array([np.nan, 4.0], np.float32)}
+    metrics = statistics(rewards.Scores(np.zeros(2, np.float32), parts))
+    assert metrics == {'rewards/a/mean': 4.0, 'rewards/a/std': 0.0}
 
 
 def test_score_of_no_rows():
@@ -173,7 +176,7 @@ def test_score_names_the_row_without_a_reward():
         ({'a': 3e38}, 'weighted sum for row 1 .* does not fit float32'),
     ],
 )
-def test_score_refuses_weights(weights, message):
+def test_score_rejects_weights(weights, message):
     with pytest.raises(RewardError, match=message):
         run({'a': constant(1, 2)}, weights)
 
@@ -188,7 +191,7 @@ def test_score_refuses_weights(weights, message):
         ({'columns': {'completion_ids': [[1], [2]]}}, "column 'completion_ids' is the name"),
     ],
 )
-def test_score_refuses_inputs_that_do_not_fit(kwargs, message):
+def test_score_rejects_inputs_that_do_not_fit(kwargs, message):
     with pytest.raises(RewardError, match=message):
         run({'a': constant(1, 2)}, **kwargs)
 
@@ -198,7 +201,7 @@ def test_score_without_functions():
         run({})
 
 
-def test_comparisons_that_are_given_up_are_counted():
+def test_comparisons_that_time_out_are_counted():
     def slow(completions, **_):
         return [float(equivalent('x+x', text, seconds=1.0)) for text in completions]
 

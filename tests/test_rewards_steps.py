@@ -19,7 +19,7 @@ RIGHT = '7+8=15;15+5=20;20+9=29'
         ('7+8=15;7+5=12;12+9=21', [(7, 1.0), (14, 0.0), (21, 1.0)]),
         ('7+8=15', [(6, 1.0)]),  # two are missing
         (RIGHT + ';29+0=29', [(7, 1.0), (15, 1.0), (23, 1.0), (30, 0.0)]),  # one too many
-        (RIGHT + ';', [(7, 1.0), (15, 1.0), (23, 1.0)]),  # the last one takes all that follows
+        (RIGHT + ';', [(7, 1.0), (15, 1.0), (23, 1.0)]),  # the last one includes the rest
         ('7+8=15;; ;15+5=20', [(10, 1.0), (17, 1.0)]),  # blank pieces belong to the step before
         (' 7+8=15', [(7, 1.0)]),
         ('hm', [(2, 0.0)]),
@@ -32,8 +32,8 @@ def test_right_steps(completion, expected):
 
 
 def test_right_steps_of_several_rows():
-    found = right_steps(['1+1=', '2*3='], ['1+1=3', '2*3=6;'], answer=['2', '6'])
-    assert found == [[StepReward(5, 0.0)], [StepReward(6, 1.0)]]
+    result = right_steps(['1+1=', '2*3='], ['1+1=3', '2*3=6;'], answer=['2', '6'])
+    assert result == [[StepReward(5, 0.0)], [StepReward(6, 1.0)]]
 
 
 def test_right_steps_need_a_chain():
@@ -45,7 +45,7 @@ def test_right_steps_need_a_chain():
     ('completion', 'separator', 'ends'),
     [
         ('one\ntwo\n', '\n', [4, 8]),
-        ('one\ntwo', '\n', [4, 7]),  # the last one needs none
+        ('one\ntwo', '\n', [4, 7]),  # the last one does not need one
         ('one\n\n\ntwo', '\n', [6, 9]),  # several end one step
         ('\n\none', '\n', [5]),
         ('one\n \ntwo', '\n', [4, 9]),  # a blank line is no step
@@ -59,24 +59,24 @@ def test_right_steps_need_a_chain():
     ],
 )
 def test_separated_steps(completion, separator, ends):
-    found = separated_steps(['?'], [completion], separator=separator, answer=['1'])
-    assert found == [[(end, 0.0) for end in ends]]
+    result = separated_steps(['?'], [completion], separator=separator, answer=['1'])
+    assert result == [[(end, 0.0) for end in ends]]
 
 
-def test_steps_are_separated_by_lines_unless_told_otherwise():
+def test_steps_are_separated_by_lines_by_default():
     assert separated_steps(['?', '?'], ['a\nb', '']) == [[(2, 0.0), (3, 0.0)], []]
 
 
-def ask(function, completions=('abc', 'de'), **columns):
+def call(function, completions=('abc', 'de'), **columns):
     return score_steps('mine', function, ['p', 'q'], completions, columns)
 
 
-def test_score_steps_makes_step_rewards_of_pairs():
+def test_score_steps_converts_pairs_to_step_rewards():
     def pairs(prompts, completions, answer):
         assert (prompts, completions, answer) == (['p', 'q'], ['abc', 'de'], [1, 2])
         return [[(1, 0.5), (3, -1)], []]
 
-    assert ask(pairs, answer=[1, 2]) == [[StepReward(1, 0.5), StepReward(3, -1)], []]
+    assert call(pairs, answer=[1, 2]) == [[StepReward(1, 0.5), StepReward(3, -1)], []]
 
 
 def test_a_step_function_that_raises():
@@ -84,14 +84,14 @@ def test_a_step_function_that_raises():
         raise KeyError('gone')
 
     with pytest.raises(RewardError, match=r"step rewards 'mine' raised KeyError: 'gone'"):
-        ask(failing)
+        call(failing)
 
 
 @pytest.mark.parametrize('returned', [[[]], [[], [], []], ([], []), None, 1.0])
 def test_one_list_for_each_completion(returned):
     message = "step rewards 'mine' returned no list with one entry for each of the 2 completions"
     with pytest.raises(RewardError, match=message):
-        ask(lambda **columns: returned)
+        call(lambda **columns: returned)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,19 @@ def test_one_list_for_each_completion(returned):
 )
 def test_a_row_that_is_no_list_of_steps(row, message):
     with pytest.raises(RewardError, match=f"step rewards 'mine', row 1: .*{message}"):
-        ask(lambda **columns: [[(3, 1.0)], row])
+        call(lambda **columns: [[(3, 1.0)], row])
+
+
+def test_an_option_of_a_step_function_takes_precedence_over_a_column_of_its_name():
+    _, function, _ = rewards.build_steps({'separated_steps': {'weight': 1.0, 'separator': ';'}})
+    steps = call(function, ('a;b', 'c\nd'), separator=['\n', '\n'])
+    assert steps == [[(2, 0.0), (3, 0.0)], [(3, 0.0)]]
+
+
+def test_a_step_function_cannot_change_the_columns():
+    columns = {'answer': [1, 2]}
+    call(lambda prompts, completions, answer: answer.clear() or [[], []], **columns)
+    assert columns == {'answer': [1, 2]}
 
 
 # From a config
@@ -152,7 +164,7 @@ def whole(prompts, completions, **columns):
         ({'separated_steps': {'weight': 1.0, 'by': ';'}}, "no option 'by', did you mean 'separato"),
     ],
 )
-def test_what_build_steps_refuses(spec, message):
+def test_build_steps_errors(spec, message):
     with pytest.raises(RewardError, match=message):
         rewards.build_steps(spec)
 

@@ -257,3 +257,29 @@ def test_bad_settings(scaling, message):
 def test_good_settings(scaling):
     sizes = {'vocab_size': 5, 'width': 8, 'layers': 1, 'heads': 1, 'kv_heads': 1, 'head_dim': 8}
     assert ModelConfig(**sizes, mlp_width=8, rope_scaling=scaling).rope_scaling == scaling
+
+
+def turn(x, position, theta):
+    at = jnp.array([position])
+    tables = rope.tables(at, at + 1, width=x.shape[-1], theta=theta, scaling={})
+    return rope.rotate(x, *tables)
+
+
+def test_rotation_by_hand():
+    """Pair (i, i + h/2) turns by position * theta^(-2i/h): here by 3 and by 3 / 10."""
+    x = jnp.array([1.0, 0.0, 0.0, 2.0]).reshape(1, 1, 4)
+    turned = turn(x, 3, theta=100.0)[0, 0]
+    expected = [np.cos(3), -2 * np.sin(0.3), np.sin(3), 2 * np.cos(0.3)]
+    np.testing.assert_allclose(turned, expected, atol=1e-6)
+
+
+def test_rotation_depends_on_distance_only():
+    rng = np.random.default_rng(0)
+    q, k = jnp.asarray(rng.standard_normal((2, 1, 1, 8)), jnp.float32)
+
+    def score(i, j):
+        return float((turn(q, i, theta=50.0) * turn(k, j, theta=50.0)).sum())
+
+    assert score(7, 3) == pytest.approx(score(104, 100), abs=1e-4)
+    assert score(5, 5) == pytest.approx(float((q * k).sum()), abs=1e-5)
+    assert score(7, 3) != pytest.approx(score(7, 4), abs=1e-3)

@@ -13,9 +13,11 @@ import runs
 import tiny
 from test_stages import newest, records
 
-from grpo_jax import checkpoint, evaluate, presets, report, setup, update
-from grpo_jax.algorithm import Algorithm
-from grpo_jax.losses import Objective
+from grpo_jax import evaluate
+from grpo_jax.algorithm.config import Algorithm
+from grpo_jax.algorithm.program import init_state, make_train_step
+from grpo_jax.engine.compute import Compute
+from grpo_jax.run import checkpoint, methods, parameters, report, setup
 from grpo_jax.types import Sampling
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
@@ -43,11 +45,12 @@ def get_config(preset='grpo', **grpo):
     config.model.update(width=16, layers=1, heads=2, kv_heads=1, mlp_width=16, qk_norm='')
     config.model.remat = False
     config.sft.update(steps=0)
-    config.grpo.algorithm.update(inner_updates=1, entropy=False, logprob_chunk=7)
+    config.grpo.algorithm.update(inner_updates=1, entropy=False)
+    config.grpo.compute.update(logprob_chunk=7)
     config.grpo.rewards = {'runs:lucky': 1.0}
     config.grpo.optimizer.update(learning_rate=1e-2)
     config.eval.update(every=10, batch_size=B, samples=0)
-    presets.apply(config, preset)
+    methods.apply(config, preset)
     config.grpo.update(steps=2, batch_size=B, group_size=G, **grpo)
     return config
 
@@ -107,7 +110,7 @@ def iterative():
     config = ppo()
     config.grpo.iterations = 2
     config.grpo.rewards = {}
-    config.grpo.objective.reference_decay = 0.5
+    config.grpo.algorithm.reference_decay = 0.5
     config.reward_model.update(weight=2.0, steps=2, batch_size=B, group_size=G, microbatch=2)
     config.reward_model.update(replay=0.5)
     config.reward_model.optimizer.learning_rate = 1e-2
@@ -143,7 +146,7 @@ RUNS = {
 }
 
 
-# `iterative` has a critic too, and step rewards are judged in tests/test_verdicts.py.
+# `iterative` has a critic too, and step rewards are graded in tests/test_grading.py.
 @pytest.mark.parametrize(
     'name',
     tiny.some_slow(['rft', 'online_rft', 'dpo', 'ppo', 'trpo', 'process'], 'rft', 'ppo', 'process'),
@@ -155,10 +158,10 @@ def test_methods_train(name, trained):
     assert all(value is not None for row in rows for value in row.values())
     assert all(row['skipped_updates'] == 0 for row in rows)
     made = setup.prepare(RUNS[name](), trained(name))
-    assert tiny.gap(setup.initial_params(made), newest(trained(name))['params']) > 1e-4
+    assert tiny.gap(parameters.initial_params(made), newest(trained(name))['params']) > 1e-4
 
 
-def given(workdir, step, stage='grpo'):
+def groups_of(workdir, step, stage='grpo'):
     """Completions of a step as they were sampled: [B][G] rows of the records."""
     rows = [r for r in report.read(workdir / 'completions.jsonl', stage) if r['step'] == step]
     assert len(rows) == B * G
@@ -181,18 +184,20 @@ def test_adapters_train_where_their_base_samples(name, trained):
 
 @pytest.mark.parametrize('name', tiny.some_slow(['rft', 'online_rft'], 'rft'))
 def test_rejected_completions_are_not_learnt_from(name, trained):
+    seen = set()
     for row in metrics(trained(name)):
         kept = 0
-        for group in given(trained(name), row['step']):
-            right = [r['completion'] for r in group if r['reward'] > 0]
-            kept += len(set(right) if name == 'rft' else right)
+        for group in groups_of(trained(name), row['step']):
+            right = [(r['prompt'], r['completion']) for r in group if r['reward'] > 0]
+            kept += len(set(right) - seen if name == 'rft' else right)
+            seen |= set(right)
         assert row['completions/kept_ratio'] == pytest.approx(kept / (B * G))
         assert 0 < row['completions/kept_ratio'] < 1
         assert 'kl' not in row
 
 
 def test_who_samples(trained):
-    """Off-policy the second step's samples differ from those of the policy; on-policy they do not.
+    """Off-policy the second step is not sampled by the current policy; on-policy it is.
 
     Sampler and update agree on log-probs to rounding where they are of the same parameters.
     """
@@ -210,7 +215,7 @@ def test_pairs_of_preferences(trained):
     for row in (first, second):
         assert 1 <= row['refill/batches'] <= 3
         ratio = np.mean(
-            [len({r['reward'] for r in g}) > 1 for g in given(trained('dpo'), row['step'])]
+            [len({r['reward'] for r in g}) > 1 for g in groups_of(trained('dpo'), row['step'])]
         )
         assert row['refill/informative_ratio'] == ratio
         assert row['reward'] == pytest.approx(0.5)  # one right, one wrong of each pair
@@ -234,14 +239,14 @@ def test_a_trust_region_bounds_the_step(trained):
 
 def test_process_supervision(trained):
     for row in metrics(trained('process')):
-        groups = given(trained('process'), row['step'])
+        groups = groups_of(trained('process'), row['step'])
         found = [
             [sum(v for _, v in third_steps([], [r['completion']])[0]) for r in g] for g in groups
         ]
         assert [[r['reward'] for r in g] for g in groups] == (0.5 * np.array(found)).tolist()
         assert row['reward'] == pytest.approx(0.5 * np.mean(found))
         assert row['completions/mean_steps'] > 0
-        assert row['rewards/runs:lucky/mean'] == row['accuracy']  # judged, but no reward
+        assert row['rewards/runs:lucky/mean'] == row['accuracy']  # called, but with weight 0
 
 
 # Iterations
@@ -264,10 +269,12 @@ def test_iterations_with_a_reward_model(name, trained):
             assert {'accuracy', 'skipped_updates', 'num_tokens', 'learning_rate'} <= row.keys()
     for stage in ('grpo', 'grpo-2'):
         for row in metrics(workdir, stage):
-            rows = [r for g in given(workdir, row['step'], stage) for r in g]
+            rows = [r for g in groups_of(workdir, row['step'], stage) for r in g]
             scores = [r['rewards']['reward_model'] for r in rows]
             assert row['rewards/reward_model/mean'] == pytest.approx(np.mean(scores), rel=1e-4)
-            assert row['rewards/reward_model/std'] == pytest.approx(np.std(scores), rel=1e-4)
+            assert row['rewards/reward_model/std'] == pytest.approx(
+                np.std(scores, ddof=1), rel=1e-4
+            )
             assert np.std(scores) > 0
             if name == 'iterative':  # of weight 2, and no rules
                 rewards = [r['reward'] for r in rows]
@@ -287,7 +294,7 @@ def test_a_reference_that_follows_the_policy(trained):
     """Halfway after each step, from where the iteration began."""
     workdir = trained('iterative')
     made = setup.prepare(iterative(), workdir)
-    before = jax.device_get(setup.initial_params(made))
+    before = jax.device_get(parameters.initial_params(made))
     for stage in ('grpo', 'grpo-2'):
         reference = before
         for step in (1, 2):
@@ -379,16 +386,15 @@ def bigram_logprobs(params, rollout):
 def test_the_moving_reference_by_hand(decay, rollout, rewards):
     """reference' = d * reference + (1 - d) * policy, read by the KL of the step behind."""
     model, optimizer = tiny.Bigram(), optax.sgd(0.5)
-    algorithm = Algorithm(microbatch=4, logprob_chunk=5)
-    step = update.make_step(model, optimizer, algorithm, moving_reference=True)
+    algorithm = Algorithm(beta=0.1, reference_decay=decay)
+    compute = Compute(microbatch=4, logprob_chunk=5)
+    step = make_train_step(model, optimizer, algorithm, compute=compute)
     params = model.make_params()
-    state = update.init_state(model, optimizer, params, moving_reference=True)
+    state = init_state(model, optimizer, params, moving_reference=True)
     expected = params
     for _ in range(3):
         before = jax.device_get(state.params)
-        state, found = step(
-            state, None, rollout, rewards, Sampling(), Objective(beta=0.1, reference_decay=decay)
-        )
+        state, found = step(state, None, rollout, rewards, Sampling(), algorithm)
         gap = bigram_logprobs(expected, rollout) - bigram_logprobs(before, rollout)
         kl = (np.exp(gap) - gap - 1)[rollout.mask].mean()
         assert float(found['kl']) == pytest.approx(kl, rel=1e-3, abs=1e-6)
@@ -407,15 +413,14 @@ def test_the_moving_reference_has_room_for_small_steps(dtype, rollout, rewards):
     """
     model, optimizer = tiny.Bigram(), optax.identity()
     params = jax.tree.map(lambda x: x.astype(dtype), model.make_params())
-    algorithm = Algorithm(microbatch=4, step='optimizer')
-    step = update.make_step(model, optimizer, algorithm, moving_reference=True)
-    state = update.init_state(model, optimizer, params, moving_reference=True)
-    objective = Objective(beta=0.0, reference_decay=0.99)
+    algorithm = Algorithm(beta=1e-9, reference_decay=0.99)
+    step = make_train_step(model, optimizer, algorithm, compute=Compute(microbatch=4))
+    state = init_state(model, optimizer, params, moving_reference=True)
     target = jax.tree.map(lambda x: (1.05 * x).astype(dtype), params)
     for goal in (params, target):
         for _ in range(300):
             state = state._replace(params=jax.tree.map(jnp.copy, goal))
-            state, _ = step(state, None, rollout, 0 * rewards, Sampling(), objective)
+            state, _ = step(state, None, rollout, 0 * rewards, Sampling(), algorithm)
         wide = jax.tree.map(np.float32, (goal, params))
         assert tiny.gap(state.reference, wide[0]) < 0.06 * tiny.gap(*wide) + 1e-6
 
@@ -426,8 +431,8 @@ def test_the_moving_reference_has_room_for_small_steps(dtype, rollout, rewards):
 def test_adapters_have_no_moving_reference(tmp_path):
     config = get_config()
     config.model.lora.rank = 2
-    config.grpo.objective.reference_decay = 0.9
-    with pytest.raises(ValueError, match=r'reference_decay=0\.9 with adapters: their'):
+    config.grpo.algorithm.reference_decay = 0.9
+    with pytest.raises(ValueError, match=r'reference_decay=0\.9 with adapters, whose reference'):
         runs.train(config, tmp_path)
 
 
@@ -435,7 +440,10 @@ def test_adapters_have_no_moving_reference(tmp_path):
     ('change', 'message'),
     [
         (lambda c: c.grpo.algorithm.update(supervision='process'), 'name a step function'),
-        (lambda c: setattr(c.grpo, 'step_rewards', {STEPS: 1.0}), 'grpo.step_rewards does nothing'),
+        (
+            lambda c: setattr(c.grpo, 'step_rewards', {STEPS: 1.0}),
+            'grpo.step_rewards has no effect',
+        ),
         (
             lambda c: c.reward_model.update(weight=1.0, steps=1, loss='step'),
             "reward_model.loss='step' with kind='outcome'",

@@ -1,4 +1,4 @@
-"""Sampling: how completions end, which rows are decoded, where randomness comes from."""
+"""Sampling: how completions end, when the batch is compacted, what random numbers depend on."""
 
 import functools
 import itertools
@@ -16,12 +16,14 @@ import tokenizers
 from jax.extend.core import jaxprs_in_params
 from transformers import PreTrainedTokenizerFast
 
-from grpo_jax import rows, sharding, tokens
-from grpo_jax import sample as sample_module
-from grpo_jax.distribution import row_keys
+from grpo_jax import sharding
+from grpo_jax.algorithm import sample as sample_module
+from grpo_jax.algorithm.sample import sample
+from grpo_jax.data import completion_texts, stop_table
+from grpo_jax.engine import compaction, decode
+from grpo_jax.engine.decode import block_size
+from grpo_jax.engine.token_sampling import completion_keys
 from grpo_jax.models import Transformer
-from grpo_jax.sample import sample
-from grpo_jax.tokens import stop_table
 from grpo_jax.types import Prompts, Sampling
 
 # Completions
@@ -82,11 +84,11 @@ def test_without_end_tokens_every_row_is_full(model, params, prompts):
 
 
 def test_greedy_equals_naive(model, params, prompts):
-    """Every token is the largest logit of a plain forward over what stands before it."""
+    """Every token is the largest logit of a plain forward pass over the tokens before it."""
     greedy = completions(model, params, prompts, sampling=Sampling(temperature=0.0))
     logits = oracle.completion_logits(oracle.float64(params), greedy, model.config)
     np.testing.assert_array_equal(greedy.tokens[greedy.mask], logits.argmax(-1)[greedy.mask])
-    assert (greedy.tokens == greedy.tokens[:, :1]).all()  # the rows of a group do the same
+    assert (greedy.tokens == greedy.tokens[:, :1]).all()  # equal in all completions of a group
 
 
 def test_sampled_logprobs_equal_naive(model, params, drawn):
@@ -96,24 +98,23 @@ def test_sampled_logprobs_equal_naive(model, params, drawn):
 
 
 STEPS: list[int] = []
-block_of = sample_module._block
 
 
 def compiled():
-    """How often the program of the first block was compiled."""
-    return sample_module._first_block._cache_size()
+    """How often the program of the first block has been compiled."""
+    return decode.first_block._cache_size()
 
 
 class Counting(Transformer):
-    """Notes each decode step of each prompt."""
+    """Records each decode step."""
 
     def decode(self, token, t, *args):
         jax.debug.callback(lambda t: STEPS.append(int(t)), t)
         return super().decode(token, t, *args)
 
 
-def test_the_loop_ends_when_all_rows_have(model, params, prompts, drawn):
-    """As many decode steps as the longest row has tokens, less the one that prefill predicts."""
+def test_the_loop_ends_with_the_last_completion(model, params, prompts, drawn):
+    """As many decode steps as the longest completion has tokens, less the one from prefill."""
     counting = Counting(model.config)
 
     def steps(eos_ids, seed):
@@ -124,15 +125,15 @@ def test_the_loop_ends_when_all_rows_have(model, params, prompts, drawn):
         assert sorted(set(STEPS)) == list(range(len(set(STEPS))))
         return len(set(STEPS)), out
 
-    made, out = steps(EOS, seed=0)
-    assert made == 6
+    count, out = steps(EOS, seed=0)
+    assert count == 6
     assert tiny.same(out, drawn)
     seen = set()
     for seed in range(6):
-        made, out = steps(np.arange(0, tiny.VOCAB, 2), seed)  # half of all tokens end a row
-        assert made == out.mask.sum(-1).max() - 1
-        assert out.ended.all() or made == 6
-        seen.add(made)
+        count, out = steps(np.arange(0, tiny.VOCAB, 2), seed)  # half of all tokens end a completion
+        assert count == out.mask.sum(-1).max() - 1
+        assert out.ended.all() or count == 6
+        seen.add(count)
     assert min(seen) < 5
 
 
@@ -148,11 +149,11 @@ def speller():
     words = [''.join(word) for n in (1, 2, 3) for word in itertools.product(LETTERS, repeat=n)]
     words = words[:5] + random.Random(0).sample(words[5:], tiny.VOCAB - 7) + ['<eos>', '<pad>']
     levels = tokenizers.models.WordLevel({word: i for i, word in enumerate(words)}, '<pad>')
-    made = PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=tokenizers.Tokenizer(levels), eos_token='<eos>', pad_token='<pad>'
     )
-    made.backend_tokenizer.decoder = tokenizers.decoders.Fuse()
-    return made
+    tokenizer.backend_tokenizer.decoder = tokenizers.decoders.Fuse()
+    return tokenizer
 
 
 def stopping(*strings):
@@ -160,7 +161,7 @@ def stopping(*strings):
 
 
 def cut(rollout, strings, eos_ids=EOS):
-    """A rollout that nothing has stopped, ended where the text of its tokens first says so."""
+    """An unstopped rollout, cut where the text of its tokens first contains a stop string."""
     mask = np.zeros_like(rollout.mask)
     ended = np.zeros_like(rollout.ended)
     for place in np.ndindex(ended.shape):
@@ -183,7 +184,7 @@ def cut(rollout, strings, eos_ids=EOS):
     eos_ids=st.sampled_from([EOS, NO_ENDS]),
 )
 def test_a_stop_string_ends_a_completion(model, params, prompts, seed, strings, eos_ids):
-    """At the token that completes it, whatever that token holds behind; all else stays the same."""
+    """At the token that completes it, whatever else that token holds; the rest is unchanged."""
     free = completions(model, params, prompts, seed=seed, eos_ids=NO_ENDS)
     stopped = completions(
         model, params, prompts, seed=seed, eos_ids=eos_ids, stops=stopping(strings)
@@ -192,7 +193,7 @@ def test_a_stop_string_ends_a_completion(model, params, prompts, seed, strings, 
     for name in ('tokens', 'mask', 'ended'):
         np.testing.assert_array_equal(getattr(stopped, name), getattr(expected, name), name)
     np.testing.assert_allclose(stopped.logprobs, expected.logprobs, atol=1e-6)
-    texts = tokens.texts(
+    texts = completion_texts(
         speller(), stopped.tokens.reshape(16, -1), stopped.mask.reshape(16, -1), [strings]
     )
     for text, row in zip(texts, free.tokens.reshape(16, -1), strict=True):
@@ -204,7 +205,7 @@ STOPS = ('ab', 'b\nb', 'dd', 'ca')
 
 
 def test_several_stop_strings(model, params, prompts):
-    """Which compile once, whatever they are."""
+    """They compile once, whatever they are."""
     free = completions(model, params, prompts, eos_ids=NO_ENDS)
     stopped = completions(model, params, prompts, stops=stopping(*STOPS))
     assert tiny.same(stopped._replace(logprobs=0), cut(free, STOPS)._replace(logprobs=0))
@@ -235,26 +236,26 @@ def test_stop_strings_on_a_mesh(model, params, prompts):
 
 @pytest.mark.parametrize('apart', tiny.some_slow([True, False], False))
 def test_blocks_change_no_completion(model, params, prompts, monkeypatch, apart):
-    """Rows that have ended are left out, and those that go on are not."""
+    """Ended completions are removed from the batch, live ones are not."""
     sizes = []
 
     def choosing(choose):
-        """Without rows apart: there are never few enough keys."""
+        """Without slots apart from their groups: they always cache more keys."""
         return lambda *args: choose(*args[:-1], args[-1] if apart else -(10**6))
 
-    def leave_out(given, before, shape, mesh):
+    def compact(inputs, before, shape, mesh):
         sizes.append(shape)
-        _, left = kept = rows.leave_out(given, before, shape, mesh)
-        places = np.asarray(left.place)
+        _, after = compacted = compaction.compact(inputs, before, shape, mesh)
+        places = np.asarray(after.place)
         assert places.shape == (shape.groups, shape.rows)
         assert len(set(places.flat)) == places.size
         assert set(np.asarray(before.place)[~np.asarray(before.done)]) <= set(places.flat)
-        return kept
+        return compacted
 
-    for name in ('fewest', 'enough'):
-        monkeypatch.setattr(sample_module, name, choosing(getattr(rows, name)))
-    monkeypatch.setattr(sample_module, 'leave_out', leave_out)
-    most = np.flatnonzero(np.arange(tiny.VOCAB) % 3)  # two of three tokens end a row
+    for name in ('smallest_shape', 'compaction_thresholds'):
+        monkeypatch.setattr(sample_module, name, choosing(getattr(compaction, name)))
+    monkeypatch.setattr(sample_module, 'compact', compact)
+    most = np.flatnonzero(np.arange(tiny.VOCAB) % 3)  # two of three tokens end a completion
     for seed in range(3):
         settings = {'seed': seed, 'eos_ids': most, 'group_size': 8, 'max_tokens': 9}
         settings['stops'] = stopping('ab')
@@ -269,38 +270,38 @@ def test_blocks_change_no_completion(model, params, prompts, monkeypatch, apart)
 
 
 @pytest.mark.parametrize('devices', [1, 2])
-def test_a_block_is_left_when_few_rows_go_on(model, params, prompts, monkeypatch, devices):
-    """After the first column by which they are few enough, counted in what was drawn."""
-    left = []
+def test_a_block_ends_when_few_completions_are_live(model, params, prompts, monkeypatch, devices):
+    """After the first column at which a threshold is reached, by the drawn tokens."""
+    ends = []
 
-    def noting(program, at):
+    def recording(program, at):
         def run(*args, width, **options):
-            *given, rows, state = program(*args, width=width, **options)
-            left.append((args[at], width, int(state.t)))
-            return (*given, rows, state)
+            *inputs, slots, state = program(*args, width=width, **options)
+            ends.append((args[at], width, int(state.t)))
+            return (*inputs, slots, state)
 
         return run
 
-    for name, at in (('_first_block', 8), ('_next_block', 5)):
-        monkeypatch.setattr(sample_module, name, noting(getattr(sample_module, name), at))
+    for name, at in (('first_block', 4), ('next_block', 5)):
+        monkeypatch.setattr(decode, name, recording(getattr(decode, name), at))
     mesh = sharding.make_mesh(fsdp=devices, tensor=1)
     params = jax.device_put(params, sharding.shardings(params, mesh))
-    some = np.flatnonzero(np.arange(tiny.VOCAB) % 5 == 0)
-    settings = {'eos_ids': some, 'group_size': 8, 'max_tokens': 24, 'block': 8, 'mesh': mesh}
+    fifth = np.flatnonzero(np.arange(tiny.VOCAB) % 5 == 0)
+    settings = {'eos_ids': fifth, 'group_size': 8, 'max_tokens': 24, 'block': 8, 'mesh': mesh}
     out = completions(model, params, sharding.put_groups(prompts, mesh), **settings)
-    goes_on = (out.mask.sum(-1) - out.ended)[..., None] >= np.arange(1, 25)  # behind each column
-    in_groups, in_devices = goes_on.sum(1), goes_on.reshape(devices, -1, 24).sum(1)
+    live = (out.mask.sum(-1) - out.ended)[..., None] >= np.arange(1, 25)  # after each column
+    in_groups, in_devices = live.sum(1), live.reshape(devices, -1, 24).sum(1)
     t = 1
-    for (of_group, of_device), width, end in left:
+    for (of_group, of_device), width, end in ends:
         few = (in_groups.max(0) <= of_group) | (in_devices.max(0) <= of_device)
         assert t < end == next((n for n in range(t, width) if few[n - 1]), width)
         t = end
-    assert len(left) > 24 / 8 + 1
-    assert sum(end < width for *_, width, end in left) > 1
+    assert len(ends) > 24 / 8 + 1
+    assert sum(end < width for *_, width, end in ends) > 1
 
 
-def test_rows_are_left_out_on_a_mesh(model, params, prompts):
-    """Each device keeps its own."""
+def test_compaction_on_a_mesh(model, params, prompts):
+    """Each device keeps its own completions."""
     mesh = sharding.make_mesh(fsdp=2, tensor=2)
     most = np.flatnonzero(np.arange(tiny.VOCAB) % 3)
     settings = {'eos_ids': most, 'group_size': 8, 'max_tokens': 9}
@@ -312,8 +313,8 @@ def test_rows_are_left_out_on_a_mesh(model, params, prompts):
         np.testing.assert_array_equal(getattr(meshed, name), getattr(alone, name), name)
 
 
-def test_no_block_begins_when_all_rows_have_ended(model, params, prompts, monkeypatch):
-    monkeypatch.setattr(sample_module, '_next_block', None)
+def test_no_block_begins_when_all_completions_have_ended(model, params, prompts, monkeypatch):
+    monkeypatch.setattr(decode, 'next_block', None)
     every = np.arange(tiny.VOCAB)
     out = completions(model, params, prompts, eos_ids=every, block=2)
     assert out.ended.all()
@@ -321,11 +322,11 @@ def test_no_block_begins_when_all_rows_have_ended(model, params, prompts, monkey
 
 @pytest.mark.parametrize(('tokens', 'expected'), [(24, 64), (512, 64), (1024, 128), (1030, 129)])
 def test_there_are_at_most_eight_blocks(tokens, expected):
-    assert block_of(tokens, most=8) == expected
+    assert block_size(tokens, in_place=False) == expected
 
 
-def test_there_are_two_blocks_where_only_filled_columns_are_read():
-    assert block_of(1024, most=2) == 512
+def test_there_are_two_blocks_where_attention_ignores_empty_columns():
+    assert block_size(1024, in_place=True) == 512
 
 
 # Randomness
@@ -360,7 +361,7 @@ def test_what_the_randomness_depends_on(model, params, prompts, drawn):
 
 
 def test_equal_prompts_of_different_rows_differ(model, params, prompts):
-    """Also the completions within a group: no two rows share their noise."""
+    """Also the completions within a group: no two share random numbers."""
     equal = Prompts(
         np.repeat(prompts.tokens[:1], 4, axis=0), np.repeat(prompts.length[:1], 4), prompts.index
     )
@@ -368,9 +369,9 @@ def test_equal_prompts_of_different_rows_differ(model, params, prompts):
     assert len({row.tobytes() for row in out.tokens.reshape(16, -1)}) == 16
 
 
-def test_row_keys_are_all_different():
+def test_completion_keys_are_all_different():
     keys = [
-        jax.random.key_data(row_keys(seed, step, np.arange(5), 3)).reshape(-1, 2)
+        jax.random.key_data(completion_keys(seed, step, jnp.arange(5), 3)).reshape(-1, 2)
         for seed in range(3)
         for step in range(4)
     ]
@@ -389,7 +390,7 @@ def test_sampling_compiles_once_per_shape(model, params, prompts, drawn):
 
 @pytest.mark.parametrize('unroll', [False, True])
 def test_no_column_casts_a_matrix(unroll, prompts):
-    """They are converted before the loop over columns, once for a rollout."""
+    """Matrices are converted before the loop over columns, once for a rollout."""
     model = tiny.make_model(dtype='bfloat16', layers=3)
 
     def converted(jaxpr, in_loop=False):
@@ -418,15 +419,15 @@ def test_no_column_casts_a_matrix(unroll, prompts):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'group_size': 0}, 'group_size=0: make it at least 1'),
-        ({'max_tokens': 0}, 'max_tokens=0: make it at least 1'),
-        ({'block': -1}, 'block=-1: make it at least 0'),
+        ({'group_size': 0}, 'group_size=0 is out of range: make it at least 1'),
+        ({'max_tokens': 0}, 'max_tokens=0 is out of range: make it at least 1'),
+        ({'block': -1}, 'block=-1 is out of range: make it at least 0'),
         ({'weights': 'int4'}, "weights='int4' is unknown: use one of model, int8"),
         ({'sampling': Sampling(top_p=0.0)}, 'sampling top_p=0.0: make it above 0'),
         ({'sampling': Sampling(temperature=-1.0)}, 'temperature=-1.0: make it at least 0'),
     ],
 )
 def test_bad_arguments(options, message, model, params, rollout):
-    given = {'group_size': 2, 'max_tokens': 2, 'sampling': Sampling()} | options
+    settings = {'group_size': 2, 'max_tokens': 2, 'sampling': Sampling()} | options
     with pytest.raises(ValueError, match=message):
-        sample(model, params, rollout.prompts, seed=0, step=0, eos_ids=np.array([1]), **given)
+        sample(model, params, rollout.prompts, seed=0, step=0, eos_ids=np.array([1]), **settings)

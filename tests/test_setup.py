@@ -11,8 +11,9 @@ import pytest
 import tiny
 
 from configs import smoke
-from grpo_jax import judging, models, setup
-from grpo_jax.config import defaults
+from grpo_jax import models
+from grpo_jax.run import grading, parameters, problems, setup
+from grpo_jax.run.config import defaults
 from grpo_jax.types import Sampling
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
@@ -48,7 +49,7 @@ def test_the_checkpoint_says_what_the_model_is_like(name, source, tmp_path):
     config = folders.get_config(source)
     config.model[name] = other(config.model[name])
     with pytest.raises(
-        ValueError, match=f'^model.{name}=.* does nothing with pretrained='
+        ValueError, match=f'^model.{name}=.* has no effect with pretrained='
     ) as error:
         setup.prepare(config, tmp_path)
     assert '\n' not in str(error.value)
@@ -59,10 +60,10 @@ def test_the_config_says_how_it_is_computed(source, tmp_path):
     told = {'dtype': 'bfloat16', 'param_dtype': 'float16', 'attention': 'einsum', 'remat': False}
     config.model.update(told)
     config.model.lora.update(rank=3, alpha=5.0, targets=('q_proj',))
-    made = setup.prepare(config, tmp_path).model.config
-    assert {name: getattr(made, name) for name in told} == told
-    assert made.lora == models.Lora(rank=3, alpha=5.0, targets=('q_proj',))
-    assert made.base == folders.make_model(**told).config
+    prepared = setup.prepare(config, tmp_path).model.config
+    assert {name: getattr(prepared, name) for name in told} == told
+    assert prepared.lora == models.Lora(rank=3, alpha=5.0, targets=('q_proj',))
+    assert prepared.base == folders.make_model(**told).config
 
 
 def test_a_tokenizer_that_the_embedding_is_too_small_for(tmp_path):
@@ -80,20 +81,22 @@ def test_a_tokenizer_that_the_embedding_is_too_small_for(tmp_path):
 
 def test_parameters_are_those_of_the_checkpoint(source, tmp_path):
     for rank in (0, 2):
-        made = setup.prepare(folders.get_config(source, rank=rank), tmp_path)
-        assert tiny.same(setup.initial_params(made), tiny.make_params(folders.make_model()))
+        prepared = setup.prepare(folders.get_config(source, rank=rank), tmp_path)
+        assert tiny.same(
+            parameters.initial_params(prepared), tiny.make_params(folders.make_model())
+        )
 
 
 def test_parameters_lie_on_the_mesh(source, tmp_path):
     config = folders.get_config(source, rank=2)
     config.mesh.update(fsdp=2, tensor=2)
-    made = setup.prepare(config, tmp_path)
-    params, adapters = setup.initial_params(made), setup.initial_adapters(made)
+    prepared = setup.prepare(config, tmp_path)
+    params, adapters = parameters.initial_params(prepared), parameters.initial_adapters(prepared)
     assert tiny.same(params, tiny.make_params(folders.make_model()))
     for tree, name in ((params, 'query'), (adapters, 'query_lora_a')):
         assert len(tree['blocks'][name].sharding.device_set) == 4
         assert not tree['blocks'][name].sharding.is_fully_replicated
-    merged = setup.merged(made, params, jax.tree.map(lambda x: x + 0.5, adapters))
+    merged = parameters.merged(prepared, params, jax.tree.map(lambda x: x + 0.5, adapters))
     where = merged['blocks']['query'].sharding
     expected = tiny.make_params(folders.make_model())['blocks']['query']
     a = np.asarray(adapters['blocks']['query_lora_a'], np.float64) + 0.5
@@ -107,10 +110,10 @@ def test_parameters_lie_on_the_mesh(source, tmp_path):
 
 def test_the_description_is_kept(source, tmp_path):
     config = folders.get_config(source)
-    made = setup.prepare(config, tmp_path / 'run')
+    prepared = setup.prepare(config, tmp_path / 'run')
     (tmp_path / 'run' / 'pretrained.partial').mkdir(parents=True)  # of a copy that was cut off
     (tmp_path / 'run' / 'pretrained.partial' / 'old.json').touch()
-    setup.keep_description(made)
+    setup.keep_description(prepared)
     kept = contents(tmp_path / 'run' / 'pretrained')
     expected = contents(source)
     del expected['model.safetensors']
@@ -127,66 +130,68 @@ def test_what_a_run_needs_when_the_checkpoint_is_gone(source, tmp_path):
     policies = {}
     for rank in (0, 2):
         config = folders.get_config(tmp_path / 'gone', rank=rank)
-        made = setup.prepare(config, tmp_path / 'prepared')
-        params = tiny.make_params(made.model, seed=1)
-        trained = models.split(params)[1] or params
+        prepared = setup.prepare(config, tmp_path / 'prepared')
+        params = tiny.make_params(prepared.model, seed=1)
+        trained = models.split_adapters(params)[1] or params
         folders.pretend(config, tmp_path / f'run{rank}', trained)
         policies[rank] = config, params
     shutil.rmtree(tmp_path / 'gone')
     config, params = policies[0]
-    policy = setup.newest_policy(setup.prepare(config, tmp_path / 'run0'))
+    policy = parameters.newest_policy(setup.prepare(config, tmp_path / 'run0'))
     assert (policy.name, policy.pretrained) == ('grpo/3', False)
     assert tiny.same(policy.params, params)
     config, params = policies[2]
-    made = setup.prepare(config, tmp_path / 'run2')
+    prepared = setup.prepare(config, tmp_path / 'run2')
     with pytest.raises(ValueError, match="/gone' is neither a folder nor a checkpoint"):
-        setup.newest_policy(made)
+        parameters.newest_policy(prepared)
     config.pretrained = str(source)  # the folder has only moved
-    policy = setup.newest_policy(setup.prepare(config, tmp_path / 'run2'))
+    policy = parameters.newest_policy(setup.prepare(config, tmp_path / 'run2'))
     assert policy.pretrained
     assert tiny.same(policy.base, tiny.make_params(folders.make_model()))
-    assert tiny.same(policy.adapters, models.split(params)[1])
+    assert tiny.same(policy.adapters, models.split_adapters(params)[1])
 
 
 # The newest policy of a run
 
 
 def test_a_run_without_a_checkpoint(source, tmp_path):
-    made = setup.prepare(folders.get_config(source), tmp_path)
+    prepared = setup.prepare(folders.get_config(source), tmp_path)
     with pytest.raises(ValueError, match='holds no checkpoint: train first, or name another --wo'):
-        setup.newest_policy(made)
+        parameters.newest_policy(prepared)
 
 
 def test_the_second_stage_begins_with_the_first_ones_adapters_folded_in(source, tmp_path):
     config = folders.get_config(source, rank=2, sft=2)
-    made = setup.prepare(config, tmp_path)
-    first, second = (models.split(tiny.make_params(made.model, seed))[1] for seed in (1, 2))
+    prepared = setup.prepare(config, tmp_path)
+    first, second = (
+        models.split_adapters(tiny.make_params(prepared.model, seed))[1] for seed in (1, 2)
+    )
     folders.pretend(config, tmp_path, first, stage='sft', step=2)
     base = tiny.make_params(folders.make_model())
-    policy = setup.newest_policy(made)
+    policy = parameters.newest_policy(prepared)
     assert (policy.name, policy.pretrained) == ('sft/2', True)
-    assert tiny.same(policy.params, models.join(base, first))
+    assert tiny.same(policy.params, models.join_adapters(base, first))
     folders.pretend(config, tmp_path, second)
-    policy = setup.newest_policy(made)
+    policy = parameters.newest_policy(prepared)
     assert (policy.name, policy.pretrained) == ('grpo/3', False)
     assert tiny.same(policy.adapters, second)
-    expected = models.merge(made.model.config, base, first)
+    expected = models.merge_adapters(prepared.model.config, base, first)
     assert tiny.gap(policy.base, expected) < 1e-5
     assert tiny.gap(policy.base, base) > 0.1
 
 
 def test_adapters_of_a_model_from_scratch(tmp_path):
-    """Their base is the random start, made again from the seed; no checkpoint stands behind it."""
+    """Their base is the random start, made again from the seed; no checkpoint is involved."""
     config = folders.get_config(rank=2)
     config.model.update(width=16, layers=1, heads=2, kv_heads=1, head_dim=8, mlp_width=16)
-    made = setup.prepare(config, tmp_path)
-    assert made.source is None
-    setup.keep_description(made)
-    adapters = models.split(tiny.make_params(made.model))[1]
+    prepared = setup.prepare(config, tmp_path)
+    assert prepared.source is None
+    setup.keep_description(prepared)
+    adapters = models.split_adapters(tiny.make_params(prepared.model))[1]
     folders.pretend(config, tmp_path, adapters)
-    policy = setup.newest_policy(made)
+    policy = parameters.newest_policy(prepared)
     assert not policy.pretrained
-    assert tiny.same(policy.base, setup.initial_params(made))
+    assert tiny.same(policy.base, parameters.initial_params(prepared))
     assert not (tmp_path / 'pretrained').exists()
 
 
@@ -208,9 +213,9 @@ def test_end_tokens(generation, chat, expected, tmp_path):
     source = folders.write(
         tmp_path / 'chat', tokenizer=folders.chat_tokenizer(), generation=generation
     )
-    made = setup.prepare(folders.get_config(source, chat=chat), tmp_path)
-    assert sorted(made.ends.tolist()) == sorted(expected)
-    assert made.ends.dtype == np.int32
+    prepared = setup.prepare(folders.get_config(source, chat=chat), tmp_path)
+    assert sorted(prepared.ends.tolist()) == sorted(expected)
+    assert prepared.ends.dtype == np.int32
 
 
 def test_stop_strings_of_the_format_and_the_config():
@@ -268,15 +273,14 @@ def test_prompts_and_completions(kind, tmp_path):
     config = folders.get_config(source, **table, **asked)
     config.data.update(prompt_length=512, completion_length=12)
     config.eval.update(batch_size=1)
-    made = setup.prepare(config, tmp_path / 'run')
-    heldout = setup.heldout_problems(made)
-    prompts = jax.tree.map(np.asarray, heldout.table)
+    prepared = setup.prepare(config, tmp_path / 'run')
+    heldout = problems.heldout_problems(prepared)
+    prompts = heldout.table.select(np.arange(1))
     length = prompts.length[0]
-    assert made.tokenizer.decode(prompts.tokens[0, :length]) == prompt
-    made_prompts = setup.Prompts(prompts.tokens, prompts.length, prompts.index)
-    params = setup.initial_params(made)
+    assert prepared.tokenizer.decode(prompts.tokens[0, :length]) == prompt
+    params = parameters.initial_params(prepared)
     rollout = jax.device_get(
-        made.sampler(params, made_prompts, step=0, sampling=Sampling(), group_size=1024)
+        prepared.sampler(params, prompts, step=0, sampling=Sampling(), group_size=1024)
     )
     stops = setup.stop_strings(config)
     ends = {folders.EOS, folders.ANOTHER_END} | ({folders.IM_END} if config.data.chat else set())
@@ -286,8 +290,8 @@ def test_prompts_and_completions(kind, tmp_path):
     counts = np.array([count for count, *_ in found])
     np.testing.assert_array_equal(rollout.mask[0], np.arange(12) < counts[:, None])
     answer = {'right': lambda prompts, completions, **columns: [0.0] * len(completions)}
-    judged = judging.judge(rollout, heldout, answer, {'right': 1.0})
-    assert judged.completions == [text for _, text, _ in found]
+    texts = grading.grade_texts(rollout, heldout, answer, {'right': 1.0})
+    assert texts.completions == [text for _, text, _ in found]
 
 
 # Held-out questions
@@ -300,10 +304,12 @@ def test_no_run_learns_what_it_is_tested_on(source, tmp_path, caplog):
     table = folders.rows(
         tmp_path / 'rows', train=[*questions[6:], *leaked, 'x' * 70], test=questions[:6]
     )
-    made = setup.prepare(folders.get_config(source, **table, prompt_length=64), tmp_path / 'run')
-    heldout = setup.heldout_problems(made)
+    prepared = setup.prepare(
+        folders.get_config(source, **table, prompt_length=64), tmp_path / 'run'
+    )
+    heldout = problems.heldout_problems(prepared)
     with caplog.at_level(logging.WARNING):
-        training = setup.training_problems(made, heldout)
+        training = problems.training_problems(prepared, heldout)
     assert [record.message for record in caplog.records if record.name == 'grpo_jax'] == [
         'train: 14 of 18 rows used; dropped 1 that are too long and 3 whose question is held out'
     ]
@@ -313,9 +319,11 @@ def test_no_run_learns_what_it_is_tested_on(source, tmp_path, caplog):
 
 def test_nothing_is_said_where_nothing_is_dropped(source, tmp_path, caplog):
     table = folders.rows(tmp_path / 'rows', train=QUESTIONS[:11], test=QUESTIONS[11:])
-    made = setup.prepare(folders.get_config(source, **table, prompt_length=64), tmp_path / 'run')
+    prepared = setup.prepare(
+        folders.get_config(source, **table, prompt_length=64), tmp_path / 'run'
+    )
     with caplog.at_level(logging.WARNING):
-        training = setup.training_problems(made, setup.heldout_problems(made))
+        training = problems.training_problems(prepared, problems.heldout_problems(prepared))
     assert len(training.table.index) == 11
     assert not [record for record in caplog.records if record.name == 'grpo_jax']
 

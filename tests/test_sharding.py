@@ -1,5 +1,6 @@
-"""The table, the meshes, and that no number depends on them: on the eight devices of conftest."""
+"""The table of layouts, meshes, and that no number depends on them: on eight virtual devices."""
 
+import dataclasses
 import functools
 import re
 
@@ -12,11 +13,14 @@ import tiny
 from jax.sharding import PartitionSpec
 
 from grpo_jax import sharding
+from grpo_jax.algorithm.config import Algorithm
+from grpo_jax.algorithm.optimizer import adamw
+from grpo_jax.algorithm.program import init_state, make_train_step
+from grpo_jax.algorithm.sample import sample
+from grpo_jax.algorithm.update import train_step
+from grpo_jax.engine.compute import Compute
 from grpo_jax.models import Lora
-from grpo_jax.optimizer import adamw
-from grpo_jax.sample import sample
-from grpo_jax.types import Objective, Sampling, TrainState
-from grpo_jax.update import Algorithm, init_state, make_step, update
+from grpo_jax.types import Sampling, TrainState
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason='needs eight devices')
 
@@ -26,6 +30,7 @@ MESHES = [pytest.param((8, 1), marks=SLOW), (4, 2), pytest.param((2, 4), marks=S
 MODEL = tiny.make_model(vocab_size=72, attention_bias=True, tied_head=False)
 ROLLOUT = tiny.make_rollout(vocab=72, groups=8)
 REWARDS = tiny.make_rewards(groups=8)
+ALGORITHM = Algorithm()
 
 
 def mesh_of(shape):
@@ -76,7 +81,7 @@ def test_what_does_not_divide_stays_whole():
     assert specs['embedding'] == PartitionSpec(None, 'fsdp')
 
 
-def test_moments_lie_like_their_parameters():
+def test_moments_are_laid_out_like_their_parameters():
     optimizer, _ = adamw(learning_rate=1e-3, steps=10)
     state = init_state(MODEL, optimizer, tiny.make_params(MODEL), mesh_of((4, 2)))
     wanted = jax.tree.map(lambda x: x.sharding, state.params)
@@ -156,13 +161,14 @@ def test_batches_that_divide():
 
 
 def test_the_update_checks_its_batch_against_the_mesh():
-    step = make_step(MODEL, optax.sgd(1.0), Algorithm(microbatch=2), mesh_of((4, 2)))
+    compute = Compute(microbatch=2)
+    step = make_train_step(MODEL, optax.sgd(1.0), ALGORITHM, mesh_of((4, 2)), compute=compute)
     state = init_state(MODEL, optax.sgd(1.0), tiny.make_params(MODEL), mesh_of((4, 2)))
     with pytest.raises(ValueError, match=r'microbatch=2 .*over fsdp=4 .*use one of 4, 8\b'):
-        step(state, None, ROLLOUT, REWARDS, Sampling(), Objective())
+        step(state, None, ROLLOUT, REWARDS, Sampling(), ALGORITHM)
 
 
-# The same numbers on each
+# The same numbers on every mesh
 
 
 RECORDER = optax.sgd(1.0, momentum=0.0)  # its trace is the gradient
@@ -172,10 +178,10 @@ RECORDER = optax.sgd(1.0, momentum=0.0)  # its trace is the gradient
 def alone():
     """Gradient, metrics and samples on one device."""
     params = tiny.make_params(MODEL)
-    settings = {'model': MODEL, 'optimizer': RECORDER, 'algorithm': Algorithm()}
-    step = tiny.jit(functools.partial(update, **settings))
+    settings = {'model': MODEL, 'optimizer': RECORDER, 'compute': Compute(microbatch=1)}
+    step = tiny.jit(functools.partial(train_step, **settings))
     state = TrainState(jnp.int32(0), params, RECORDER.init(params), jnp.int32(0))
-    state, metrics = step(state, None, ROLLOUT, REWARDS, Sampling(), Objective())
+    state, metrics = step(state, None, ROLLOUT, REWARDS, Sampling(), ALGORITHM)
     return jax.device_get((state.opt_state[0].trace, metrics, draw(params, ROLLOUT.prompts)))
 
 
@@ -200,13 +206,14 @@ def ten_steps(shape):
     state = init_state(MODEL, RECORDER, tiny.make_params(MODEL), mesh)
     layout = jax.tree.map(lambda x: x.sharding, state)
     batch = sharding.put_groups((ROLLOUT, REWARDS), mesh)
-    step = make_step(MODEL, RECORDER, Algorithm(microbatch=8), mesh)
-    program = step.lower(state, None, *batch, Sampling(), Objective()).compile()
+    step = make_train_step(MODEL, RECORDER, ALGORITHM, mesh, compute=Compute(microbatch=8))
+    program = step.lower(state, None, *batch, Sampling(), ALGORITHM).compile()
     first = None
     for i in range(10):
         sampling = Sampling(1 - 0.01 * i, top_k=60 * i)
-        objective = Objective(0.2 + 0.01 * i, 0.2 + 0.02 * i)
-        state, metrics = step(state, None, *batch, sampling, objective)
+        bounds = {'clip_low': 0.2 + 0.01 * i, 'clip_high': 0.2 + 0.02 * i}
+        algorithm = dataclasses.replace(ALGORITHM, **bounds)
+        state, metrics = step(state, None, *batch, sampling, algorithm)
         first = first or jax.device_get((state.opt_state[0].trace, metrics))
         assert jax.tree.map(lambda x: x.sharding, state) == layout
     assert step._cache_size() == 1
@@ -216,7 +223,7 @@ def ten_steps(shape):
 
 @pytest.mark.parametrize('shape', MESHES, ids=str)
 def test_ten_steps_on_a_mesh(shape):
-    """They compile once, leave all arrays where they lay, and give one device's gradient."""
+    """They compile once, keep the layout of all arrays, and give one device's gradient."""
     expected, expected_metrics, _ = alone()
     gradient, metrics, _ = ten_steps(shape)
     gap = tiny.gap(gradient, expected)

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from grpo_jax.models.shared_prompt import SharedPromptMask
+from grpo_jax.models.kernels.shared_prompt import SharedPromptMask
 
 
 def test_a_query_sees_the_prompt_and_its_completion_up_to_itself():
@@ -15,7 +15,7 @@ def test_a_query_sees_the_prompt_and_its_completion_up_to_itself():
     mask = SharedPromptMask(rows, size, past)
     assert mask.shape == expected.shape
     np.testing.assert_array_equal(mask[:, :], expected)
-    for q, k, queries, keys in np.ndindex(12, 17, 6, 6):  # blocks wherever they lie
+    for q, k, queries, keys in np.ndindex(12, 17, 6, 6):  # blocks at all offsets
         block = slice(q, q + queries + 1), slice(k, k + keys + 1)
         np.testing.assert_array_equal(mask[block], expected[block])
 

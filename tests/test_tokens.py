@@ -1,4 +1,4 @@
-"""Text to tokens and back."""
+"""Tokenizers, stop strings and the texts of completions."""
 
 import hypothesis
 import hypothesis.strategies as st
@@ -8,9 +8,9 @@ import tiny
 import tokenizers
 import transformers
 
-from grpo_jax import tokens
+from grpo_jax.data import byte_tokenizer, completion_texts, eos_ids, load_tokenizer, stop_table
 
-BYTES = tokens.byte_tokenizer()
+BYTES = byte_tokenizer()
 
 
 @hypothesis.given(st.text())
@@ -29,17 +29,17 @@ def test_special_tokens_of_the_byte_tokenizer():
 def test_load_tokenizer(tmp_path):
     BYTES.save_pretrained(tmp_path / 'same')
     for name in ('bytes', str(tmp_path / 'same')):
-        assert tokens.load_tokenizer(name).encode('<eos>é') == list('<eos>é'.encode())
-    without = tokens.byte_tokenizer()
+        assert load_tokenizer(name).encode('<eos>é') == list('<eos>é'.encode())
+    without = byte_tokenizer()
     without.eos_token = None
     without.save_pretrained(tmp_path / 'without')
     with pytest.raises(ValueError, match=r'/without.* has no end-of-sequence token.*set eos_token'):
-        tokens.load_tokenizer(str(tmp_path / 'without'))
+        load_tokenizer(str(tmp_path / 'without'))
     tiny.adding('$A <eos>').save_pretrained(tmp_path / 'adding')
     with pytest.raises(ValueError, match=r'/adding.* ends every text with <eos>.*add_eos_token'):
-        tokens.load_tokenizer(str(tmp_path / 'adding'))
+        load_tokenizer(str(tmp_path / 'adding'))
     with pytest.raises(ValueError, match="/none' cannot be loaded: give 'bytes', a folder"):
-        tokens.load_tokenizer(str(tmp_path / 'none'))
+        load_tokenizer(str(tmp_path / 'none'))
 
 
 @pytest.mark.parametrize(
@@ -53,11 +53,11 @@ def test_load_tokenizer(tmp_path):
     ],
 )
 def test_eos_ids(generation, expected):
-    assert tokens.eos_ids(BYTES, generation).tolist() == expected
+    assert eos_ids(BYTES, generation).tolist() == expected
 
 
 def reaches(table, ids):
-    """After which of the ids the table's last state is reached; None if never."""
+    """The position of the id after which the table is in its last state; None if there is none."""
     state = 0
     for place, token in enumerate(ids):
         state = table[state, token]
@@ -72,21 +72,21 @@ STOPS = [['ab'], ['aa'], ['\nQ:', '\n\n'], ['abab', 'babb', 'b'], ['aab', 'ab'],
 @pytest.mark.parametrize('stops', STOPS)
 @hypothesis.given(text=st.text(alphabet='abQ:\nx', max_size=14))
 def test_stop_table_against_a_search_after_each_letter(stops, text):
-    table = tokens.stop_table(BYTES, stops, 260)
+    table = stop_table(BYTES, stops, 260)
     ends = [any(text[: i + 1].endswith(stop) for stop in stops) for i in range(len(text))]
     expected = ends.index(True) if any(ends) else None
     assert reaches(table, BYTES.encode(text)) == expected
 
 
 def test_stop_table_of_tokens_of_several_letters():
-    """A stop string may begin and end inside tokens; once reached it is never left."""
+    """A stop string may begin and end inside tokens; the last state is never left."""
     model = tokenizers.Tokenizer(
         tokenizers.models.WordLevel({'<eos>': 0, 'xa': 1, 'b': 2, 'bx': 3, 'abab': 4}, '<eos>')
     )
     words = transformers.PreTrainedTokenizerFast(tokenizer_object=model, eos_token='<eos>')
     words.backend_tokenizer.decoder = tokenizers.decoders.Fuse()
     words.backend_tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split('|', 'removed')
-    table = tokens.stop_table(words, ['ab'], 6)
+    table = stop_table(words, ['ab'], 6)
     assert table.shape == (3, 6)
     assert [reaches(table, ids) for ids in ([1, 2], [1, 3], [4], [2, 2, 1], [1, 0, 5])] == [
         1, 1, 0, None, None,
@@ -95,19 +95,19 @@ def test_stop_table_of_tokens_of_several_letters():
 
 
 def test_no_stop_strings_and_empty_ones():
-    assert tokens.stop_table(BYTES, [], 258) is None
+    assert stop_table(BYTES, [], 258) is None
     with pytest.raises(ValueError, match='an empty one would end every completion'):
-        tokens.stop_table(BYTES, ['a', ''], 258)
+        stop_table(BYTES, ['a', ''], 258)
 
 
 def test_texts_end_with_the_first_stop_string():
     ids = np.array([list(b'one\nQ: two##'), list(b'one## two\nQ:'), list(b'no stop here')])
     mask = np.ones(ids.shape, bool)
-    cut = tokens.texts(BYTES, ids, mask, ['\nQ:', '##'])
+    cut = completion_texts(BYTES, ids, mask, ['\nQ:', '##'])
     assert cut == ['one\nQ:', 'one##', 'no stop here']
 
 
 def test_texts():
     ids = np.array([[*b'abc', 257], [0xC3, 0xA9, 257, 120]])
     mask = np.array([[True] * 4, [True, True, True, False]])
-    assert tokens.texts(BYTES, ids, mask) == ['abc', 'é']
+    assert completion_texts(BYTES, ids, mask) == ['abc', 'é']

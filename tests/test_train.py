@@ -1,9 +1,11 @@
 """The training command: what a run leaves behind, and stops of every kind."""
 
+import json
 import logging
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +16,8 @@ import pytest
 import runs
 
 from configs import arithmetic, gsm8k_tiny
-from grpo_jax import data, report, rewards
+from grpo_jax import data, rewards
+from grpo_jax.run import report, saved_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -23,6 +26,7 @@ GRPO_METRICS = SFT_METRICS | {
     'accuracy',
     'reward',
     'reward_std',
+    'reward_std_in_group',
     'rewards/runs:lucky/mean',
     'rewards/runs:lucky/std',
     'rewards/runs:bonus/mean',
@@ -116,9 +120,12 @@ def test_metrics_agree_with_the_completions(finished):
         np.testing.assert_allclose(total, by_hand, rtol=1e-6)
         groups = np.reshape(total, (4, 4))
         assert metrics['reward'] == pytest.approx(np.mean(groups), rel=1e-5)
-        assert metrics['reward_std'] == pytest.approx(np.std(groups, axis=1).mean(), rel=1e-5)
+        assert metrics['reward_std'] == pytest.approx(np.std(groups, ddof=1), rel=1e-5)
+        in_group = np.std(groups, axis=1).mean()
+        assert metrics['reward_std_in_group'] == pytest.approx(in_group, rel=1e-5)
         assert metrics['accuracy'] == np.mean(parts['runs:lucky'])
-        assert metrics['rewards/runs:bonus/std'] == pytest.approx(np.std(parts['runs:bonus']))
+        bonus_std = np.std(parts['runs:bonus'], ddof=1)
+        assert metrics['rewards/runs:bonus/std'] == pytest.approx(bonus_std)
     prompts = [[row['prompt'] for row in completions[start : start + 4]] for start in (0, 4, 8, 12)]
     assert all(len(set(group)) == 1 for group in prompts)
     assert len({tuple(group) for group in prompts}) == 4
@@ -139,7 +146,9 @@ def test_the_last_lines_printed(finished, tmp_path_factory):
     workdir, printed = runs.finished(tmp_path_factory.getbasetemp())
     tests = runs.lines(workdir / 'heldout.jsonl')
     before, after = (row['metrics']['eval/accuracy'] for row in (tests[0], tests[-1]))
-    compiled, *table, curves, last = printed.splitlines()
+    sft, grpo, compiled, *table, curves, last = printed.splitlines()
+    assert sft.startswith('sft: microbatch=8, ')
+    assert grpo.startswith('grpo: microbatch=2, ')
     assert re.fullmatch(r'compiled programs: [1-9]\d* \(\d+ from the cache\)', compiled)
     assert before != after
     assert last == f'held-out accuracy: {before:.1%} → {after:.1%}'
@@ -160,7 +169,7 @@ def test_a_finished_run_that_is_started_again_changes_nothing(tmp_path_factory):
     *lines, compiled = again.splitlines()[:3]
     assert lines == resumed
     assert compiled.startswith('compiled programs: ')
-    assert again.splitlines()[3:] == printed.splitlines()[1:]
+    assert again.splitlines()[3:] == printed.splitlines()[3:]
     assert {name: (workdir / name).read_bytes() for name in before} == before
     assert sorted(workdir.glob('checkpoints/*/*')) == states
     assert [path.stat().st_mtime_ns for path in states] == dates
@@ -260,12 +269,102 @@ def test_a_gradient_that_is_not_finite_is_left_out_and_reported(tmp_path, monkey
         runs.train(runs.get_config(), tmp_path)
     told = [record.message for record in caplog.records if record.name == 'grpo_jax']
     assert told == [
-        'grpo step 2: the gradient was not finite, so its update was left out (2 so far)'
+        'grpo step 2: the gradient was not finite, so its update was skipped (2 so far)'
     ]
     rows = report.read(tmp_path / 'metrics.jsonl', 'grpo')
     assert [row['skipped_updates'] for row in rows] == [0, 0, 2, 2, 2, 2, 2, 2]
     assert [row['step'] for row in rows if row['grad_norm'] is None] == [2]
     assert 'NaN' not in (tmp_path / 'metrics.jsonl').read_text()
+
+
+def as_an_earlier_version_left_it(workdir):
+    """The config in its first layout, and checkpoints without a position in the data."""
+    values = json.loads((workdir / 'config.json').read_text())
+    del values['schema']
+    grpo = values['grpo']
+    objective = {'beta', 'clip_low', 'clip_high', 'top_entropy', 'gamma', 'lam', 'value_clip'}
+    grpo['objective'] = {name: grpo['algorithm'].pop(name) for name in objective}
+    defaults = {'rows': 0, 'packed': False, 'widths': 4, 'unroll': False, 'entropy_mask': False}
+    numbers = {name: value for name, value in grpo.pop('compute').items() if value is not None}
+    grpo['algorithm'] |= defaults | numbers
+    del grpo['algorithm']['advantage_estimator'], grpo['optimizer']['options']
+    (workdir / 'config.json').write_text(json.dumps(values))
+    positions = list(workdir.glob('checkpoints/*/*/position'))
+    for path in positions:
+        shutil.rmtree(path)
+    return len(positions)
+
+
+def test_a_run_of_an_earlier_version_is_resumed(tmp_path, finished, caplog):
+    run = tmp_path / 'run'
+    shutil.copytree(finished, run)
+    shutil.rmtree(run / 'checkpoints' / 'grpo' / '8')
+    assert as_an_earlier_version_left_it(run) == 3
+    with caplog.at_level(logging.WARNING):
+        printed = runs.train(runs.get_config(), run)
+    assert printed.startswith(
+        'sft: resumed at step 5 of 5\ngrpo: resumed at step 6 of 8\n'
+        'grpo: microbatch=2, rows=0, packed=False, widths=4, unroll=False, logprob_chunk=4\n'
+    )
+    told = [record.message for record in caplog.records if record.name == 'grpo_jax']
+    assert told == [
+        'this config was saved by an earlier version; keys added with their defaults: '
+        'grpo.algorithm.advantage_estimator, grpo.optimizer.options; '
+        'dropped: grpo.algorithm.entropy_mask'
+    ]
+    runs.assert_same_run(run, finished)
+    saved = saved_config.read(run / 'config.json')  # it has gone on with the numbers it had
+    assert saved.grpo.compute.widths == 4
+
+
+# Optimizers
+
+
+MY_OPTIMIZERS = """
+import optax
+
+
+def signs(learning_rate, decay=0.0):
+    return optax.chain(optax.sign_sgd(learning_rate), optax.add_decayed_weights(decay))
+
+
+def nothing(learning_rate):
+    return 0
+"""
+
+
+def test_optimizers_by_their_path(tmp_path, monkeypatch, finished):
+    """One of optax and one of a file; a stopped run goes on with them."""
+    (tmp_path / 'my_optimizers.py').write_text(MY_OPTIMIZERS)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = runs.get_config()
+    config.grpo.optimizer.update(name='optax.contrib:muon', options={'ns_steps': 3, 'beta': 0.9})
+    config.grpo.optimizer.b1 = 0.5
+    with pytest.raises(ValueError, match=r'^grpo.optimizer: b1=0.5 has no effect with .*muon'):
+        runs.train(config, tmp_path / 'run')
+    config.grpo.optimizer.b1 = 0.9
+    config.sft.optimizer.update(name='my_optimizers:nothing', options={'decay': -1e-5})
+    with pytest.raises(ValueError, match=r"do not fit my_optimizers:nothing: .* 'decay'; it takes"):
+        runs.train(config, tmp_path / 'run')
+    config.sft.optimizer.options = {}
+    message = 'my_optimizers:nothing returned int: return an optax.GradientTransformation'
+    with pytest.raises(ValueError, match=message):
+        runs.train(config, tmp_path / 'run')
+    config.sft.optimizer.update(name='my_optimizers:signs', options={'decay': -1e-5})
+    config.eval.samples = 0
+    runs.train(config, tmp_path / 'run')
+    losses = [row['loss'] for row in report.read(tmp_path / 'run' / 'metrics.jsonl', 'sft')]
+    others = [row['loss'] for row in report.read(finished / 'metrics.jsonl', 'sft')]
+    assert losses[0] == others[0]
+    assert losses[-1] < losses[0]
+    assert losses[1:] != others[1:]
+    rows = report.read(tmp_path / 'run' / 'metrics.jsonl', 'grpo')
+    assert [row['learning_rate'] for row in rows] == pytest.approx([1e-3] * 8)
+    assert [row['skipped_updates'] for row in rows] == [0] * 8
+    shutil.copytree(tmp_path / 'run', tmp_path / 'again')
+    shutil.rmtree(tmp_path / 'again' / 'checkpoints' / 'grpo' / '8')  # stopped after step 6
+    assert 'grpo: resumed at step 6 of 8\n' in runs.train(config, tmp_path / 'again')
+    runs.assert_same_run(tmp_path / 'again', tmp_path / 'run')
 
 
 # The configs
@@ -294,7 +393,7 @@ def test_gsm8k_takes_three_steps(tmp_path):
     config.model.update(width=16, heads=2, kv_heads=1, head_dim=8, mlp_width=16)
     config.data.update(train_split='train[:64]', heldout_split='test[:4]', completion_length=24)
     config.grpo.update(batch_size=4, group_size=2)
-    config.grpo.objective.beta = 0.0  # no reference model
+    config.grpo.algorithm.beta = 0.0  # no reference model
     config.eval.update(batch_size=4)
     config.log.completions = 8
     printed = runs.train(config, tmp_path)

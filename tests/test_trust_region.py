@@ -1,6 +1,6 @@
 """The trust region step against explicit Fisher matrices and solves in float64.
 
-Most tests use `tiny.Bigram`, a softmax table of two factors whose Jacobian is written out here.
+Most tests use `tiny.Bigram`, a softmax table of two factors whose Jacobian is written out below.
 """
 
 import functools
@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grpo_jax import sharding
-from grpo_jax.score import completion_kl, completion_logprobs
-from grpo_jax.trust_region import conjugate_gradient, fisher_vector_product, natural_step
+from grpo_jax.algorithm.logprobs import completion_logprobs
+from grpo_jax.algorithm.trpo import completion_kl
+from grpo_jax.engine.trust_region import conjugate_gradient, fisher_vector_product, natural_step
 from grpo_jax.types import Sampling
 
 VOCAB, WIDTH = 8, 3
@@ -31,7 +32,7 @@ SAMPLINGS = {'plain': PLAIN, 'top-k': PLAIN._replace(top_k=3), 'top-p': PLAIN._r
 DAMPING = 0.01
 
 
-# The functions of a step, and the same in NumPy
+# The functions of a step, and the same functions in NumPy
 
 
 def mean_kl(old, params, sampling=PLAIN, *, model=BIGRAM, rollout=ROLLOUT, weights=WEIGHTS):
@@ -118,7 +119,7 @@ def fisher_matrix(sampling=PLAIN):
 
 def expected_kl(params):
     old, new = (table(p)[1] for p in (PARAMS, params))
-    with np.errstate(divide='ignore', invalid='ignore'):  # inf far out, where no step may end
+    with np.errstate(divide='ignore', invalid='ignore'):  # inf far away, where no step may end
         return (WEIGHTS * (old * np.log(old / new)).sum(-1)).sum()
 
 
@@ -185,8 +186,8 @@ def test_no_product_holds_all_logits():
             return jax.lax.scan(add, 0.0, rollout)[0]
 
         product = jax.jit(lambda v: fisher_vector_product(kl_of, params, v, DAMPING))
-        found = re.findall(r'\bf32\[([\d,]+)\]', product.lower(params).compile().as_text())
-        return max(np.prod([int(n) for n in dims.split(',')]) for dims in found)
+        shapes = re.findall(r'\bf32\[([\d,]+)\]', product.lower(params).compile().as_text())
+        return max(np.prod([int(n) for n in dims.split(',')]) for dims in shapes)
 
     one_group = 3 * length * vocab
     assert largest(4) <= one_group / 8
@@ -197,7 +198,7 @@ def test_no_product_holds_all_logits():
 
 
 def spd(size=12, seed=0):
-    """A matrix with eigenvalues from 1 to about 40, and a right side."""
+    """A matrix with eigenvalues from 1 to about 40, and a right-hand side."""
     rng = np.random.default_rng(seed)
     root = rng.standard_normal((size, size))
     return root @ root.T + np.eye(size), rng.standard_normal(size)
@@ -227,7 +228,7 @@ def test_conjugate_gradient_solves():
 
 @pytest.mark.parametrize('steps', [1, 2, 5])
 def test_few_steps_are_the_best_of_their_krylov_space(steps):
-    """Its point of least (x - A^-1 b)^T A (x - A^-1 b), which a solve in that space gives too."""
+    """The minimiser of (x - A^-1 b)^T A (x - A^-1 b) in that space, found by a solve too."""
     matrix, b = spd()
     space = np.stack([np.linalg.matrix_power(matrix, k) @ b for k in range(steps)], 1)
     space, _ = np.linalg.qr(space)
@@ -258,7 +259,7 @@ def test_conjugate_gradient_of_nothing_usable_is_zero(value):
 
 
 @pytest.mark.parametrize('matrix', [np.zeros((12, 12)), np.full((12, 12), np.nan), -np.eye(12)])
-def test_no_positive_curvature_stops_where_it_is(matrix):
+def test_without_positive_curvature_x_stays_where_it_is(matrix):
     _, b = spd()
     x, residual = solve(matrix, b, 5)
     assert (x == 0).all()
@@ -349,7 +350,7 @@ def test_no_search_without_a_usable_gradient(gradient):
 
 
 def test_parameters_keep_their_dtype_and_the_solve_its_precision():
-    """Products are asked for in float32, and given in it although the derivative is bfloat16's."""
+    """Products are requested and returned in float32, although the derivative is in bfloat16."""
     w, _, _ = by_hand(kl_scale=0.9, dtype=jnp.bfloat16)
     assert w.dtype == jnp.bfloat16
     assert w == pytest.approx([0.5])
@@ -386,10 +387,10 @@ def test_step_equals_numpy(max_kl, halvings):
     np.testing.assert_allclose(flat(params), flat(expected), atol=1e-4 * np.abs(full).max())
 
 
-def test_few_products_leave_the_residual_that_is_reported():
+def test_the_reported_residual_of_few_products():
     gradient = surrogate_gradient(PARAMS, ADVANTAGES)
     params, terms = stepper(cg_steps=2)(PARAMS, gradient, ADVANTAGES, 1e-3)
-    step = flat(PARAMS) - flat(params)  # x times its scale, which x^T F x = x^T g of the space sets
+    step = flat(PARAMS) - flat(params)  # x up to its scale, which x^T F x = x^T g determines
     matrix, g = fisher_matrix() + DAMPING * np.eye(flat(PARAMS).size), flat(gradient)
     x = step * (step @ g) / (step @ matrix @ step)
     expected = np.linalg.norm(matrix @ x - g) / np.linalg.norm(g)
@@ -435,8 +436,8 @@ def test_microbatches_on_a_mesh_change_nothing():
 
     def over_microbatches(function):
         @jax.checkpoint
-        def add(total, some):
-            return total + function(*some), None
+        def add(total, microbatch):
+            return total + function(*microbatch), None
 
         data = jax.tree.map(cut, (ROLLOUT, WEIGHTS, ADVANTAGES))
         return jax.lax.scan(add, 0.0, data)[0]
@@ -444,13 +445,13 @@ def test_microbatches_on_a_mesh_change_nothing():
     def step(params, gradient):
         def kl_of(p):
             return over_microbatches(
-                lambda some, weights, _: mean_kl(params, p, rollout=some, weights=weights)
+                lambda part, weights, _: mean_kl(params, p, rollout=part, weights=weights)
             )
 
         def surrogate_of(p):
             return over_microbatches(
-                lambda some, weights, advantages: surrogate(
-                    params, p, advantages, rollout=some, weights=weights
+                lambda part, weights, advantages: surrogate(
+                    params, p, advantages, rollout=part, weights=weights
                 )
             )
 
@@ -465,10 +466,10 @@ def test_microbatches_on_a_mesh_change_nothing():
             backtracks=10,
         )
 
-    lie = sharding.shardings(PARAMS, mesh)
-    args = jax.device_put((PARAMS, gradient), (lie, lie))
+    layout = sharding.shardings(PARAMS, mesh)
+    args = jax.device_put((PARAMS, gradient), (layout, layout))
     with sharding.use(mesh):
-        ours, terms = jax.jit(step, out_shardings=(lie, sharding.replicated(mesh)))(*args)
+        ours, terms = jax.jit(step, out_shardings=(layout, sharding.replicated(mesh)))(*args)
     expected, expected_terms = stepper(cg_steps=10)(PARAMS, gradient, ADVANTAGES, 0.3)
     assert not ours['head'].sharding.is_fully_replicated
     assert tiny.gap(ours, expected) < 1e-4 * tiny.gap(PARAMS, expected)

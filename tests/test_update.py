@@ -4,6 +4,7 @@ Most tests use `tiny.Bigram`, whose program compiles fast. The recording optimiz
 gradient that it was given, so gradients are compared as they are and not through parameters.
 """
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -15,30 +16,51 @@ import optax
 import oracle
 import pytest
 import tiny
+import typechecking
 
-from grpo_jax.flops import count_flops
-from grpo_jax.optimizer import adamw
-from grpo_jax.score import completion_logprobs
-from grpo_jax.types import Objective, Prompts, Rollout, Sampling, TrainState
-from grpo_jax.update import Algorithm, init_state, make_step, update
+from benchmarks.flops import count_flops
+from grpo_jax.algorithm.config import COEFFICIENTS, Algorithm
+from grpo_jax.algorithm.logprobs import completion_logprobs
+from grpo_jax.algorithm.optimizer import adamw
+from grpo_jax.algorithm.program import init_state, make_train_step
+from grpo_jax.algorithm.update import train_step
+from grpo_jax.engine.compute import Compute
+from grpo_jax.types import Prompts, Rollout, Sampling, TrainState
 
 RATE = 3.0  # large: two inner updates must leave the clip range
 RECORDER = optax.sgd(RATE, momentum=0.0)  # its trace is the last gradient
 ADAM = optax.adam(0.1)
 
 SAMPLING = Sampling(temperature=0.8)
-OBJECTIVE = Objective(clip_low=0.2, clip_high=0.28, beta=0.3)
+CLIP_LOW, CLIP_HIGH, BETA = 0.2, 0.28, 0.3
+COMPUTE = {field.name for field in dataclasses.fields(Compute)}
 
 BIGRAM = tiny.Bigram()
 PARAMS = BIGRAM.make_params(0)
 REFERENCE = jax.tree.map(lambda a, b: a + 0.3 * b, PARAMS, BIGRAM.make_params(1))
 
 
+def make_algorithm(ref=REFERENCE, **options):
+    """The algorithm of a case: without KL where there is no reference."""
+    usual = {'beta': BETA if ref is not None else 0.0}
+    if options.get('loss') != 'nll':
+        usual |= {'clip_low': CLIP_LOW, 'clip_high': CLIP_HIGH}
+    return Algorithm(**usual | {k: v for k, v in options.items() if k not in COMPUTE})
+
+
 @functools.cache
+def program(model, optimizer, compute):
+    return tiny.jit(
+        functools.partial(train_step, model=model, optimizer=optimizer, compute=compute)
+    )
+
+
 def compiled(model=BIGRAM, optimizer=RECORDER, **options):
-    """The step of `make_step` without its donation, compiled in half the time."""
-    settings = {'model': model, 'optimizer': optimizer, 'algorithm': Algorithm(**options)}
-    return tiny.jit(functools.partial(update, **settings))
+    """The step of `make_train_step` without its donation, compiled in half the time."""
+    compute = {'microbatch': 1, 'logprob_chunk': 128}
+    return program(
+        model, optimizer, Compute(**compute | {k: v for k, v in options.items() if k in COMPUTE})
+    )
 
 
 def fresh(params, optimizer=RECORDER):
@@ -54,8 +76,9 @@ class Case:
     """One call of the update program from the same start, its gradient and metrics."""
 
     def __init__(self, options, rollout, rewards, ref=REFERENCE):
+        algorithm = make_algorithm(ref, **options)
         step = compiled(**options)
-        state, metrics = step(fresh(PARAMS), ref, rollout, rewards, SAMPLING, OBJECTIVE)
+        state, metrics = step(fresh(PARAMS), ref, rollout, rewards, SAMPLING, algorithm)
         self.gradient = gradient_of(state)
         self.params = jax.device_get(state.params)
         self.metrics = {name: float(value) for name, value in metrics.items()}
@@ -65,7 +88,7 @@ class Expected:
     """The same by the oracle, for any number of inner updates."""
 
     def __init__(self, options, rollout, rewards, ref=REFERENCE):
-        a = Algorithm(**options)
+        a = make_algorithm(ref, **options)
         mask, tokens = rollout.mask, rollout.tokens
         params = oracle.float64(PARAMS)
 
@@ -80,7 +103,7 @@ class Expected:
             penalty = np.zeros(rewards.shape)
             for b, g, t in np.argwhere(mask):
                 penalty[b, g] += oracle.kl(a.kl, old[b, g, t], kls[1][b, g, t])
-            rewards = rewards - OBJECTIVE.beta * penalty
+            rewards = rewards - BETA * penalty
         advantages = [oracle.advantages(r, a.baseline, a.scale, a.advantage_eps) for r in rewards]
         self.advantages = np.broadcast_to(np.array(advantages)[..., None], mask.shape)
         weights = oracle.weights(mask, a.aggregation)
@@ -90,9 +113,9 @@ class Expected:
             advantages=self.advantages,
             weights=weights,
             loss=a.loss,
-            low=OBJECTIVE.clip_low,
-            high=OBJECTIVE.clip_high,
-            beta=OBJECTIVE.beta,
+            low=CLIP_LOW,
+            high=CLIP_HIGH,
+            beta=BETA,
             kls=kls if a.kl_place == 'loss' else None,
         )
         self.losses, self.ratios, estimates = [], [], []
@@ -169,19 +192,19 @@ def test_second_inner_update_uses_the_first_ones_logprobs(outcome, rollout, rewa
     ours = outcome('two inner updates')
     expected = Expected({'inner_updates': 2}, rollout, rewards)
     assert tiny.gap(ours.params, expected.params) <= 1e-4  # RATE times the gradient's tolerance
-    low, high = [], []
+    low, high = [], []  # of each update and group, its tokens
     for ratio, b in itertools.product(expected.ratios, range(4)):
         mask, sign = rollout.mask[b], expected.advantages[b]
-        low.append(((ratio[b] < 1 - OBJECTIVE.clip_low) & (sign < 0))[mask].mean())
-        high.append(((ratio[b] > 1 + OBJECTIVE.clip_high) & (sign > 0))[mask].mean())
-    assert max(low) > 0
-    assert max(high) > 0
+        low.append(((ratio[b] < 1 - CLIP_LOW) & (sign < 0))[mask])
+        high.append(((ratio[b] > 1 + CLIP_HIGH) & (sign > 0))[mask])
+    over_tokens = [np.concatenate(x).mean() for x in (low, high)]
+    assert min(over_tokens) > 0
     metrics = {
-        'clip_ratio/low_mean': np.mean(low),
-        'clip_ratio/low_min': np.min(low),
-        'clip_ratio/high_mean': np.mean(high),
-        'clip_ratio/high_max': np.max(high),
-        'clip_ratio/region_mean': np.mean(low) + np.mean(high),
+        'clip_ratio/low_mean': over_tokens[0],
+        'clip_ratio/low_min': min(x.mean() for x in low),
+        'clip_ratio/high_mean': over_tokens[1],
+        'clip_ratio/high_max': max(x.mean() for x in high),
+        'clip_ratio/region_mean': sum(over_tokens),
     }
     assert {name: ours.metrics[name] for name in metrics} == pytest.approx(metrics, abs=1e-6)
 
@@ -218,7 +241,7 @@ def test_sampling_metrics_look_at_completion_tokens_only(shift, rollout, rewards
     assert {name: metrics[name] for name in expected} == pytest.approx(expected, rel=1e-3)
 
 
-def test_nothing_behind_the_mask_matters(rollout, rewards, outcome):
+def test_nothing_outside_the_mask_matters(rollout, rewards, outcome):
     rng = np.random.default_rng(7)
     other = rollout._replace(
         tokens=np.where(
@@ -241,13 +264,16 @@ ELSEWHERE = (
 @pytest.mark.parametrize('loss', ['clipped', 'sapo'])
 def test_scalars_change_the_gradient_and_never_recompile(rollout, rewards, loss):
     """The second inner update sees the clip bounds; every other scalar acts from the first."""
-    clipped = [name for name in Objective._fields if name not in (*SAPO, *ELSEWHERE)]
-    step = compiled(loss=loss, inner_updates=2, importance='token', entropy=True, entropy_mask=True)
-    usual = Objective(beta=0.5)
+    clipped = [name for name in COEFFICIENTS if name not in (*SAPO, *ELSEWHERE)]
+    step = compiled()
+    step.clear_cache()
+    usual = Algorithm(
+        loss=loss, inner_updates=2, importance='token', beta=0.5, entropy_bonus=0.3, top_entropy=0.9
+    )
     changes = [
         (Sampling(), usual),
         *(
-            (Sampling(), usual._replace(**{name: 0.05}))
+            (Sampling(), dataclasses.replace(usual, **{name: 1.05 if 'cap' in name else 0.05}))
             for name in (SAPO if loss == 'sapo' else clipped)
         ),
         (Sampling(temperature=0.5), usual),
@@ -256,8 +282,8 @@ def test_scalars_change_the_gradient_and_never_recompile(rollout, rewards, loss)
         (Sampling(min_p=0.05), usual),
     ]
     gradients = []
-    for sampling, objective in changes:
-        state, _ = step(fresh(PARAMS), REFERENCE, rollout, rewards, sampling, objective)
+    for sampling, algorithm in changes:
+        state, _ = step(fresh(PARAMS), REFERENCE, rollout, rewards, sampling, algorithm)
         gradients.append(gradient_of(state))
     for change, gradient in zip(changes[1:], gradients[1:], strict=True):
         assert tiny.gap(gradient, gradients[0]) > 1e-3, change
@@ -267,14 +293,17 @@ def test_scalars_change_the_gradient_and_never_recompile(rollout, rewards, loss)
 def test_ten_steps_compile_once(rollout, rewards):
     """From the initial state on, with AdamW, the reference, and every scalar on the move."""
     optimizer, _ = adamw(learning_rate=1e-3, steps=10, warmup_steps=2, decay='cosine')
-    step = make_step(BIGRAM, optimizer, Algorithm(microbatch=2))
+    usual = Algorithm(clip_high=0.3, beta=0.01)
+    step = make_train_step(BIGRAM, optimizer, usual, compute=Compute(microbatch=2))
     state = init_state(BIGRAM, optimizer, PARAMS)
     losses = []
     for i in range(10):
         sampling = Sampling(1.0 - 0.05 * i, top_k=40 - i, top_p=1 - 0.01 * i, min_p=0.001 * i)
-        objective = Objective(0.2 + 0.01 * i, 0.3 - 0.01 * i, 0.01 * i)
+        algorithm = dataclasses.replace(
+            usual, clip_low=0.2 + 0.01 * i, clip_high=0.3 - 0.01 * i, beta=0.01 * (i + 1)
+        )
         before = state
-        state, metrics = step(before, REFERENCE, rollout, rewards, sampling, objective)
+        state, metrics = step(before, REFERENCE, rollout, rewards, sampling, algorithm)
         assert before.params['head'].is_deleted()  # its memory is the new state's
         losses.append(float(metrics['loss']))
     assert step._cache_size() == 1
@@ -302,7 +331,7 @@ def test_gradient_is_the_naive_one_at_any_microbatch(rollout, rewards):
     gradients = []
     for microbatch in (1, 4):
         step = compiled(model, microbatch=microbatch)
-        state, metrics = step(fresh(params), None, rollout, rewards, Sampling(), Objective())
+        state, metrics = step(fresh(params), None, rollout, rewards, Sampling(), Algorithm())
         gradients.append(gradient_of(state))
         assert metrics['loss'] == pytest.approx(loss, abs=1e-5)
         worst = tiny.gap(gradients[-1], expected), tiny.gap(gradients[-1], gradients[0])
@@ -324,12 +353,12 @@ def shapes_of(model, groups, group_size, length, max_tokens):
     )
     params = tiny.shapes(model)
     state = jax.eval_shape(functools.partial(init_state, model, RECORDER), params)
-    return state, params, rollout, floats(shape[:2]), Sampling(), Objective()
+    return state, params, rollout, floats(shape[:2])
 
 
 def test_only_the_passes_that_are_needed(model):
     """In exact FLOPs: a reference pass only with a reference, old log-probs where they differ."""
-    state, ref, rollout, rewards, *scalars = shapes_of(model, 4, 3, 6, 5)
+    state, ref, rollout, rewards = shapes_of(model, 4, 3, 6, 5)
 
     def forward(params, rollout):
         return completion_logprobs(model, params, rollout, Sampling(), chunk=128)[0]
@@ -337,7 +366,9 @@ def test_only_the_passes_that_are_needed(model):
     one_pass = count_flops(forward, ref, rollout)
 
     def flops(ref, **options):
-        return count_flops(compiled(model, **options), state, ref, rollout, rewards, *scalars)
+        algorithm = make_algorithm(ref, **options)
+        step = compiled(model, **options)
+        return count_flops(step, state, ref, rollout, rewards, Sampling(), algorithm)
 
     plain = flops(None)
     assert one_pass < plain / 3
@@ -360,7 +391,9 @@ def test_no_buffer_of_full_logits():
     full = groups * group_size * max_tokens * vocab
 
     def memory(**options):
-        program = compiled(model, **options).lower(*args).compile()
+        program = (
+            compiled(model, **options).lower(*args, Sampling(), Algorithm(beta=BETA)).compile()
+        )
         found = re.findall(r'\b[a-z]+\d*\[([\d,]+)\]', program.as_text())
         largest = max(np.prod([int(n) for n in dims.split(',')], dtype=int) for dims in found)
         return int(largest), program.memory_analysis().temp_size_in_bytes
@@ -384,7 +417,8 @@ def test_a_larger_vocabulary_costs_its_head_and_one_chunk():
     def memory(vocab):
         model = tiny.make_model(vocab_size=vocab, width=128, layers=1, remat=False)
         args = shapes_of(model, groups, group_size, 8, 64)
-        program = compiled(model, logprob_chunk=chunk, widths=1).lower(*args).compile()
+        step = compiled(model, logprob_chunk=chunk, widths=1)
+        program = step.lower(*args, Sampling(), Algorithm(beta=BETA)).compile()
         return program.memory_analysis().temp_size_in_bytes
 
     grown = memory(131_072) - memory(4096)
@@ -409,12 +443,13 @@ def test_init_state_copies_parameters_or_makes_them(model, params):
 @pytest.mark.parametrize('value', [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize('inner_updates', [1, 2])
 def test_a_reward_that_is_not_finite_skips_the_update(value, inner_updates, rollout, rewards):
-    step = compiled(optimizer=ADAM, inner_updates=inner_updates)
+    step = compiled(optimizer=ADAM)
+    algorithm = make_algorithm(inner_updates=inner_updates)
     start = fresh(PARAMS, ADAM)
     bad = rewards.copy()
     bad[1, 2] = value
-    args = rollout, rewards, SAMPLING, OBJECTIVE
-    state, metrics = step(start, REFERENCE, rollout, bad, SAMPLING, OBJECTIVE)
+    args = rollout, rewards, SAMPLING, algorithm
+    state, metrics = step(start, REFERENCE, rollout, bad, SAMPLING, algorithm)
     assert tiny.same((state.params, state.opt_state), (start.params, start.opt_state))
     assert int(state.skipped) == metrics['skipped_updates'] == inner_updates
     assert int(state.step) == 1
@@ -431,9 +466,9 @@ def test_a_reward_that_is_not_finite_skips_the_update(value, inner_updates, roll
 def test_a_parameter_that_is_not_finite_skips_the_update(rollout, rewards):
     broken = jax.tree.map(np.array, PARAMS)
     broken['head'][0, 0] = np.inf
-    step = compiled(optimizer=ADAM, inner_updates=1)
+    step = compiled(optimizer=ADAM)
     start = fresh(broken, ADAM)
-    state, _ = step(start, REFERENCE, rollout, rewards, SAMPLING, OBJECTIVE)
+    state, _ = step(start, REFERENCE, rollout, rewards, SAMPLING, make_algorithm())
     assert tiny.same((state.params, state.opt_state), (start.params, start.opt_state))
     assert int(state.skipped) == 1
 
@@ -450,9 +485,7 @@ def test_a_parameter_that_is_not_finite_skips_the_update(rollout, rewards):
         ({'aggregation': 'sum'}, r"aggregation='sum' is unknown: use one of sequence_mean, "),
         ({'kl': 'k4'}, r"kl='k4' is unknown: use one of k1, k2, k3"),
         ({'kl_place': 'both'}, r"kl_place='both' is unknown: use one of loss, reward"),
-        ({'inner_updates': 0}, r'inner_updates=0 must be at least 1'),
-        ({'microbatch': 0}, r'microbatch=0 must be at least 1'),
-        ({'logprob_chunk': -1}, r'logprob_chunk=-1 must be at least 1'),
+        ({'inner_updates': 0}, r'inner_updates=0 is out of range: it is at least 1'),
         ({'kl': 'k1'}, r"kl='k1' with kl_place='loss' .*use kl='k2' or 'k3', or kl_place='reward'"),
     ],
 )
@@ -461,23 +494,28 @@ def test_bad_algorithm(options, message):
         Algorithm(**options)
 
 
-def call(algorithm, rollout, rewards):
-    return update(
-        fresh(PARAMS),
-        None,
-        rollout,
-        rewards,
-        SAMPLING,
-        OBJECTIVE,
-        model=BIGRAM,
-        optimizer=RECORDER,
-        algorithm=algorithm,
-    )
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'microbatch': 0}, r'microbatch=0 is out of range: it is at least 1'),
+        ({'logprob_chunk': -1}, r'logprob_chunk=-1 is out of range: it is at least 1'),
+        ({'packed': True}, r'packed=True with rows=None: set how many sequences'),
+        ({'packed': True, 'rows': 2, 'widths': 4}, r'widths=4 has no effect with packed=True'),
+    ],
+)
+def test_bad_compute(options, message):
+    with pytest.raises(ValueError, match=message):
+        Compute(**options)
+
+
+def call(algorithm, rollout, rewards, ref=None, **compute):
+    settings = {'model': BIGRAM, 'optimizer': RECORDER, 'compute': Compute(**compute)}
+    return train_step(fresh(PARAMS), ref, rollout, rewards, SAMPLING, algorithm, **settings)
 
 
 def test_a_microbatch_that_does_not_divide_the_batch(rollout, rewards):
     with pytest.raises(ValueError, match=r'microbatch=3 .*batch of 4 .*use one of 1, 2, 4$'):
-        call(Algorithm(microbatch=3), rollout, rewards)
+        call(Algorithm(), rollout, rewards, microbatch=3)
 
 
 @pytest.mark.parametrize('options', [{}, {'scale': 'none'}, {'baseline': 'none'}])
@@ -491,5 +529,5 @@ def test_a_group_of_one_with_a_group_baseline(options):
 def test_rewards_of_another_shape_than_the_rollout(shape, rollout):
     """One reward for each completion: a single one per prompt must not spread over the group."""
     algorithm = Algorithm(baseline='none', scale='none')
-    with pytest.raises(ValueError, match=r'rewards.*4, 3'):
+    with typechecking.off(), pytest.raises(ValueError, match=r'rewards.*4, 3'):
         call(algorithm, rollout, np.ones(shape, np.float32))

@@ -14,10 +14,12 @@ import numpy as np
 import oracle
 import pytest
 
-from grpo_jax import losses
-from grpo_jax.advantages import gae, group_advantages, normalize_batch, process_advantages
-from grpo_jax.score import token_weights
-from grpo_jax.types import Batch, Objective, Prompts, Rollout
+from grpo_jax.algorithm import losses
+from grpo_jax.algorithm.advantages import group_advantages, normalize_batch, process_advantages
+from grpo_jax.algorithm.config import COEFFICIENTS, Algorithm
+from grpo_jax.algorithm.critic import gae
+from grpo_jax.algorithm.logprobs import token_weights
+from grpo_jax.types import Batch, Prompts, Rollout
 
 VARIANTS = {
     'GRPO': {},
@@ -46,7 +48,6 @@ VARIANTS = {
     'process, no std': {'supervision': 'process', 'scale': 'none'},
     'process, REINFORCE++': {'supervision': 'process', 'baseline': 'none', 'scale': 'batch'},
 }
-SCALARS = Objective._fields
 SIZE = (4, 3, 5)  # B, G, T
 
 
@@ -78,22 +79,20 @@ def case(seed):
 
 @functools.cache
 def program(name):
-    """(case, objective) -> loss and gradient by the package's functions, compiled once."""
-    return jax.jit(functools.partial(ours, VARIANTS[name]))
+    """(case, algorithm) -> loss and gradient by the package's functions, compiled once."""
+    return jax.jit(ours)
 
 
-def ours(options, case, objective):
-    chosen = {'kl': 'k3'} | {name: x for name, x in options.items() if name not in SCALARS}
-    aggregation = chosen.pop('aggregation', 'sequence_mean')
-    supervision = chosen.pop('supervision', 'outcome')
-    baseline, scale = chosen.pop('baseline', 'mean'), chosen.pop('scale', 'std')
+def ours(case, algorithm):
+    a = algorithm
+    baseline, scale = a.baseline, a.scale
     mask = jnp.asarray(case['mask'])
 
     def group_of(rewards, steps, ends, values, mask):
         if baseline == 'critic':
             rewards = jnp.where(ends, steps, 0)
-            return gae(rewards, values, mask, gamma=objective.gamma, lam=objective.lam)
-        if supervision == 'process':
+            return gae(rewards, values, mask, gamma=a.gamma, lam=a.lam)
+        if a.supervision == 'process':
             return process_advantages(steps, ends, baseline=baseline, scale=scale, eps=1e-4)
         rewards = group_advantages(rewards, baseline=baseline, scale=scale, eps=1e-4)
         return jnp.broadcast_to(rewards[:, None], mask.shape)
@@ -103,14 +102,14 @@ def ours(options, case, objective):
         advantages = jax.vmap(group_of)(*(jnp.asarray(case[name]) for name in names))
         if scale == 'batch':
             advantages = normalize_batch(advantages, mask, eps=1e-4)
-        weights = token_weights(mask, aggregation=aggregation, microbatch=2)
+        weights = token_weights(mask, aggregation=a.aggregation, microbatch=2)
         rollout = Rollout(Prompts(None, None, None), None, mask, jnp.asarray(case['sampled']), None)
-        ref = None if chosen['kl'] == 'none' else jnp.asarray(case['ref'])
+        ref = None if a.kl == 'none' else jnp.asarray(case['ref'])
         batch = Batch(rollout, advantages, weights, ref, jnp.asarray(case['old']))
         axes = Batch(Rollout(None, None, 0, 0, None), 0, 0, None if ref is None else 0, 0)
-        values, _ = jax.vmap(
-            lambda x, group: losses.per_token(x, group, objective, **chosen), in_axes=(0, axes)
-        )(logprobs, batch)
+        values, _ = jax.vmap(lambda x, group: losses.policy_loss(a, x, group), in_axes=(0, axes))(
+            logprobs, batch
+        )
         return jnp.where(mask, weights * values, 0).sum()
 
     return jax.value_and_grad(loss)(jnp.asarray(case['logprobs']))
@@ -237,11 +236,12 @@ def test_loss_and_gradient_of_many_batches(name, seed):
 
 def check(name, seed):
     options = VARIANTS[name]
-    objective = Objective(beta=0.1)._replace(**{k: v for k, v in options.items() if k in SCALARS})
-    rest = {k: v for k, v in options.items() if k not in SCALARS}
+    beta = 0.0 if options.get('kl') == 'none' else 0.1
+    algorithm = Algorithm(**{'beta': beta} | options)
+    rest = {k: v for k, v in options.items() if k not in COEFFICIENTS}
     batch = case(seed)
     with jax.enable_x64(True):
-        value, gradient = program(name)(batch, objective)
+        value, gradient = program(name)(batch, algorithm)
         value, gradient = float(value), np.asarray(gradient)
-    oracle.assert_same((value, gradient), expected(batch, rest, objective))
+    oracle.assert_same((value, gradient), expected(batch, rest, algorithm))
     assert (gradient[~batch['mask']] == 0).all()

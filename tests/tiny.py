@@ -1,7 +1,6 @@
 """Small models and rollouts of NumPy random numbers: making them compiles nothing."""
 
 import functools
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +8,8 @@ import numpy as np
 import pytest
 import tokenizers
 
-from grpo_jax import tokens
-from grpo_jax.models import Lora, ModelConfig, Transformer, init
+from grpo_jax.data import byte_tokenizer
+from grpo_jax.models import KeyValues, ModelConfig, Transformer, init_params
 from grpo_jax.types import Prompts, Rollout, Sampling
 
 VOCAB = 67  # more than one block of the sampler, and no multiple of it
@@ -48,7 +47,7 @@ def make_model(**options):
 @functools.cache
 def shapes(model):
     """The model's parameters as ShapeDtypeStructs."""
-    return jax.eval_shape(lambda key: init(model, key), jax.random.key(0))
+    return jax.eval_shape(lambda key: init_params(model, key), jax.random.key(0))
 
 
 def make_params(model, seed=0, spread=1.0):
@@ -95,19 +94,20 @@ def make_rewards(seed=0, groups=4, group_size=3):
     return np.random.default_rng(seed).uniform(-1, 2, (groups, group_size)).astype(np.float32)
 
 
-class Bigram:
+class Bigram(Transformer):
     """A policy that looks at one token: all that the update asks of a model, compiled fast."""
 
-    config = SimpleNamespace(
-        dtype='float32', lora=Lora(), logit_softcap=0.0, output_parameter=('head', 1)
-    )
+    config: ModelConfig = ModelConfig(
+        vocab_size=VOCAB, width=6, layers=1, heads=1, kv_heads=1, head_dim=6, mlp_width=6,
+        tied_head=False, remat=False, attention='einsum',
+    )  # fmt: skip
 
     def apply(self, variables, *args, method):
         params = variables['params']
         if method == 'prefill':
             tokens, length = args
             last = jnp.take_along_axis(tokens, length[:, None] - 1, axis=1)[:, 0]
-            return None, params['embedding'][last]
+            return KeyValues(None, None), params['embedding'][last]
         if method == 'extend':
             return params['embedding'][args[0]]
         if method == 'logits':
@@ -151,7 +151,7 @@ def same(a, b):
 
 def adding(template, **special):
     """A byte tokenizer that adds to every text what `template` does."""
-    tokenizer = tokens.byte_tokenizer()
+    tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
         single=template, special_tokens=[('<pad>', 256), ('<eos>', 257)]
     )

@@ -1,21 +1,23 @@
 """The policy network. Only this folder imports flax."""
 
+from grpo_jax.models.attention import MASKED_POSITION
 from grpo_jax.models.block import KeyValues, Owners
 from grpo_jax.models.config import Lora, ModelConfig, with_scalar_head
-from grpo_jax.models.flash import from_stacks
-from grpo_jax.models.layers import capped
-from grpo_jax.models.lora import join, merge, split
-from grpo_jax.models.quantized import Quantized, quantized
-from grpo_jax.models.reading import (
+from grpo_jax.models.forward import (
     completion_hidden,
-    continuation_hidden,
+    hidden_after_prompt,
+    hidden_at_tokens,
     last_tokens,
-    read_hidden,
 )
-from grpo_jax.models.transformer import Transformer, apply, init, scalar_params
-from grpo_jax.models.unrolled import stacked, unstacked
+from grpo_jax.models.kernels.selection import caches_in_place
+from grpo_jax.models.layers import softcap_logits
+from grpo_jax.models.lora import join_adapters, merge_adapters, split_adapters
+from grpo_jax.models.quantization import Quantized, quantize
+from grpo_jax.models.transformer import Transformer, apply, init_params, scalar_params
+from grpo_jax.models.unrolled import stack_layers, unstack_layers
 
 __all__ = [
+    'MASKED_POSITION',
     'KeyValues',
     'Lora',
     'ModelConfig',
@@ -23,19 +25,19 @@ __all__ = [
     'Quantized',
     'Transformer',
     'apply',
-    'capped',
+    'caches_in_place',
     'completion_hidden',
-    'continuation_hidden',
-    'from_stacks',
-    'init',
-    'join',
+    'hidden_after_prompt',
+    'hidden_at_tokens',
+    'init_params',
+    'join_adapters',
     'last_tokens',
-    'merge',
-    'quantized',
-    'read_hidden',
+    'merge_adapters',
+    'quantize',
     'scalar_params',
-    'split',
-    'stacked',
-    'unstacked',
+    'softcap_logits',
+    'split_adapters',
+    'stack_layers',
+    'unstack_layers',
     'with_scalar_head',
 ]

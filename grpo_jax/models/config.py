@@ -1,4 +1,4 @@
-"""What a decoder looks like: sizes and options, nothing that computes."""
+"""Sizes and options of a decoder; nothing here computes."""
 
 import dataclasses
 import fnmatch
@@ -26,15 +26,15 @@ PROJECTIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class Lora:
-    """Low-rank adapters beside the projections (Hu et al., arXiv 2106.09685): W + alpha / r * A B.
+    """Low-rank adapters of the projections (Hu et al., arXiv 2106.09685): W + alpha / r * A B.
 
     Raises:
       ValueError: a negative rank, a target that names no projection, or options without a rank.
     """
 
-    rank: int = 0  # r; 0 trains all parameters and makes no adapters
-    alpha: float = 16.0
-    targets: tuple[str, ...] = ('*_proj',)  # patterns over q_proj, k_proj, ..., down_proj
+    rank: int = 0  # r, of the adapters; 0: no adapters, all parameters are trained
+    alpha: float = 16.0  # the adapters' product is multiplied by alpha / rank
+    targets: tuple[str, ...] = ('*_proj',)  # patterns of q_proj, k_proj, ..., down_proj to adapt
 
     def __post_init__(self) -> None:
         object.__setattr__(self, 'targets', tuple(self.targets))
@@ -55,7 +55,7 @@ class Lora:
 
     @property
     def scale(self) -> float:
-        """What the adapters' product is multiplied with."""
+        """The factor of the adapters' product, alpha / r."""
         return self.alpha / self.rank
 
     def covers(self, name: str) -> bool:
@@ -71,48 +71,48 @@ class ModelConfig:
       ValueError: an option that is unknown, out of its range or in conflict with another.
     """
 
-    vocab_size: int  # V
-    width: int  # D
-    layers: int  # L
-    heads: int  # H
-    kv_heads: int  # K
-    head_dim: int  # h
-    mlp_width: int  # of each expert where there are several
+    vocab_size: int  # V, tokens of the vocabulary
+    width: int  # D, of the hidden states
+    layers: int  # L, number of layers
+    heads: int  # H, query heads
+    kv_heads: int  # K, key and value heads
+    head_dim: int  # h, width of a head
+    mlp_width: int  # hidden width of the MLP, or of each expert
     tied_head: bool = True  # the output projection is the embedding's transpose
-    # Positions, see `rope`
-    rope_theta: float = 10_000.0
+    # Positions; see `rope`
+    rope_theta: float = 10_000.0  # base of the rotary frequencies
+    # For longer contexts, as in `rope_scaling` of a Hugging Face config; empty: none.
     rope_scaling: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     rope_fraction: float = 1.0  # share of a head's components that is rotated
-    local_rope_theta: float = 0.0  # of windowed layers, unscaled; 0: as the others (Gemma 3)
+    local_rope_theta: float = 0.0  # of windowed layers, unscaled; 0: rope_theta (Gemma 3)
     unrotated_layers: tuple[int, ...] = ()  # layers without positions (SmolLM3)
     # Attention
     attention_bias: bool = False  # biases on the q, k and v projections (Qwen2)
-    out_bias: bool = False  # on the output projection
+    out_bias: bool = False  # biases on the output projection
     qk_norm: str = ''  # RMSNorm of q and k: '', 'head' (Qwen3) or 'projection', all heads (OLMo 2)
-    attention_scale: float = 0.0  # of the scores; 0: head_dim ** -0.5
-    attention_softcap: float = 0.0  # see `attention.attend`; 0: none
-    window: int = 0  # how many positions a windowed layer sees; 0: all
-    window_layers: tuple[int, ...] = ()  # which layers are windowed
+    attention_scale: float = 0.0  # factor of the scores; 0: head_dim ** -0.5
+    attention_softcap: float = 0.0  # scores become cap * tanh(score / cap); 0: they do not
+    window: int = 0  # how many positions a query of a windowed layer sees; 0: all
+    window_layers: tuple[int, ...] = ()  # the windowed layers, by number
     # The rest of a layer
-    norms: str = 'pre'  # where: before attention and MLP, after them (OLMo 2) or both (Gemma)
-    norm_eps: float = 1e-6
+    norms: str = 'pre'  # 'pre': before attention and MLP; 'post': after (OLMo 2); 'both' (Gemma)
+    norm_eps: float = 1e-6  # added to the mean square in RMSNorm
     norm_plus_one: bool = False  # the scale is 1 + parameter (Gemma)
-    activation: str = 'silu'
-    mlp_bias: bool = False
-    experts: int = 0  # MLPs that tokens are routed to; 0: one for all
-    experts_per_token: int = 0
+    activation: str = 'silu'  # of the MLP: 'silu', 'gelu' or 'gelu_tanh'
+    mlp_bias: bool = False  # biases in the MLP
+    experts: int = 0  # MLPs that tokens are routed to; 0: one MLP for all tokens
+    experts_per_token: int = 0  # how many of them process a token
     normalize_experts: bool = True  # weights of a token's chosen experts sum to 1
-    # Ends
+    # Embedding and output
     embedding_scaled: bool = False  # embeddings times sqrt(D) (Gemma)
-    logit_softcap: float = 0.0  # 0: none
-    scalar_head: bool = False  # one number per token in place of the logits: rewards and values
+    logit_softcap: float = 0.0  # as `attention_softcap`, of the logits; 0: none
+    scalar_head: bool = False  # one number per token instead of logits: rewards and values
     # How it is computed
-    dtype: str = 'float32'  # of the computation
+    dtype: str = 'float32'  # of the computation: 'float32', 'bfloat16' or 'float16'
     param_dtype: str = 'float32'  # of the parameters; adapters are always float32
-    # Attention to several tokens: 'einsum'; 'recomputed', for CPUs, whose gradient computes the
-    # scores again, and that of the other matrices turns an operand first; by a kernel that never
-    # has scores in memory, 'splash' on TPUs and 'cudnn' on NVIDIA GPUs; or 'auto', the platform's
-    # kernel if it takes the model and else 'recomputed'.
+    # Attention of several tokens: 'einsum'; 'recomputed', whose gradient computes the scores again;
+    # a kernel that never has scores in memory, 'splash' on TPUs and 'cudnn' on NVIDIA GPUs; or
+    # 'auto', the platform's kernel if it supports the model, else 'recomputed'.
     attention: str = 'auto'
     remat: bool = True  # recompute each layer in the backward pass instead of storing it
     lora: Lora = Lora()
@@ -162,7 +162,7 @@ class ModelConfig:
         ):
             raise ValueError(
                 f'model experts={self.experts} with experts_per_token={self.experts_per_token}: '
-                'each token needs 1 to all of them'
+                'make experts_per_token 1 to experts, or both 0'
             )
         if self.experts and self.mlp_bias:
             raise ValueError('model mlp_bias=True with experts: experts have no biases')
@@ -180,16 +180,16 @@ class ModelConfig:
             if value not in known:
                 choices = ', '.join(map(repr, known)) if '' in known else ', '.join(known)
                 raise ValueError(f'model {name}={value!r} is unknown: use one of {choices}')
-        obstacle = self.obstacle(self.attention)
-        if obstacle:
+        unsupported = self.unsupported_by(self.attention)
+        if unsupported:
             raise ValueError(
-                f'model attention={self.attention!r} does not take {obstacle}: use '
+                f'model attention={self.attention!r} does not support {unsupported}: use '
                 "attention='auto' or 'einsum'"
             )
         if self.scalar_head and self.lora.rank:
             raise ValueError(
                 f'model scalar_head=True with lora rank={self.lora.rank}: adapters would leave the '
-                'score untrained; use rank 0'
+                'scalar head untrained; use rank 0'
             )
         if self.experts and any(self.lora.covers(name) for name in ('gate', 'up', 'down')):
             raise ValueError(
@@ -197,8 +197,8 @@ class ModelConfig:
                 "use targets=('q_proj', 'k_proj', 'v_proj', 'o_proj') or some of them"
             )
 
-    def obstacle(self, attention: str) -> str:
-        """The option that this form of attention does not take; '' if there is none."""
+    def unsupported_by(self, attention: str) -> str:
+        """The option that this form of attention does not support; '' if there is none."""
         if attention in ('splash', 'cudnn') and self.window:
             return f'window={self.window}'
         if attention != 'cudnn':
@@ -218,7 +218,7 @@ class ModelConfig:
 
     @property
     def output_parameter(self) -> tuple[str, int] | None:
-        """What the output matrix is made of, and its vocabulary axis; None: it is not trained."""
+        """The parameter of the output matrix and its vocabulary axis; None if it is not trained."""
         if self.lora.rank:
             return None
         return ('embedding', 0) if self.tied_head else ('head', 1)
@@ -230,12 +230,12 @@ class ModelConfig:
 
 
 def with_scalar_head(config: ModelConfig) -> ModelConfig:
-    """The same decoder with a score in place of its logits, and without adapters."""
+    """The same decoder with a score instead of logits, and without adapters."""
     return dataclasses.replace(config, lora=Lora(), scalar_head=True)
 
 
 class _Frozen(dict[str, Any]):
-    """A dict that can be part of a compiled program's key; nobody changes it."""
+    """A hashable dict, for configs that are static arguments of compiled programs."""
 
     def __hash__(self) -> int:  # type: ignore[override]
         return hash(repr(sorted(self.items())))

@@ -1,23 +1,24 @@
-"""Parts of a layer: projections with their adapters, normalisation, the MLP and its experts.
+"""Parts of a layer: normalisation, projections with their adapters, the MLP and its experts.
 
-The functions make their parameters in the module that they are given, a `Block`, whose options they
-read.
+The functions create their parameters in the module that they are called with, a `Block`, and read
+its config.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Shaped
 
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.flash import choose
-from grpo_jax.models.quantized import unpacked
+from grpo_jax.models.kernels import cpu
+from grpo_jax.models.quantization import unpack
 
-_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     'silu': jax.nn.silu,
     'gelu': lambda x: jax.nn.gelu(x, approximate=False),
     'gelu_tanh': lambda x: jax.nn.gelu(x, approximate=True),
@@ -31,42 +32,42 @@ class RMSNorm(nn.Module):
     scanned: bool = False  # see `Block`
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, '*axes D']) -> Float[Array, '*axes D']:
         c = self.config
         init = nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones
         scale = self.param('scale', init, (x.shape[-1],), c.param_dtype)
-        normalized: Callable[..., jax.Array] = functools.partial(_normalized, c)
-        if x.dtype != jnp.float32:  # or the backward pass would be left two copies in float32
-            normalized = jax.checkpoint(normalized, prevent_cse=not self.scanned)
-        return normalized(x, scale)
+        normalize: Callable[..., Array] = functools.partial(_normalize, c)
+        if x.dtype != jnp.float32:  # or the backward pass would store two copies in float32
+            normalize = jax.checkpoint(normalize, prevent_cse=not self.scanned)
+        return normalize(x, scale)
 
 
-def _normalized(c: ModelConfig, x: jax.Array, scale: jax.Array) -> jax.Array:
+def _normalize(
+    c: ModelConfig, x: Float[Array, '*axes D'], scale: Float[Array, ' D']
+) -> Float[Array, '*axes D']:
     x32, scale = x.astype(jnp.float32), scale.astype(jnp.float32)
     inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1) + c.norm_eps)
-    # A product whose gradient is one again: XLA before 0.12 takes ten times as long for the sum
-    # of two arrays' products on CPUs, where one of their axes is 1.
-    x32 = jnp.einsum('...d,...->...d', x32, inverse, precision='highest')
+    x32 = cpu.scale_rows(x32, inverse)
     return (x32 * (1 + scale if c.norm_plus_one else scale)).astype(x.dtype)
 
 
 class Projection(NamedTuple):
-    """The matrices of one, in the computation's dtype."""
+    """The matrices of a projection, in the computation's dtype."""
 
-    kernel: jax.Array  # [fan_in, fan_out]
-    scale: jax.Array | None  # f32[fan_out], of the product with a quantised kernel
-    adapter: tuple[jax.Array, jax.Array] | None  # [fan_in, r], [r, fan_out]
-    bias: jax.Array | None  # [fan_out]
+    kernel: Shaped[Array, 'fan_in fan_out']  # int8 if quantised
+    scale: Float[Array, ' fan_out'] | None  # f32, of the product with a quantised kernel
+    adapter: tuple[Float[Array, 'fan_in r'], Float[Array, 'r fan_out']] | None
+    bias: Float[Array, ' fan_out'] | None
 
 
 def projection(
     module: nn.Module, name: str, sizes: tuple[int, ...], out: tuple[int, ...], *, bias: bool
 ) -> Projection:
-    """The module's parameter `name` [*sizes, *out], its adapter and `<name>_bias` [*out]."""
+    """Creates the parameter `name` [*sizes, *out], its adapter and `<name>_bias` [*out]."""
     c: ModelConfig = module.config
     fan_in, fan_out = math.prod(sizes), math.prod(out)
     matrix = module.param(name, _matrix_init(c, name, fan_in), (*sizes, *out), c.param_dtype)
-    kernel, scale = unpacked(matrix)
+    kernel, scale = unpack(matrix)
     kernel = kernel.astype(c.dtype).reshape(fan_in, fan_out)
     scale = None if scale is None else scale.reshape(fan_out)
     adapter = None
@@ -81,43 +82,25 @@ def projection(
     return Projection(kernel, scale, adapter, offset)
 
 
-def multiply(c: ModelConfig, x: jax.Array, by: Projection) -> jax.Array:
-    """[N, fan_out] from x [N, fan_in]."""
-    plain = by.scale is not None or choose(c) != 'recomputed'
-    y = _scaled(jnp.matmul if plain else _product, x, by.kernel, by.scale)
-    if by.adapter is not None:
-        a, b = by.adapter
+def multiply(
+    c: ModelConfig, x: Float[Array, 'N fan_in'], weights: Projection
+) -> Float[Array, 'N fan_out']:
+    """Multiplies x by the projection's matrix and adapter, and adds its bias."""
+    product = jnp.matmul if weights.scale is not None else functools.partial(cpu.matmul, c)
+    y = _scaled_product(product, x, weights.kernel, weights.scale)
+    if weights.adapter is not None:
+        a, b = weights.adapter
         y = y + (x @ a * jnp.asarray(c.lora.scale, c.dtype)) @ b
-    return y if by.bias is None else y + by.bias
+    return y if weights.bias is None else y + weights.bias
 
 
-@jax.custom_vjp
-def _product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Multiplies, for CPUs: the kernel's gradient is x^T slope, the narrower of them turned before.
-
-    A sum over the first axis of both operands is what their compiler is slowest at.
-    """
-    return x @ kernel
-
-
-def _product_forward(x, kernel):
-    return x @ kernel, (x, kernel)
-
-
-def _product_backward(kept, slope):
-    x, kernel = kept
-    held = jax.lax.optimization_barrier  # or they would be turned back
-    to_x = slope @ kernel.T
-    if x.shape[-1] > slope.shape[-1]:
-        return to_x, held(held(slope.T) @ x).T
-    return to_x, held(x.T) @ slope
-
-
-_product.defvjp(_product_forward, _product_backward)
-
-
-def _scaled(product: Callable[..., jax.Array], x, matrix, scale: jax.Array | None) -> jax.Array:
-    """product(x, matrix) * scale, in float32 before: sums of integers may overflow in float16."""
+def _scaled_product(
+    product: Callable[..., Array],
+    x: Float[Array, 'N fan_in'],
+    matrix: Shaped[Array, '*experts fan_in fan_out'],
+    scale: Float[Array, '*rows fan_out'] | None,
+) -> Float[Array, 'N fan_out']:
+    """product(x, matrix) * scale; in float32, as sums of integers may overflow in float16."""
     if scale is None:
         return product(x, matrix)
     return (product(x, matrix, preferred_element_type=jnp.float32) * scale).astype(x.dtype)
@@ -126,19 +109,18 @@ def _scaled(product: Callable[..., jax.Array], x, matrix, scale: jax.Array | Non
 def project(
     module: nn.Module,
     name: str,
-    x: jax.Array,
+    x: Float[Array, '...'],
     out: tuple[int, ...],
     *,
     inputs: int = 1,
     bias: bool = False,
-) -> jax.Array:
-    """Multiplies x by the module's parameter `name` [*in, *out], and adds its adapter's share.
+) -> Float[Array, '...']:
+    """Multiplies x by the module's parameter `name` [*in, *out] and its adapter.
 
-    The product is one of two matrices: with more axes the compiler for CPUs would reorder an
-    operand of the weight's gradient element by element.
+    The product is one of two matrices; see `kernels.cpu`.
 
     Args:
-      module: holds the parameters; its config says whether there is an adapter.
+      module: holds the parameters; its config tells whether there is an adapter.
       name: a key of `config.PROJECTIONS`.
       x: [..., *in].
       out: sizes of the output axes.
@@ -149,70 +131,70 @@ def project(
       [..., *out].
     """
     lead, sizes = x.shape[:-inputs], x.shape[-inputs:]
-    by = projection(module, name, sizes, out, bias=bias)
-    y = multiply(module.config, x.reshape(-1, by.kernel.shape[0]), by)
+    weights = projection(module, name, sizes, out, bias=bias)
+    y = multiply(module.config, x.reshape(-1, weights.kernel.shape[0]), weights)
     return y.reshape(*lead, *out)
 
 
 def _matrix_init(c: ModelConfig, name: str, fan_in: int) -> nn.initializers.Initializer:
-    """Matrices that write into the residual stream start small, so that tokens show."""
+    """Matrices that write into the residual stream start small, so that embeddings dominate."""
     small = 0.02 / (2 * c.layers) ** 0.5
     return nn.initializers.normal(small if name in ('out', 'down') else fan_in**-0.5)
 
 
-def _adapter_init(fan_in: int) -> nn.initializers.Initializer:
+def _adapter_init(fan_in: int) -> Callable[..., Array]:
     """As in PEFT: A within 1 / sqrt(inputs) and B zero, so the policy starts as the base."""
     bound = fan_in**-0.5
 
-    def init(key, shape, dtype=jnp.float32):
+    def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
 
 
-def capped(c: ModelConfig, logits: jax.Array) -> jax.Array:
-    """What the model makes of the products of hidden states and `Transformer.output_matrix`."""
+def softcap_logits(c: ModelConfig, logits: Float[Array, '*axes V']) -> Float[Array, '*axes V']:
+    """Applies the soft cap, if any, to products of hidden states and the output matrix."""
     return c.logit_softcap * jnp.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
 
 
-def mlp(module: nn.Module, x: jax.Array) -> jax.Array:
-    """act(x gate) * (x up) down (Shazeer, arXiv 2002.05202) of x [..., D].
+def mlp(module: nn.Module, x: Float[Array, '*axes D']) -> Float[Array, '*axes D']:
+    """act(x gate) * (x up) down (Shazeer, arXiv 2002.05202).
 
-    Of what is as wide as the MLP, the backward pass is left the two products alone: to compute the
-    rest again costs less than to write and read it.
+    Of the arrays as wide as the MLP, only the two products are stored for the backward pass: to
+    compute the others again costs less than to write and read them.
     """
     c: ModelConfig = module.config
     gate = project(module, 'gate', x, (c.mlp_width,), bias=c.mlp_bias)
     up = project(module, 'up', x, (c.mlp_width,), bias=c.mlp_bias)
     down = projection(module, 'down', (c.mlp_width,), (c.width,), bias=c.mlp_bias)
 
-    def narrow(gate, up, down):
+    def output(gate: Array, up: Array, down: Projection) -> Array:
         return multiply(c, _ACTIVATIONS[c.activation](gate) * up, down)
 
     rows = (y.reshape(-1, c.mlp_width) for y in (gate, up))
-    return jax.checkpoint(narrow, prevent_cse=not module.scanned)(*rows, down).reshape(x.shape)
+    return jax.checkpoint(output, prevent_cse=not module.scanned)(*rows, down).reshape(x.shape)
 
 
-def experts(module: nn.Module, x: jax.Array) -> jax.Array:
+def experts(module: nn.Module, x: Float[Array, '*axes D']) -> Float[Array, '*axes D']:
     """Several MLPs, of which each token uses its best few by a softmax router (arXiv 2401.04088).
 
     Every token reaches all its experts: none is dropped for balance, so a token's result does not
-    depend on its neighbours, and sampler and scorer agree.
+    depend on the other tokens, and sampler and scorer agree.
     """
     c: ModelConfig = module.config
     tokens = x.reshape(-1, c.width)
     weights, chosen = _route(module, tokens)
-    order = jnp.argsort(chosen.reshape(-1))  # copies of the tokens, those of one expert together
+    order = jnp.argsort(chosen.reshape(-1))  # copies of the tokens, sorted by expert
     expert = chosen.reshape(-1)[order]
     sizes = jnp.bincount(chosen.reshape(-1), length=c.experts).astype(jnp.int32)
 
-    def multiply(name: str, x: jax.Array, width: int) -> jax.Array:
+    def multiply(name: str, x: Array, width: int) -> Array:
         shape = (c.experts, x.shape[-1], width)
         matrix = module.param(name, _matrix_init(c, name, x.shape[-1]), shape, c.param_dtype)
-        kernel, scale = unpacked(matrix)
+        kernel, scale = unpack(matrix)
         scale = None if scale is None else scale[expert, 0]
         product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
-        return _scaled(product, x, kernel.astype(c.dtype), scale)
+        return _scaled_product(product, x, kernel.astype(c.dtype), scale)
 
     copies = tokens[order // c.experts_per_token]
     hidden = _ACTIVATIONS[c.activation](multiply('gate', copies, c.mlp_width))
@@ -222,8 +204,10 @@ def experts(module: nn.Module, x: jax.Array) -> jax.Array:
     return (out * weights[..., None]).sum(1).reshape(x.shape)
 
 
-def _route(module: nn.Module, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Weights and numbers [N, experts_per_token] of the experts that each token uses."""
+def _route(
+    module: nn.Module, tokens: Float[Array, 'N D']
+) -> tuple[Float[Array, 'N chosen'], Int[Array, 'N chosen']]:
+    """Weights and indices of the experts that each token uses."""
     c: ModelConfig = module.config
     init = nn.initializers.normal(c.width**-0.5)
     router = module.param('router', init, (c.width, c.experts), c.param_dtype)

@@ -1,4 +1,4 @@
-"""Rotary positions (Su et al., arXiv 2104.09864) and the ways to stretch them past their training.
+"""Rotary positions (Su et al., arXiv 2104.09864) and how to extend them to longer contexts.
 
 The scaling rules and the names of their settings are those of Hugging Face `rope_scaling`.
 """
@@ -7,13 +7,15 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
+
+from grpo_jax.types import Array
 
 Settings = Mapping[str, Any]
 
-# Kind -> the settings it needs, and those it knows besides.
+# Kind -> its required and its optional settings.
 _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     'linear': (('factor',), ()),
     'dynamic': (('factor', 'max_position_embeddings'), ()),
@@ -33,7 +35,11 @@ _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def check_scaling(scaling: Settings) -> None:
-    """Raises ValueError for an unknown kind of scaling, or settings that it lacks or has not."""
+    """Checks the settings of a `rope_scaling`.
+
+    Raises:
+      ValueError: an unknown kind of scaling, or missing or unknown settings.
+    """
     if not scaling:
         return
     kind = scaling.get('rope_type')
@@ -42,7 +48,7 @@ def check_scaling(scaling: Settings) -> None:
     needed, optional = _KINDS[kind]
     for name in needed:
         if scaling.get(name) is None:
-            raise ValueError(f'rope_scaling of type {kind!r} lacks {name!r}')
+            raise ValueError(f'rope_scaling of type {kind!r} lacks {name!r}: add it')
     for name in scaling:
         if name not in ('rope_type', *needed, *optional):
             known = ', '.join(needed + optional)
@@ -52,22 +58,26 @@ def check_scaling(scaling: Settings) -> None:
 
 
 def tables(
-    positions: jax.Array, seen: jax.Array, *, width: int, theta: float, scaling: Settings
-) -> tuple[jax.Array, jax.Array]:
+    positions: Int[Array, '*axes S'],
+    seen: Int[Array, '*axes S'],
+    *,
+    width: int,
+    theta: float,
+    scaling: Settings,
+) -> tuple[Float[Array, '*axes S pairs'], Float[Array, '*axes S pairs']]:
     """Cosines and sines to rotate tokens by.
 
     Args:
-      positions: i32[..., S], counted from the first prompt token.
-      seen: i32[..., S], how long the sequence was when the token was read: the whole prompt for
-        each of its tokens, and everything up to itself for a completion token. 'dynamic' and
-        'longrope' rotate by it; sampler and scorer agree because it does not depend on how tokens
-        are batched.
+      positions: counted from the first prompt token.
+      seen: how long the sequence was when the token was processed: the whole prompt for each of its
+        tokens, and everything up to itself for a completion token. 'dynamic' and 'longrope' depend
+        on it; sampler and scorer agree because it does not depend on how tokens are batched.
       width: components of a head that are rotated, an even number.
       theta: base of the wavelengths.
       scaling: empty, or `rope_type` and its settings (see `check_scaling`).
 
     Returns:
-      f32[..., S, width / 2] each.
+      One value for each of width / 2 pairs of components.
     """
     exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     kind = scaling.get('rope_type', 'default')
@@ -76,12 +86,16 @@ def tables(
     return jnp.cos(angle) * factor, jnp.sin(angle) * factor
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Turns component i against component i + n, for n pairs (eq. 34, half-split layout).
+def rotate(
+    x: Float[Array, '*rows S heads h'],
+    cos: Float[Array, '*tables S pairs'],
+    sin: Float[Array, '*tables S pairs'],
+) -> Float[Array, '*rows S heads h']:
+    """Rotates the pairs of components (i, i + n), for n pairs (eq. 34, half-split layout).
 
     Args:
-      x: [..., S, heads, h].
-      cos: f32[..., S, n] with 2 n <= h; components from 2 n on stay as they are.
+      x: queries or keys.
+      cos: [..., S, n] with 2 n <= h; components from 2 n on are unchanged.
       sin: like cos.
     """
     half = cos.shape[-1]
@@ -90,21 +104,30 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1).astype(x.dtype)
 
 
-# Rules: (theta, exponent f32[n], settings, seen i32[..., S, 1]) -> frequencies that broadcast to
-# [..., S, n], and the factor of cosine and sine.
+# Rules: (theta, exponent, settings, seen) -> frequencies that broadcast to [..., S, n], and the
+# factor of cosine and sine.
+_Exponent = Float[np.ndarray, ' n']
+_Seen = Int[Array, '*axes 1']
+_Frequency = Float[Array, '...'] | Float[np.ndarray, '...']
 
 
-def _default(theta: float, exponent: np.ndarray, _: Settings, seen: Any) -> tuple[Any, float]:
+def _default(
+    theta: float, exponent: _Exponent, _: Settings, seen: _Seen
+) -> tuple[_Frequency, float]:
     del seen
     return (1 / np.float32(theta) ** exponent).astype(np.float32), 1.0
 
 
-def _linear(theta: float, exponent: np.ndarray, s: Settings, seen: Any) -> tuple[Any, float]:
+def _linear(
+    theta: float, exponent: _Exponent, s: Settings, seen: _Seen
+) -> tuple[_Frequency, float]:
     """Position interpolation (Chen et al., arXiv 2306.15595)."""
     return _default(theta, exponent, s, seen)[0] / np.float32(s['factor']), 1.0
 
 
-def _dynamic(theta: float, exponent: np.ndarray, s: Settings, seen: Any) -> tuple[Any, float]:
+def _dynamic(
+    theta: float, exponent: _Exponent, s: Settings, seen: _Seen
+) -> tuple[_Frequency, float]:
     """A base that grows with the sequence once it is longer than in training (NTK-aware)."""
     width, limit = 2 * len(exponent), s['max_position_embeddings']
     longer = jnp.maximum(seen, limit).astype(jnp.float32) / limit
@@ -112,8 +135,10 @@ def _dynamic(theta: float, exponent: np.ndarray, s: Settings, seen: Any) -> tupl
     return 1 / base**exponent, 1.0
 
 
-def _llama3(theta: float, exponent: np.ndarray, s: Settings, seen: Any) -> tuple[Any, float]:
-    """Long waves are stretched, short ones kept, those between mixed (Llama 3.1's release)."""
+def _llama3(
+    theta: float, exponent: _Exponent, s: Settings, seen: _Seen
+) -> tuple[_Frequency, float]:
+    """Long waves are stretched, short ones kept, others interpolated (Llama 3.1's release)."""
     frequency, _ = _default(theta, exponent, s, seen)
     waves = s['original_max_position_embeddings'] * frequency / (2 * np.float32(math.pi))
     low, high = s['low_freq_factor'], s['high_freq_factor']
@@ -121,13 +146,13 @@ def _llama3(theta: float, exponent: np.ndarray, s: Settings, seen: Any) -> tuple
     return (1 - kept) * frequency / np.float32(s['factor']) + kept * frequency, 1.0
 
 
-def _yarn(theta: float, exponent: np.ndarray, s: Settings, seen: Any) -> tuple[Any, float]:
+def _yarn(theta: float, exponent: _Exponent, s: Settings, seen: _Seen) -> tuple[_Frequency, float]:
     """A ramp between interpolation and none over the dimensions (Peng et al., arXiv 2309.00071)."""
     frequency, _ = _default(theta, exponent, s, seen)
     width, factor = 2 * len(exponent), s['factor']
 
     def dimension(turns: float) -> float:
-        """Which dimension makes so many turns over the original length."""
+        """The dimension that rotates `turns` times over the original length."""
         length = s['original_max_position_embeddings']
         return width * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
@@ -142,7 +167,7 @@ def _yarn(theta: float, exponent: np.ndarray, s: Settings, seen: Any) -> tuple[A
 
 
 def _yarn_factor(factor: float, s: Settings) -> float:
-    """How much larger scores get, as the root of the temperature of section 3.4."""
+    """The factor of cosine and sine: sqrt(1 / t) of section 3.4."""
     if s.get('attention_factor') is not None:
         return float(s['attention_factor'])
 
@@ -154,8 +179,10 @@ def _yarn_factor(factor: float, s: Settings) -> float:
     return scale(1)
 
 
-def _longrope(theta: float, exponent: np.ndarray, s: Settings, seen: Any) -> tuple[Any, float]:
-    """Searched factors per dimension, others past the original length (arXiv 2402.13753)."""
+def _longrope(
+    theta: float, exponent: _Exponent, s: Settings, seen: _Seen
+) -> tuple[_Frequency, float]:
+    """Searched factors per dimension, a second set past the original length (arXiv 2402.13753)."""
     frequency, _ = _default(theta, exponent, s, seen)
     length, factor = s['original_max_position_embeddings'], s['factor']
     short, long = (
@@ -167,7 +194,7 @@ def _longrope(theta: float, exponent: np.ndarray, s: Settings, seen: Any) -> tup
     return frequency * jnp.where(seen > length, long, short), float(scale)
 
 
-_RULES: dict[str, Callable[..., tuple[Any, float]]] = {
+_RULES: dict[str, Callable[..., tuple[_Frequency, float]]] = {
     'default': _default,
     'linear': _linear,
     'dynamic': _dynamic,

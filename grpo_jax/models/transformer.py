@@ -1,9 +1,9 @@
 """One decoder with three entries: prefill prompts, extend groups, decode a token of each row.
 
-RMSNorm, rotary positions, grouped-query attention and a gated MLP or experts; what distinguishes
-the families (Llama, Qwen, Gemma, ...) are the options of `ModelConfig`. Arrays lead with the B axis
-of groups. Parameters are a plain nested dict, the layers stacked along a leading L axis and run by
-one scan, so compile time does not grow with depth; or, see `unrolled`, each layer by itself.
+RMSNorm, rotary positions, grouped-query attention and a gated MLP or experts; the options of
+`ModelConfig` distinguish the families (Llama, Qwen, Gemma, ...). Arrays lead with the B axis of
+groups. Parameters are a plain nested dict, the layers stacked along a leading L axis and run by one
+scan, so compile time does not grow with depth; or, see `unrolled`, each layer separately.
 """
 
 import functools
@@ -13,25 +13,32 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jaxtyping import Float, Int, Key
 
-from grpo_jax.models import rope
-from grpo_jax.models.attention import NOWHERE, Stacks
-from grpo_jax.models.block import Before, Block, KeyValues, Layer, Owners, Where
+from grpo_jax.models.attention import MASKED_POSITION, DecodeCache, LayerCaches
+from grpo_jax.models.block import (
+    Block,
+    KeyValues,
+    LayerOptions,
+    Owners,
+    TokenPositions,
+    layer_options,
+    rotations,
+)
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.flash import from_stacks
-from grpo_jax.models.layers import RMSNorm, capped
-from grpo_jax.models.lora import split
-from grpo_jax.models.quantized import lookup, unpacked
+from grpo_jax.models.kernels.selection import caches_in_place
+from grpo_jax.models.layers import RMSNorm, softcap_logits
+from grpo_jax.models.lora import split_adapters
+from grpo_jax.models.quantization import Quantized, lookup, unpack
 from grpo_jax.sharding import anchor
-from grpo_jax.types import Params
+from grpo_jax.types import Array, Params
 
 
 class Transformer(nn.Module):
     """The decoder; call its entries through `apply`."""
 
     config: ModelConfig
-    unrolled: bool = False  # parameters are those of `unrolled.unstacked`
+    unrolled: bool = False  # parameters are those of `unrolled.unstack_layers`
 
     def setup(self) -> None:
         c = self.config
@@ -55,111 +62,131 @@ class Transformer(nn.Module):
         elif not c.tied_head:
             self.head = self.param('head', init, (c.width, c.vocab_size), c.param_dtype)
 
-    def prefill(self, tokens: jax.Array, length: jax.Array) -> tuple[KeyValues, jax.Array]:
-        """Reads prompts.
+    def prefill(
+        self, tokens: Int[Array, 'B P'], length: Int[Array, ' B']
+    ) -> tuple[KeyValues, Float[Array, 'B D']]:
+        """Processes prompts.
 
         Args:
-          tokens: i32[B, P], padded on the right.
-          length: i32[B], how many of them are real; the rest leaves no trace in what callers read.
+          tokens: the prompts, padded on the right.
+          length: their real tokens; padding does not change what callers read.
 
         Returns:
-          Keys and values [L, B, K, P, h], and the hidden states [B, D] that predict the first
-          completion token.
+          Keys and values [L, B, K, P, h], and the hidden states that predict the first completion
+          token.
         """
         positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
         seen = jnp.broadcast_to(length[:, None], tokens.shape)
-        hidden, own = self._run(tokens[:, None], (), positions, seen, ())
+        hidden, own = self._run_layers(tokens[:, None], (), positions, seen, ())
         last = jnp.take_along_axis(hidden[:, 0], (length - 1)[:, None, None], axis=1)[:, 0]
         return KeyValues(own.k[:, :, 0], own.v[:, :, 0]), last
 
-    def extend(self, tokens: jax.Array, prompt: KeyValues, length: jax.Array) -> jax.Array:
-        """Reads completions over the prompts that their groups share.
+    def extend(
+        self, tokens: Int[Array, 'B G T'], prompt: KeyValues, length: Int[Array, ' B']
+    ) -> Float[Array, 'B G T D']:
+        """Processes completions over the prompts that their groups share.
 
         Args:
-          tokens: i32[B, G, T].
+          tokens: the completions.
           prompt: [L, B, K, P, h] from `prefill`.
-          length: i32[B], real tokens of the prompts.
+          length: real tokens of the prompts.
 
         Returns:
-          Hidden states [B, G, T, D]; the one at t predicts token t + 1.
+          Hidden states; the one at t predicts token t + 1.
         """
+        length = jnp.asarray(length)
         positions = length[:, None] + jnp.arange(tokens.shape[2])
         past = (_prompt_positions(prompt, length),)
-        return self._run(tokens, (prompt,), positions, positions + 1, past)[0]
+        return self._run_layers(tokens, (prompt,), positions, positions + 1, past)[0]
 
     def extend_packed(
         self,
-        tokens: jax.Array,
-        positions: jax.Array,
+        tokens: Int[Array, 'N S'],
+        positions: Int[Array, 'N S'],
         prompts: KeyValues,
-        prompt_positions: jax.Array,
+        prompt_positions: Int[Array, 'N M'],
         owners: Owners,
-    ) -> jax.Array:
-        """Reads sequences in which completions of several prompts lie behind each other.
+    ) -> Float[Array, 'N S D']:
+        """Processes sequences into which completions of several prompts are packed.
 
         Args:
-          tokens: i32[N, S].
-          positions: i32[N, S], of each token behind its prompt's start.
+          tokens: one completion after another.
+          positions: of each token, counted from the start of its prompt.
           prompts: [L, N, K, M, h], the keys and values of all prompts that a sequence reads.
-          prompt_positions: i32[N, M], NOWHERE where there is no token.
-          owners: whose the prompts' keys and those of the sequence are, and who reads them.
+          prompt_positions: MASKED_POSITION where there is no token.
+          owners: which keys of prompts and sequence each token reads.
 
         Returns:
-          Hidden states [N, S, D]; each has read its token.
+          Hidden states; each has read its token.
         """
-        hidden, _ = self._run(
-            tokens[:, None], (prompts,), positions, positions + 1, (prompt_positions,), owners
-        )
+        hidden, _ = self._run_layers(
+            tokens[:, None], (prompts,), positions, positions + 1, (prompt_positions,),
+            owners=owners,
+        )  # fmt: skip
         return hidden[:, 0]
 
     def decode(
-        self, token: jax.Array, t: jax.Array, prompt: KeyValues, length: jax.Array, own: KeyValues
-    ) -> tuple[jax.Array, KeyValues]:
-        """Reads one token of each row.
+        self,
+        token: Int[Array, 'B G'],
+        t: Int[Array, ''],
+        prompt: KeyValues,
+        length: Int[Array, ' B'],
+        own: KeyValues,
+    ) -> tuple[Float[Array, 'B G D'], KeyValues]:
+        """Processes one token of each row.
 
         Args:
-          token: i32[B, G], completion token t of each row.
-          t: i32[], its position in the completion, from 0.
+          token: completion token t of each row.
+          t: its position in the completion, from 0.
           prompt: [L, B, K, P, h] from `prefill`.
-          length: i32[B], real tokens of the prompts.
+          length: real tokens of the prompts.
           own: [L, B, G, K, T, h] keys and values of the rows' tokens before t.
 
         Returns:
-          Hidden states [B, G, D] that predict token t + 1, and the column [L, B, G, K, 1, h] of
-          keys and values that the caller writes at t.
+          Hidden states that predict token t + 1, and the column [L, B, G, K, 1, h] of keys and
+          values that the caller writes at t.
         """
+        length, t = jnp.asarray(length), jnp.asarray(t)
         positions = (length + t)[:, None]
-        run = functools.partial(self._run, token[..., None])
-        if from_stacks(self.config):
-            before = Before(Stacks((prompt.k, prompt.v), (own.k, own.v)), length, t)
-            hidden, column = run((), positions, positions + 1, (), before=before)
+        run = functools.partial(self._run_layers, token[..., None])
+        if caches_in_place(self.config):
+            cache = DecodeCache(LayerCaches((prompt.k, prompt.v), (own.k, own.v)), length, t)
+            hidden, column = run((), positions, positions + 1, (), cache=cache)
         else:
             columns = jnp.arange(own.k.shape[-2])
-            filled = jnp.where(columns < t, length[:, None] + columns, NOWHERE)
+            filled = jnp.where(columns < t, length[:, None] + columns, MASKED_POSITION)
             past = (_prompt_positions(prompt, length), filled)
             hidden, column = run((prompt, own), positions, positions + 1, past)
         return hidden[:, :, 0], column
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """f32[..., V] from hidden states [..., D]."""
-        c, (matrix, scale) = self.config, unpacked(self.output_matrix())
+    def logits(self, hidden: Float[Array, '*axes D']) -> Float[Array, '*axes V']:
+        """f32 logits of the next token from hidden states."""
+        c, (matrix, scale) = self.config, unpack(self.output_matrix())
         rows = hidden.reshape(-1, c.width)  # two axes: see `layers.project`
         logits = jnp.matmul(rows, matrix.astype(c.dtype), preferred_element_type=jnp.float32)
         logits = logits if scale is None else logits * scale
-        return capped(c, logits).reshape(*hidden.shape[:-1], -1)
+        return softcap_logits(c, logits).reshape(*hidden.shape[:-1], -1)
 
-    def output_matrix(self) -> Any:
-        """[D, V] that hidden states are multiplied with, as an array or `Quantized`."""
+    def output_matrix(self) -> Float[Array, 'D V'] | Quantized:
+        """The matrix that hidden states are multiplied with to obtain logits.
+
+        Raises:
+          ValueError: the model has a scalar head.
+        """
         c = self.config
         if c.scalar_head:
             raise ValueError(
-                'a model with scalar_head=True has no logits: ask for its scores, or take a '
+                'a model with scalar_head=True has no logits: ask for its scores, or use a '
                 'language model'
             )
         return jax.tree.map(jnp.transpose, self.embedding) if c.tied_head else self.head
 
-    def scores(self, hidden: jax.Array) -> jax.Array:
-        """f32[...] from hidden states [..., D], with a scalar head."""
+    def scores(self, hidden: Float[Array, '*axes D']) -> Float[Array, '*axes']:
+        """f32 scores from hidden states, with a scalar head.
+
+        Raises:
+          ValueError: the model has logits instead.
+        """
         c = self.config
         if not c.scalar_head:
             raise ValueError(
@@ -170,66 +197,64 @@ class Transformer(nn.Module):
         scores = jnp.matmul(rows, self.score.astype(c.dtype), preferred_element_type=jnp.float32)
         return scores.reshape(hidden.shape[:-1])
 
-    def _run(self, tokens, past, positions, seen, past_positions, owners=None, before=None):
-        """Hidden states [B, G, S, D] of tokens [B, G, S], and their keys and values of all layers.
+    def _run_layers(
+        self,
+        tokens: Int[Array, 'B G S'],
+        past: tuple[KeyValues, ...],
+        positions: Int[Array, 'B S'],
+        seen: Int[Array, 'B S'],
+        past_positions: tuple[Int[Array, 'B _'], ...],
+        *,
+        owners: Owners | None = None,
+        cache: DecodeCache | None = None,
+    ) -> tuple[Float[Array, 'B G S D'], KeyValues]:
+        """Hidden states of the tokens, and their keys and values [L, B, G, K, S, h].
 
-        positions, seen: i32[B, S], see `rope.tables`.
+        Args:
+          tokens: what to process.
+          past: pieces of earlier keys and values of all layers.
+          positions: of the tokens.
+          seen: see `rope.tables`.
+          past_positions: of the keys in each piece of `past`.
+          owners: see `TokenPositions`.
+          cache: see `TokenPositions`.
         """
         c = self.config
         x = lookup(self.embedding, tokens, c.dtype)
         if c.embedding_scaled:
             x = x * jnp.asarray(math.sqrt(c.width), x.dtype)
-        cos, sin = _rotations(c, positions, seen)
-        where = Where(positions, past_positions, owners, before, cos, sin)
-        x, own = self._through(anchor(x), past, where)
+        cos, sin = rotations(c, positions, seen)
+        token_positions = TokenPositions(positions, past_positions, owners, cache, cos, sin)
+        x, layers = anchor(x), layer_options(c)
+        if self.unrolled:
+            x, own = self._loop_over_layers(x, past, layers, token_positions)
+        else:
+            x, own = self.blocks(x, past, layers, token_positions)
         return self.final_norm(x), own
 
-    def _through(self, x, past, where):
-        """What all layers make of x [B, G, S, D], and its tokens' keys and values [L, ...]."""
-        layers = _layers(self.config)
-        if not self.unrolled:
-            return self.blocks(x, past, layers, where)
-        own = []
+    def _loop_over_layers(
+        self,
+        x: Float[Array, 'B G S D'],
+        past: tuple[KeyValues, ...],
+        layers: LayerOptions,
+        token_positions: TokenPositions,
+    ) -> tuple[Float[Array, 'B G S D'], KeyValues]:
+        """What the scan over `blocks` computes, by a Python loop."""
+        columns = []
         for i, block in enumerate(self.layers):
-            before, layer = jax.tree.map(lambda a, i=i: a[i], (past, layers))
-            x, new = block(x, before, layer, where)
-            own.append(new)
-        return x, jax.tree.map(lambda *a: jnp.stack(a), *own)
+            layer_past, layer = jax.tree.map(lambda a, i=i: a[i], (past, layers))
+            x, new = block(x, layer_past, layer, token_positions)
+            columns.append(new)
+        return x, jax.tree.map(lambda *a: jnp.stack(a), *columns)
 
 
-def _rotations(c: ModelConfig, positions: jax.Array, seen: jax.Array):
-    """Cosines and sines f32[3, B, S, n]: of most layers, of windowed ones, and of those without."""
-    most = rope.tables(
-        positions, seen, width=c.rope_width, theta=c.rope_theta, scaling=c.rope_scaling
-    )
-    windowed = most
-    if c.local_rope_theta:
-        windowed = rope.tables(
-            positions, seen, width=c.rope_width, theta=c.local_rope_theta, scaling={}
-        )
-    without = (jnp.ones_like(most[0]), jnp.zeros_like(most[1]))
-    return tuple(jnp.stack(tables) for tables in zip(most, windowed, without, strict=True))
-
-
-def _layers(c: ModelConfig) -> Layer:
-    rotation = np.zeros(c.layers, np.int32)
-    rotation[list(c.window_layers)] = 1
-    rotation[list(c.unrotated_layers)] = 2
-    index = np.arange(c.layers, dtype=np.int32)
-    if not c.window:
-        return Layer(index, jnp.asarray(rotation), None)
-    window = np.full(c.layers, 2 * NOWHERE - 1, np.int32)
-    window[list(c.window_layers)] = c.window
-    return Layer(index, jnp.asarray(rotation), jnp.asarray(window))
-
-
-def _prompt_positions(prompt: KeyValues, length: jax.Array) -> jax.Array:
-    """i32[B, P], with NOWHERE behind the prompts' ends."""
+def _prompt_positions(prompt: KeyValues, length: Int[Array, ' B']) -> Int[Array, 'B P']:
+    """Positions of the prompts' columns; MASKED_POSITION after the prompts' ends."""
     columns = jnp.arange(prompt.k.shape[-2])
-    return jnp.where(columns < length[:, None], columns, NOWHERE)
+    return jnp.where(columns < length[:, None], columns, MASKED_POSITION)
 
 
-def init(model: Transformer, key: jax.Array) -> Params:
+def init_params(model: Transformer, key: Key[Array, '']) -> Params:
     """Random parameters: matrices scaled by their inputs, small ones at the outputs."""
     tokens, length = jnp.zeros((1, 2), jnp.int32), jnp.full(1, 2)
     return model.init(key, tokens, length, method='prefill')['params']
@@ -241,7 +266,7 @@ def apply(model: Transformer, params: Params, *args: Any, method: str) -> Any:
 
 
 def scalar_params(params: Params, config: ModelConfig) -> Params:
-    """Parameters of a model with a scalar head that is a language model but for its score, 0.
+    """Parameters of a model with a scalar head: those of a language model, and a score of 0.
 
     Args:
       params: of the language model, adapters merged. Its arrays are shared, not copied.
@@ -250,7 +275,7 @@ def scalar_params(params: Params, config: ModelConfig) -> Params:
     Raises:
       ValueError: there are adapters.
     """
-    if split(params)[1]:
-        raise ValueError('scalar_params of parameters with adapters: `merge` them first')
+    if split_adapters(params)[1]:
+        raise ValueError('scalar_params of parameters with adapters: `merge_adapters` first')
     trunk = {name: value for name, value in params.items() if name != 'head'}
     return trunk | {'score': jnp.zeros((config.width, 1), config.param_dtype)}

@@ -1,0 +1,217 @@
+"""One group's rewards -> advantages. Callers `vmap` over groups.
+
+From outcomes (`group_advantages`), from steps (`process_advantages`), or by an estimator of your
+own: `Algorithm(advantage_estimator=my_estimator)`. For a critic's values see `critic.gae`.
+"""
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float
+
+from grpo_jax.algorithm.binding import bind
+from grpo_jax.types import Array, Scalar, StepRewards
+
+if TYPE_CHECKING:
+    from grpo_jax.algorithm.config import Algorithm
+
+BASELINES = ('mean', 'leave_one_out', 'none', 'critic')
+SCALES = ('std', 'population_std', 'batch', 'none')
+
+
+def group_advantages(
+    rewards: Float[Array, ' G'], *, baseline: str = 'mean', scale: str = 'std', eps: Scalar = 1e-4
+) -> Float[Array, ' G']:
+    """Advantages of one group's completions relative to each other.
+
+    `(r - mean(r)) / (std(r) + eps)` is outcome supervision (DeepSeekMath, arXiv 2402.03300,
+    section 4.1.2); `scale='none'` is Dr. GRPO (arXiv 2503.20783); `baseline='leave_one_out'` is
+    RLOO (arXiv 2402.14740), the mean of the other G - 1 rewards. Without baseline and scale the
+    advantage is the reward (SFT, RFT and online RFT in the paper's table 10: 1 if correct, else 0).
+
+    The standard deviation is the sample's (divisor G - 1) and eps defaults to 1e-4, as in TRL; verl
+    uses 1e-6, and open-instruct the population's with 1e-8. A group whose rewards are all equal
+    gets exact zeros. `scale='batch'` is applied by `normalize_batch`.
+
+    Args:
+      rewards: f32[G].
+      baseline: 'mean', 'leave_one_out' or 'none'.
+      scale: 'std', 'population_std', 'batch' or 'none'.
+      eps: added to the standard deviation.
+
+    Returns:
+      f32[G].
+
+    Raises:
+      ValueError: an unknown option, G < 2 where the group is its own baseline or scale, or
+        `baseline='critic'`.
+    """
+    size = rewards.shape[0]
+    check_group_options(size, baseline=baseline, scale=scale)
+    if baseline == 'critic':
+        raise ValueError("baseline='critic' needs values and not rewards alone: use grpo_jax.gae")
+    counted = jnp.ones(size, bool)
+    advantages = _relative(rewards, counted, centre=baseline != 'none', scale=scale, eps=eps)
+    return advantages * (size / (size - 1)) if baseline == 'leave_one_out' else advantages
+
+
+def process_advantages(
+    rewards: Float[Array, 'G T'],
+    ends: Bool[Array, 'G T'],
+    *,
+    baseline: str = 'mean',
+    scale: str = 'std',
+    eps: Scalar = 1e-4,
+) -> Float[Array, 'G T']:
+    """Advantages of one group's tokens from a reward for each step of its completions.
+
+    Process supervision (DeepSeekMath, arXiv 2402.03300, section 4.1.3): the rewards of all steps of
+    all G completions are normalised together, and a token's advantage is the sum of those of the
+    steps that end at or after it. With a single step at the end of each completion the result is
+    that of `group_advantages`, which has the same options. A single step in the whole group has
+    nothing to be compared with: its advantage is 0.
+
+    Args:
+      rewards: f32[G, T], used at the last token of each step.
+      ends: bool[G, T], true at the last token of each step.
+      baseline: 'mean' or 'none'.
+      scale: 'std', 'population_std', 'batch' or 'none'.
+      eps: added to the standard deviation.
+
+    Returns:
+      f32[G, T], 0 after a completion's last step.
+
+    Raises:
+      ValueError: an unknown option, or a baseline that steps do not have.
+    """
+    _check_known(baseline, scale)
+    if baseline not in ('mean', 'none'):
+        reason = {
+            'leave_one_out': 'process supervision has no leave-one-out',
+            'critic': 'its advantages are those of grpo_jax.gae',
+        }[baseline]
+        raise ValueError(
+            f"baseline={baseline!r} with a reward for each step: {reason}; use 'mean' or 'none'"
+        )
+    steps = _relative(rewards, ends, centre=baseline == 'mean', scale=scale, eps=eps)
+    return jax.lax.cumsum(steps, axis=1, reverse=True)
+
+
+def normalize_batch(
+    advantages: Float[Array, 'B G T'], mask: Bool[Array, 'B G T'], *, eps: Scalar
+) -> Float[Array, 'B G T']:
+    """Shifts and scales the advantages of all completion tokens of a batch to mean 0 and std 1.
+
+    REINFORCE++ (Hu, arXiv 2501.03262, eq. 7), with the population's standard deviation. The
+    result is 0 where all are equal, and outside the mask.
+
+    Args:
+      advantages: f32[B, G, T].
+      mask: bool[B, G, T], the completion tokens.
+      eps: added to the standard deviation.
+
+    Returns:
+      f32[B, G, T].
+    """
+    count = jnp.maximum(mask.sum(), 1)
+    mean = jnp.where(mask, advantages, 0.0).sum() / count
+    centred = jnp.where(mask, advantages - mean, 0.0)
+    std = jnp.sqrt(jnp.square(centred).sum() / count)
+    most = jnp.where(mask, advantages, -jnp.inf).max()
+    least = jnp.where(mask, advantages, jnp.inf).min()
+    return jnp.where(most == least, 0.0, centred / (std + eps))
+
+
+def estimate(
+    algorithm: 'Algorithm',
+    rewards: Float[Array, 'B G'] | StepRewards,
+    mask: Bool[Array, 'B G T'],
+    penalty: Float[Array, 'B G T'] | None,
+) -> Float[Array, 'B G T']:
+    """Advantages of all groups by the algorithm's baseline and scale, or by its own estimator.
+
+    An estimator gets what its signature names, of one group: `rewards` f32[G], `mask` bool[G, T]
+    and coefficients of `Algorithm`. It returns f32[G] or f32[G, T].
+
+    Args:
+      algorithm: the options.
+      rewards: one for each completion or step.
+      mask: the completion tokens.
+      penalty: beta * KL of each token, where the KL is part of the reward. It is subtracted from
+        the completion's reward; without a group to compare with, a token's advantage is reduced by
+        the KL from that token on (REINFORCE++, arXiv 2501.03262: r - beta * sum of KL_i, i >= t).
+    """
+    a = algorithm
+    options = {'baseline': a.baseline, 'scale': a.scale, 'eps': a.advantage_eps}
+    if isinstance(rewards, StepRewards):
+        per_group = jax.vmap(lambda values, ends: process_advantages(values, ends, **options))
+        return per_group(rewards.values, rewards.ends)
+    to_go = jnp.float32(0.0)
+    if penalty is not None and a.baseline == 'none' and a.scale in ('none', 'batch'):
+        to_go = jnp.cumsum(penalty[..., ::-1], -1)[..., ::-1]
+    elif penalty is not None:
+        rewards = rewards - penalty.sum(-1)
+
+    def of_group(rewards: Array, mask: Array) -> Array:
+        if a.advantage_estimator is None:
+            return group_advantages(rewards, **options)
+        arrays = {'rewards': rewards, 'mask': mask}
+        return bind(a.advantage_estimator, arrays, a.coefficients)()
+
+    advantages = jax.vmap(of_group)(rewards, mask)
+    if advantages.ndim == 2:
+        advantages = jnp.broadcast_to(advantages[..., None], mask.shape)
+    return advantages - to_go
+
+
+def check_group_options(group_size: int, *, baseline: str, scale: str) -> None:
+    """Checks options that need more than one completion.
+
+    Raises:
+      ValueError: unknown or conflicting options, or a group too small for them.
+    """
+    _check_known(baseline, scale)
+    if baseline == 'critic' and scale not in ('none', 'batch'):
+        raise ValueError(
+            f"scale={scale!r} with baseline='critic', whose advantages are not those of a group: "
+            "use scale='none' or 'batch'"
+        )
+    alone = baseline in ('none', 'critic') and scale in ('none', 'batch')
+    if group_size < 2 and not alone:
+        raise ValueError(
+            f'group_size={group_size} with baseline={baseline!r}, scale={scale!r}: a group of '
+            'one is its own mean and has no spread; use group_size >= 2, or '
+            "baseline='none' and scale='none'"
+        )
+
+
+def _check_known(baseline: str, scale: str) -> None:
+    for name, value, known in (('baseline', baseline, BASELINES), ('scale', scale, SCALES)):
+        if value not in known:
+            raise ValueError(f'{name}={value!r} is unknown: use one of {", ".join(known)}')
+
+
+def _relative(
+    rewards: Array, counted: Array, *, centre: bool, scale: str, eps: Scalar
+) -> jax.Array:
+    """Rewards where `counted`, centred and scaled together; 0 elsewhere.
+
+    Exact zeros where all rewards are equal, unless the reward itself is the advantage.
+    """
+    count = counted.sum()
+    rewards = jnp.where(counted, rewards, 0.0)
+    # Sum rows first, so that [G, 1] is summed in the same order as [G].
+    mean = rewards.sum(-1).sum() / jnp.maximum(count, 1)
+    centred = jnp.where(counted, rewards - mean, 0.0)
+    relative = centred if centre else rewards
+    in_group = scale in ('std', 'population_std')
+    if in_group:
+        freedom = jnp.maximum(count - int(scale == 'std'), 1)
+        relative = relative / (jnp.sqrt(jnp.square(centred).sum(-1).sum() / freedom) + eps)
+    if not centre and not in_group:
+        return relative
+    least = jnp.where(counted, rewards, jnp.inf).min()
+    most = jnp.where(counted, rewards, -jnp.inf).max()
+    # Exact zeros, since r - mean(r) and std(r) of equal rewards may differ from 0 by rounding.
+    return jnp.where(most <= least, 0.0, relative)

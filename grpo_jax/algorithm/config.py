@@ -1,0 +1,218 @@
+"""What an update computes: one frozen options object, `Algorithm`.
+
+Every row of DeepSeekMath's unified table (arXiv 2402.03300, table 10) and every variant in
+`presets` is a value of it, together with who samples. How it is computed is `engine.Compute`.
+"""
+
+import dataclasses
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from grpo_jax.algorithm import options
+from grpo_jax.algorithm.binding import names_of
+from grpo_jax.algorithm.losses import LOSSES
+from grpo_jax.algorithm.preferences import PAIRWISE
+
+_TOKENWISE_IMPORTANCES = ('none', 'token', 'token_mask')
+
+
+Coef = Any  # a number or an array; JAX rebuilds pytrees with any leaf
+
+
+def _choice(default: Any) -> Any:
+    """A static option: changing it compiles a new program."""
+    return dataclasses.field(default=default, metadata={'static': True})
+
+
+def _coef(default: float, valid: Callable[[float], bool], requirement: str) -> Any:
+    """A traced scalar: changing it never recompiles, except to or from a value in `_NEUTRAL`."""
+    return dataclasses.field(default=default, metadata={'range': (valid, requirement)})
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real)
+
+
+def _is_array(value: Any) -> bool:
+    return isinstance(value, jax.Array | np.ndarray)
+
+
+def _equals(value: Any, number: float) -> bool:
+    """Whether a coefficient is that number; false for arrays, which may be traced."""
+    return _is_number(value) and bool(value == number)
+
+
+_NOT_NEGATIVE: Any = (lambda x: 0 <= x < float('inf'), 'at least 0')
+_ONE_OR_MORE: Any = (lambda x: 1 <= x < float('inf'), 'at least 1')
+_POSITIVE: Any = (lambda x: 0 < x < float('inf'), 'above 0')
+_SHARE: Any = (lambda x: 0 <= x <= 1, 'within 0 and 1')
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Algorithm:
+    """Static choices and traced coefficients of one training step.
+
+    The choices are pytree metadata and the coefficients its leaves, so an `Algorithm` is an
+    ordinary argument of a jitted function. The constructor checks it.
+
+    Raises:
+      ValueError: an unknown choice, a coefficient out of its range, a combination that is wrong,
+        or an option that would have no effect. The message begins with the option's name.
+    """
+
+    loss: str | Callable[..., jax.Array] = _choice('clipped')  # see `losses`, or your own
+    ratio: str = _choice('token')  # see `losses.sequence_level`
+    importance: str = _choice('none')  # sampler correction, see `losses.importance_weights`
+    supervision: str = _choice('outcome')  # a reward per completion, or per step: 'process'
+    baseline: str = _choice('mean')  # see `advantages.group_advantages`; 'critic' is PPO
+    scale: str = _choice('std')  # what advantages are divided by, see `group_advantages`
+    # Your own estimator instead of baseline and scale, see `advantages.estimate`.
+    advantage_estimator: Callable[..., jax.Array] | None = _choice(None)
+    aggregation: str = _choice('sequence_mean')  # see `logprobs.token_weights`
+    kl: str = _choice('k3')  # estimator of the KL term; it is left out where beta is 0
+    kl_place: str = _choice('loss')  # 'loss', or 'reward': r - beta * KL
+    inner_updates: int = _choice(1)  # optimizer updates per rollout (the paper's mu)
+    entropy: bool = _choice(False)  # report the policy's entropy
+    step: str = _choice('optimizer')  # 'trust_region': TRPO's natural gradient step
+    cg_steps: int = _choice(10)  # TRPO: iterations of the conjugate gradient
+    backtracks: int = _choice(10)  # TRPO: trials of the line search; each halves the step
+
+    advantage_eps: Coef = _coef(1e-4, *_NOT_NEGATIVE)  # added to a standard deviation
+    clip_low: Coef = _coef(0.2, *_NOT_NEGATIVE)  # the ratio's lower bound: 1 - clip_low
+    clip_high: Coef = _coef(0.2, *_NOT_NEGATIVE)  # the ratio's upper bound: 1 + clip_high
+    dual_clip: Coef = _coef(0.0, *_NOT_NEGATIVE)  # A < 0: loss <= dual_clip * |A|; 0: off
+    beta: Coef = _coef(0.0, *_NOT_NEGATIVE)  # weight of the KL term, or of DPO's margin
+    kl_clamp: Coef = _coef(0.0, *_NOT_NEGATIVE)  # bound of the KL term of a token; 0: none
+    tau_positive: Coef = _coef(1.0, *_POSITIVE)  # SAPO's temperature where A > 0
+    tau_negative: Coef = _coef(1.05, *_POSITIVE)  # SAPO's temperature where A <= 0
+    importance_cap: Coef = _coef(2.0, *_ONE_OR_MORE)  # C of `importance_weights`
+    entropy_bonus: Coef = _coef(0.0, *_NOT_NEGATIVE)  # weight of the entropy to maximise
+    # Share of the tokens, those of highest entropy, that are trained.
+    top_entropy: Coef = _coef(1.0, lambda x: 0 < x <= 1, 'above 0 and at most 1')
+    reference_decay: Coef = _coef(1.0, *_SHARE)  # d: ref <- d * ref + (1 - d) * policy
+    # DPO: probability that a preference is the wrong way round.
+    label_smoothing: Coef = _coef(0.0, lambda x: 0 <= x < 0.5, 'at least 0, below 0.5')
+    gamma: Coef = _coef(1.0, *_SHARE)  # PPO's discount per token
+    lam: Coef = _coef(0.95, *_SHARE)  # PPO's lambda, see `critic.gae`
+    value_clip: Coef = _coef(0.2, *_NOT_NEGATIVE)  # see `critic.value_loss`; 0: no clip
+    max_kl: Coef = _coef(0.01, *_POSITIVE)  # TRPO's bound on the mean KL of a step
+    damping: Coef = _coef(0.1, *_NOT_NEGATIVE)  # TRPO: added to the Fisher diagonal
+
+    # Coefficients of `_NEUTRAL` with another value, such as 'beta'; static, so that a program
+    # computes only the terms that are switched on. An array counts as another value.
+    terms: frozenset[str] | None = dataclasses.field(
+        default=None, repr=False, metadata={'static': True}
+    )
+
+    def __post_init__(self) -> None:
+        coefficients = self.coefficients
+        rebuilt = self.terms is not None and not any(map(_is_number, coefficients.values()))
+        if rebuilt or not all(_is_number(x) or _is_array(x) for x in coefficients.values()):
+            return  # rebuilt by a transformation of JAX, from leaves of any kind
+        terms = frozenset(
+            name for name, x in _NEUTRAL.items() if not _equals(coefficients[name], x)
+        )
+        object.__setattr__(self, 'terms', terms)
+        options.check_choices(self)
+        options.check_combinations(self)
+        for name, value in coefficients.items():
+            valid, requirement = _FIELDS[name].metadata['range']
+            if _is_number(value) and not valid(value):
+                raise ValueError(f'{name}={value} is out of range: it has to be {requirement}')
+        options.check_effects(self)
+
+    @property
+    def _terms(self) -> frozenset[str]:
+        return self.terms or frozenset()
+
+    @property
+    def has_std(self) -> bool:
+        """Whether advantages are divided by a standard deviation."""
+        return self.scale != 'none' and self.advantage_estimator is None
+
+    @property
+    def coefficients(self) -> dict[str, Any]:
+        """All coefficients by name."""
+        return {name: getattr(self, name) for name in COEFFICIENTS}
+
+    @property
+    def loss_function(self) -> Callable[..., jax.Array]:
+        """The loss, a function of arrays and coefficients."""
+        return LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
+
+    @property
+    def name_of_loss(self) -> str:
+        """The loss's name, or that of the function."""
+        return self.loss if isinstance(self.loss, str) else getattr(self.loss, '__name__', 'loss')
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether the loss compares the two completions of a pair."""
+        return self.loss in PAIRWISE
+
+    @property
+    def tokenwise(self) -> bool:
+        """Whether the loss of a token depends on that token alone.
+
+        Then it is computed from a chunk of logits at a time, in any order. A loss of your own gets
+        whole completions.
+        """
+        builtin = isinstance(self.loss, str) and not self.pairwise
+        return builtin and self.ratio == 'token' and self.importance in _TOKENWISE_IMPORTANCES
+
+    @property
+    def has_clip_bounds(self) -> bool:
+        """Whether `clip_ratio/*` can be reported."""
+        return self.loss in ('clipped', 'cispo')
+
+    @property
+    def has_kl(self) -> bool:
+        """Whether there is a KL term."""
+        return 'beta' in self._terms and self.kl != 'none'
+
+    @property
+    def kl_in_reward(self) -> bool:
+        """Whether the KL term is subtracted from the rewards."""
+        return self.has_kl and self.kl_place == 'reward'
+
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the program computes the reference's log-probs."""
+        return self.has_kl or self.pairwise or 'ref_logprobs' in names_of(self.loss_function)
+
+    @property
+    def moves_reference(self) -> bool:
+        """Whether the reference follows the policy."""
+        return 'reference_decay' in self._terms
+
+    @property
+    def masks_entropy(self) -> bool:
+        """Whether only the tokens of highest entropy are trained."""
+        return 'top_entropy' in self._terms
+
+    @property
+    def needs_old_logprobs(self) -> bool:
+        """Whether the policy's log-probs are computed before the inner updates."""
+        several = self.inner_updates > 1 or self.step == 'trust_region'
+        return several or self.kl_in_reward or self.masks_entropy
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether the policy's entropy is computed in the training pass."""
+        return self.entropy or 'entropy_bonus' in self._terms
+
+    @property
+    def has_critic(self) -> bool:
+        """Whether advantages come from a trained value function."""
+        return self.baseline == 'critic'
+
+
+# Coefficients that switch a term off, and the value that does.
+_NEUTRAL = {'beta': 0.0, 'entropy_bonus': 0.0, 'top_entropy': 1.0, 'reference_decay': 1.0}
+_FIELDS = {field.name: field for field in dataclasses.fields(Algorithm)}
+COEFFICIENTS = tuple(name for name, field in _FIELDS.items() if 'range' in field.metadata)

@@ -1,0 +1,120 @@
+"""PPO's critic: generalized advantage estimation, its loss, and the advantages of a batch."""
+
+import functools
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Bool, Float
+
+from grpo_jax import models
+from grpo_jax.types import Array, Batch, Scalar, StepRewards
+
+if TYPE_CHECKING:
+    from grpo_jax.algorithm.config import Algorithm
+
+
+class Critic(NamedTuple):
+    """A value function that is trained along with the policy."""
+
+    model: models.Transformer  # with a scalar head
+    optimizer: optax.GradientTransformation
+
+
+def gae(
+    rewards: Float[Array, 'G T'],
+    values: Float[Array, 'G T'],
+    mask: Bool[Array, 'G T'],
+    *,
+    gamma: Scalar,
+    lam: Scalar,
+) -> Float[Array, 'G T']:
+    """Generalized advantage estimation of each completion's tokens, for PPO.
+
+    A_t = sum over l of (gamma * lam)^l * d_{t+l}, d_t = r_t + gamma * V_{t+1} - V_t (Schulman et
+    al., arXiv 1506.02438, eq. 16). The value after the last token is 0. The critic's targets are
+    A + V.
+
+    Args:
+      rewards: f32[G, T], of each token.
+      values: f32[G, T], V of the state before token t.
+      mask: bool[G, T], true up to a completion's last token.
+      gamma: f32[], discount per token.
+      lam: f32[], 0: one reward and then the critic's value; 1: rewards alone, minus the baseline V.
+
+    Returns:
+      f32[G, T], 0 outside the mask.
+    """
+    values = jnp.where(mask, values, 0.0)
+    following = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
+    errors = jnp.where(mask, rewards + gamma * following - values, 0.0)
+
+    def add(later: jax.Array, error: jax.Array) -> tuple[jax.Array, jax.Array]:
+        advantage = error + gamma * lam * later
+        return advantage, advantage
+
+    _, advantages = jax.lax.scan(add, jnp.zeros_like(errors[:, 0]), errors.T, reverse=True)
+    return advantages.T
+
+
+def value_loss(
+    values: Float[Array, 'G T'],
+    old_values: Float[Array, 'G T'],
+    returns: Float[Array, 'G T'],
+    *,
+    value_clip: Scalar,
+) -> Float[Array, 'G T']:
+    """max((v - R)^2, (clip(v, old - value_clip, old + value_clip) - R)^2) / 2.
+
+    PPO's critic loss as in OpenAI's baselines: a value that moved more than value_clip towards
+    its return has no gradient. value_clip = 0 is the unclipped square. All arrays are f32[G, T].
+    """
+    clip = jnp.asarray(value_clip)
+    near = old_values + jnp.clip(values - old_values, -clip, clip)
+    near = jnp.where(clip > 0, near, values)
+    return 0.5 * jnp.maximum(jnp.square(values - returns), jnp.square(near - returns))
+
+
+def estimate(
+    algorithm: 'Algorithm',
+    rewards: Float[Array, 'B G'] | StepRewards,
+    values: Float[Array, 'B G T'],
+    mask: Bool[Array, 'B G T'],
+    penalty: Float[Array, 'B G T'] | None,
+) -> Float[Array, 'B G T']:
+    """Advantages of all groups by `gae`; a completion's reward is that of its last token.
+
+    Args:
+      algorithm: gamma and lam.
+      rewards: one for each completion or step.
+      values: of the critic.
+      mask: the completion tokens.
+      penalty: beta * KL of each token, where the KL is part of the reward.
+    """
+    if isinstance(rewards, StepRewards):
+        per_token = jnp.where(rewards.ends, rewards.values, 0.0)
+    else:
+        last = jnp.arange(mask.shape[-1]) == mask.sum(-1, keepdims=True) - 1
+        per_token = jnp.where(last, rewards[..., None], 0.0)
+    if penalty is not None:
+        per_token = per_token - penalty
+    gamma, lam = jnp.asarray(algorithm.gamma), jnp.asarray(algorithm.lam)
+    return jax.vmap(functools.partial(gae, gamma=gamma, lam=lam))(per_token, values, mask)
+
+
+def loss_fn(
+    algorithm: 'Algorithm', values: Float[Array, 'B G T'], batch: Batch
+) -> Float[Array, '']:
+    """The critic's loss of a batch: the weighted sum of `value_loss` over tokens."""
+    return jax.vmap(functools.partial(group_loss, algorithm))(values, batch).sum()
+
+
+def group_loss(
+    algorithm: 'Algorithm', values: Float[Array, 'G T'], group: Batch
+) -> Float[Array, '']:
+    """One group's share of the loss."""
+    assert group.old_values is not None
+    assert group.returns is not None
+    per_token = value_loss(values, group.old_values, group.returns, value_clip=algorithm.value_clip)
+    return jnp.where(group.rollout.mask, group.weights * per_token, 0.0).sum()

@@ -1,0 +1,100 @@
+"""Log-probs of completions, and the weights that turn a sum over tokens into a mean."""
+
+import jax.numpy as jnp
+from jaxtyping import Bool, Float
+
+from grpo_jax.engine.chunks import map_chunks
+from grpo_jax.engine.token_distribution import token_logprobs
+from grpo_jax.models import Transformer, apply, completion_hidden
+from grpo_jax.types import Array, Params, Rollout, Sampling, Scalar
+
+AGGREGATIONS = ('sequence_mean', 'token_mean', 'microbatch_token_mean', 'constant')
+
+
+def completion_logprobs(
+    model: Transformer,
+    params: Params,
+    rollout: Rollout,
+    sampling: Sampling,
+    *,
+    chunk: int = 128,
+    entropy: bool = False,
+) -> tuple[Float[Array, 'B G T'], Float[Array, 'B G T'] | None]:
+    """Log-probs of a rollout's completion tokens under the distribution that `sampling` describes.
+
+    Every prompt is processed once for its group. Logits exist for `chunk` positions of each
+    completion at a time and are recomputed in the backward pass, so no [B, G, T, V] array is made.
+
+    Args:
+      model: the decoder.
+      params: its parameters.
+      rollout: prompts and completions [B, G, T].
+      sampling: temperature and filters, as in sampling. A sampled token always counts as inside the
+        filters' support, so its log-prob is finite however far the policy has moved.
+      chunk: positions whose logits exist at a time.
+      entropy: also return the entropy of each token's distribution.
+
+    Returns:
+      log-probs f32[B, G, T], and entropies f32[B, G, T] in nats or None. Values outside the mask
+      are finite but meaningless.
+    """
+    prompts = rollout.prompts
+    hidden = completion_hidden(model, params, prompts.tokens, prompts.length, rollout.tokens)
+
+    def piece(states: Array, targets: Array) -> tuple[Array, Array | None]:
+        logits = apply(model, params, states, method='logits')
+        return token_logprobs(logits, targets, sampling, entropy=entropy)
+
+    return map_chunks(piece, (hidden, rollout.tokens), chunk)
+
+
+def token_weights(
+    mask: Bool[Array, 'B G T'], *, aggregation: str, microbatch: int = 1
+) -> Float[Array, 'B G T']:
+    """Weights that turn a sum over tokens into the chosen mean; each set sums to at most 1.
+
+    They are computed over the whole batch before it is cut into microbatches or spread over
+    devices, so neither changes the loss.
+
+    Args:
+      mask: bool[B, G, T], the completion tokens.
+      aggregation: 'sequence_mean', 1 / (B G |o_i|): GRPO (DeepSeekMath, arXiv 2402.03300, eq. 3);
+        'token_mean', 1 / tokens in the batch: DAPO (arXiv 2503.14476, eq. 8);
+        'microbatch_token_mean', the mean over microbatches of their token means: BNPO as in TRL,
+        the only one that depends on how the batch is cut;
+        'constant', 1 / (B G T): Dr. GRPO (arXiv 2503.20783).
+      microbatch: groups per microbatch, used by 'microbatch_token_mean' alone.
+
+    Returns:
+      f32[B, G, T], 0 outside the mask.
+
+    Raises:
+      ValueError: unknown aggregation.
+    """
+    b, g, t = mask.shape
+    if aggregation == 'sequence_mean':
+        scale = 1 / (b * g * jnp.maximum(mask.sum(-1, keepdims=True), 1))
+    elif aggregation == 'token_mean':
+        scale = 1 / jnp.maximum(mask.sum(), 1)
+    elif aggregation == 'microbatch_token_mean':
+        pieces = b // microbatch  # group i is in microbatch i % pieces, see `Microbatches`
+        tokens = mask.sum((1, 2)).reshape(microbatch, pieces).sum(0)
+        scale = 1 / (pieces * jnp.maximum(jnp.tile(tokens, microbatch), 1))[:, None, None]
+    elif aggregation == 'constant':
+        scale = jnp.float32(1 / (b * g * t))
+    else:
+        known = ', '.join(AGGREGATIONS)
+        raise ValueError(f'aggregation={aggregation!r} is unknown: use one of {known}')
+    return jnp.where(mask, scale, 0.0)
+
+
+def highest_entropy(
+    entropy: Float[Array, 'B G T'], mask: Bool[Array, 'B G T'], share: Scalar
+) -> Bool[Array, 'B G T']:
+    """The completion tokens among the `share` (0 to 1) of highest entropy in the whole batch.
+
+    Wang et al., arXiv 2506.01939, eq. 6: the "forking tokens".
+    """
+    ordered = jnp.sort(jnp.where(mask, entropy, -jnp.inf).reshape(-1))[::-1]
+    count = jnp.clip(jnp.ceil(share * mask.sum()).astype(jnp.int32), 1, ordered.size)
+    return mask & (entropy >= ordered[count - 1])

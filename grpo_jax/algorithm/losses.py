@@ -1,0 +1,277 @@
+"""One group's log-probs -> a loss per token, and estimators of the KL to the reference.
+
+A loss is a function of arrays and keyword coefficients, such as
+`clipped(logprobs, old_logprobs, advantages, *, clip_low, clip_high)`. The update passes what its
+signature names: arrays of one group (`ARRAYS`) and coefficients of `Algorithm`. So a loss of your
+own needs no registration: `Algorithm(loss=my_loss)`.
+
+`old_logprobs` are those of the policy before the inner updates. In the first inner update they
+equal the current ones: the ratio is 1, and still has its gradient.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float
+
+from grpo_jax.algorithm.binding import bind
+from grpo_jax.algorithm.preferences import dpo, hinge, ipo
+from grpo_jax.types import Array, Batch, Scalar
+
+if TYPE_CHECKING:
+    from grpo_jax.algorithm.config import Algorithm
+
+PerToken = Float[Array, '*G T']  # of a group, or of any tokens
+
+RATIOS = ('token', 'sequence', 'sequence_token')
+IMPORTANCES = ('none', 'token', 'sequence', 'token_mask', 'sequence_mask')
+KL_ESTIMATORS = ('k1', 'k2', 'k3')
+ARRAYS = (
+    'logprobs', 'old_logprobs', 'ref_logprobs', 'sampled_logprobs', 'advantages', 'mask', 'entropy',
+)  # fmt: skip
+
+
+# Losses
+
+
+def nll(logprobs: PerToken, advantages: PerToken) -> PerToken:
+    """-A * logp: maximum likelihood where A is 1 (SFT) or 1 if correct (RFT, online RFT).
+
+    DeepSeekMath (arXiv 2402.03300), table 10: the gradient coefficient is the advantage itself.
+    """
+    return -advantages * logprobs
+
+
+def clipped(
+    logprobs: PerToken,
+    old_logprobs: PerToken,
+    advantages: PerToken,
+    *,
+    clip_low: Scalar,
+    clip_high: Scalar,
+    dual_clip: Scalar = 0.0,
+) -> PerToken:
+    """-min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A), ratio = exp(logp - old_logp).
+
+    DeepSeekMath (arXiv 2402.03300), eq. 3; PPO's pessimistic bound (arXiv 1707.06347, eq. 7) with
+    the two-sided clip of DAPO (arXiv 2503.14476, eq. 8).
+
+    Args:
+      logprobs: f32[G, T] of the policy that is trained.
+      old_logprobs: f32[G, T] of the policy before the inner updates.
+      advantages: f32[G, T].
+      clip_low: f32[], distance of the lower bound from 1.
+      clip_high: f32[], distance of the upper bound from 1.
+      dual_clip: f32[], c > 0 bounds the loss by c * |A| where A < 0, which otherwise grows with the
+        ratio without limit (Ye et al., arXiv 1912.09729, eq. 5); 0 sets no bound.
+
+    Returns:
+      f32[G, T].
+    """
+    ratio = jnp.exp(logprobs - old_logprobs)
+    low, high = 1 - clip_low, 1 + clip_high
+    # Not jnp.clip, which halves the gradient of a ratio that equals a bound.
+    bounded = jnp.where(ratio < low, low, jnp.where(ratio > high, high, ratio))
+    loss = -jnp.minimum(ratio * advantages, bounded * advantages)
+    most = -dual_clip * advantages
+    dual = (jnp.asarray(dual_clip) > 0) & (advantages < 0)
+    return jnp.where(dual, jnp.minimum(loss, most), loss)
+
+
+def surrogate(logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken) -> PerToken:
+    """-ratio * A without a clip, for a step that bounds the KL itself.
+
+    Trust region policy optimization (arXiv 1502.05477), eq. 14.
+    """
+    return -jnp.exp(logprobs - old_logprobs) * advantages
+
+
+def cispo(
+    logprobs: PerToken,
+    old_logprobs: PerToken,
+    advantages: PerToken,
+    *,
+    clip_low: Scalar,
+    clip_high: Scalar,
+) -> PerToken:
+    """-sg(clip(ratio, 1 - clip_low, 1 + clip_high)) * A * logp.
+
+    MiniMax-M1 (arXiv 2506.13585), eq. 4. The bounds limit a token's weight and never remove its
+    gradient. Arguments and result as in `clipped`.
+    """
+    ratio = jnp.exp(logprobs - old_logprobs)
+    bounded = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    return -jax.lax.stop_gradient(bounded) * advantages * logprobs
+
+
+def sapo(
+    logprobs: PerToken,
+    old_logprobs: PerToken,
+    advantages: PerToken,
+    *,
+    tau_positive: Scalar,
+    tau_negative: Scalar,
+) -> PerToken:
+    """-A * sigmoid(tau * (ratio - 1)) * 4 / tau, a smooth gate instead of a clip.
+
+    Soft adaptive policy optimization (arXiv 2511.20347). The slope is 1 at ratio 1; tau depends on
+    the sign of A. Arguments and result as in `clipped`.
+    """
+    ratio = jnp.exp(logprobs - old_logprobs)
+    tau = jnp.where(advantages > 0, tau_positive, tau_negative)
+    return -advantages * jax.nn.sigmoid(tau * (ratio - 1)) * 4 / tau
+
+
+LOSSES: dict[str, Callable[..., Array]] = {
+    'clipped': clipped, 'nll': nll, 'surrogate': surrogate, 'cispo': cispo, 'sapo': sapo,
+    'dpo': dpo, 'ipo': ipo, 'hinge': hinge,
+}  # fmt: skip
+
+
+# Ratios and weights
+
+
+def sequence_level(
+    logprobs: PerToken, old_logprobs: PerToken, mask: Bool[Array, '*G T'], ratio: str
+) -> PerToken:
+    """Log-probs whose ratio to the old ones is that of a token or of its whole completion.
+
+    GSPO (arXiv 2507.18071): 'sequence' gives each token its completion's ratio
+    s = exp(mean_t log ratio_t) (eq. 7), 'sequence_token' the value sg(s) with the token's own
+    gradient (eq. 14); 'token' changes nothing.
+
+    Returns:
+      f32[G, T], to pass to a loss in place of `logprobs`.
+    """
+    if ratio == 'token':
+        return logprobs
+    difference = jnp.where(mask, logprobs - old_logprobs, 0.0)
+    mean = difference.sum(-1, keepdims=True) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
+    if ratio == 'sequence':
+        return old_logprobs + mean
+    return logprobs + jax.lax.stop_gradient(old_logprobs + mean - logprobs)
+
+
+def importance_weights(
+    old_logprobs: PerToken,
+    sampled_logprobs: PerToken,
+    mask: Bool[Array, '*G T'],
+    *,
+    kind: str,
+    cap: Scalar,
+) -> PerToken:
+    """Weights that correct for a sampler whose log-probs differ from the trainer's.
+
+    With w = old / sampled probability, truncated importance sampling is min(w, C) (Yao et al.,
+    2025); masking is w where it lies within [1/C, C] and 0 elsewhere (IcePop).
+
+    Args:
+      old_logprobs: f32[G, T] by the trainer.
+      sampled_logprobs: f32[G, T] by the sampler.
+      mask: bool[G, T], the completion tokens.
+      kind: 'token' or 'sequence' (w is the product over the completion), or either with '_mask'.
+      cap: C.
+
+    Returns:
+      f32[G, T].
+    """
+    log_ratio = jnp.where(mask, old_logprobs - sampled_logprobs, 0.0)
+    if kind.startswith('sequence'):
+        log_ratio = jnp.broadcast_to(log_ratio.sum(-1, keepdims=True), mask.shape)
+    weight = jnp.exp(jax.lax.stop_gradient(log_ratio))
+    if kind.endswith('mask'):
+        return jnp.where((weight >= 1 / cap) & (weight <= cap), weight, 0.0)
+    return jnp.minimum(weight, cap)
+
+
+# The KL to the reference
+
+
+def kl_divergence(
+    logprobs: PerToken, ref_logprobs: PerToken, estimator: str, kl_clamp: Scalar = 0.0
+) -> PerToken:
+    """The KL of each token, clipped to +- kl_clamp unless that is 0 (verl and OpenRLHF use 10).
+
+    'k1' = log(pi / ref) is unbiased and of either sign; as a loss its expected on-policy gradient
+    is zero. 'k2' = log(pi / ref)^2 / 2 is biased, and its on-policy gradient is that of the KL.
+    'k3' = ref / pi - log(ref / pi) - 1 is unbiased and never negative (DeepSeekMath, arXiv
+    2402.03300, eq. 4).
+    """
+    log_ratio = ref_logprobs - logprobs
+    if estimator == 'k1':
+        value = -log_ratio
+    elif estimator == 'k2':
+        value = 0.5 * jnp.square(log_ratio)
+    else:
+        value = jnp.exp(log_ratio) - log_ratio - 1
+    clamp = jnp.where(jnp.asarray(kl_clamp) > 0, kl_clamp, jnp.inf)
+    return jnp.clip(value, -clamp, clamp)
+
+
+# From an `Algorithm` to the loss of one group
+
+
+def policy_loss(
+    algorithm: 'Algorithm', logprobs: PerToken, group: Batch, entropy: PerToken | None = None
+) -> tuple[PerToken, PerToken | None]:
+    """The loss per token with all its terms, before weights, and the KL per token.
+
+    Args:
+      algorithm: choices and coefficients.
+      logprobs: f32[G, T] of the policy that is trained.
+      group: a `Batch` without its B axis; `old_logprobs=None`: the policy has not moved yet.
+      entropy: f32[G, T] of the policy, where the algorithm has an entropy bonus.
+
+    Returns:
+      f32[G, T] each; the second is None without a KL term.
+    """
+    arrays = arrays_of(logprobs, group, entropy)
+    old, mask = arrays['old_logprobs'], arrays['mask']
+    level = arrays | {'logprobs': sequence_level(logprobs, old, mask, algorithm.ratio)}
+    loss = bind(algorithm.loss_function, level, algorithm.coefficients)()
+    if algorithm.importance != 'none':
+        loss *= importance_weights(
+            old, arrays['sampled_logprobs'], mask,
+            kind=algorithm.importance, cap=algorithm.importance_cap,
+        )  # fmt: skip
+    kl = None
+    if algorithm.has_kl:
+        kl = kl_divergence(logprobs, arrays['ref_logprobs'], algorithm.kl, algorithm.kl_clamp)
+        if algorithm.kl_place == 'loss':
+            loss += algorithm.beta * kl
+    if entropy is not None and 'entropy_bonus' in (algorithm.terms or ()):
+        loss -= algorithm.entropy_bonus * entropy
+    return loss, kl
+
+
+def arrays_of(logprobs: PerToken, group: Batch, entropy: PerToken | None) -> dict[str, Any]:
+    """The arrays that a loss may name, of one group; those that are absent are None."""
+    old = group.old_logprobs
+    old = jax.lax.stop_gradient(logprobs) if old is None else old
+    values = (
+        logprobs, old, group.ref_logprobs, group.rollout.logprobs, group.advantages,
+        group.rollout.mask, entropy,
+    )  # fmt: skip
+    return dict(zip(ARRAYS, values, strict=True))
+
+
+def gradient_coefficient(
+    algorithm: 'Algorithm', logprobs: PerToken, group: Batch
+) -> Float[Array, 'G T']:
+    """The factor of each token's grad log pi in the ascent direction, by automatic differentiation.
+
+    DeepSeekMath's unified view of SFT, RFT, DPO, PPO and GRPO (arXiv 2402.03300, eq. 5) with unit
+    weights: minus the derivative of the sum of the group's losses, or of the one loss that a pair's
+    tokens share. For DPO it is beta * sigmoid(-beta * m) at every token of the preferred completion
+    and minus that at the other's (table 10). Arguments as in `policy_loss`; 0 outside the mask.
+    """
+
+    def total(x: Array) -> Array:
+        loss, _ = policy_loss(algorithm, x, group)
+        if algorithm.pairwise:
+            return loss.mean()  # of equal values
+        return jnp.where(group.rollout.mask, loss, 0.0).sum()
+
+    return -jax.grad(total)(logprobs)

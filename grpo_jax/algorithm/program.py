@@ -1,0 +1,138 @@
+"""The training state and the jitted training step, sharded over a mesh."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from grpo_jax import models, sharding
+from grpo_jax.algorithm.checks import check_critic
+from grpo_jax.algorithm.config import Algorithm
+from grpo_jax.algorithm.critic import Critic
+from grpo_jax.algorithm.update import train_step
+from grpo_jax.engine.compute import Compute
+from grpo_jax.types import Params, Rollout, Sampling, TrainState
+
+Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+
+
+def init_state(
+    model: models.Transformer,
+    optimizer: optax.GradientTransformation,
+    params: Params | jax.Array,
+    mesh: Mesh | None = None,
+    *,
+    donate: bool = False,
+    critic: Critic | None = None,
+    value_params: Params | jax.Array | None = None,
+    moving_reference: bool = False,
+) -> TrainState:
+    """A new training state on the mesh.
+
+    Args:
+      model: the decoder.
+      optimizer: any optax transformation.
+      params: what is trained, all parameters or the adapters, or a random key to make them from.
+        They are copied, since the training step donates its state.
+      mesh: the devices; without one the default device.
+      donate: donate `params` instead of copying them.
+      critic: its model and optimizer, if there is one.
+      value_params: its parameters (copied), or a random key; by default the key of `params`.
+      moving_reference: keep a reference in the state, at first a copy of `params`, that follows the
+        policy by `Algorithm.reference_decay`.
+
+    Raises:
+      ValueError: a moving reference with adapters, whose reference is their base.
+    """
+    if moving_reference and model.config.lora.rank:
+        raise ValueError(
+            'a moving reference with adapters, whose reference is their fixed base: use '
+            'reference_decay=1 or train all parameters'
+        )
+
+    def make(params: Any, value_params: Any) -> TrainState:
+        if isinstance(params, jax.Array):
+            value_params = params if value_params is None else value_params
+            params = models.init_params(model, params)
+            if model.config.lora.rank:
+                _, params = models.split_adapters(params)
+        params = jax.tree.map(jnp.copy, params)
+        state = TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
+        if critic is not None:
+            if isinstance(value_params, jax.Array):
+                value_params = models.init_params(critic.model, value_params)
+            value_params = jax.tree.map(jnp.copy, value_params)
+            moments = critic.optimizer.init(value_params)
+            state = state._replace(value_params=value_params, value_opt_state=moments)
+        if moving_reference:
+            # In float32 whatever the policy's dtype: bfloat16 would round most of its steps away.
+            wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
+            state = state._replace(reference=jax.tree.map(jnp.copy, wide))
+        return state
+
+    out = None
+    if mesh is not None:
+        out = sharding.shardings(jax.eval_shape(make, params, value_params), mesh)
+    program = jax.jit(make, out_shardings=out, donate_argnums=0 if donate else ())
+    return program(params, value_params)
+
+
+def make_train_step(
+    model: models.Transformer,
+    optimizer: optax.GradientTransformation,
+    algorithm: Algorithm,
+    mesh: Mesh | None = None,
+    *,
+    compute: Compute | None = None,
+    critic: Critic | None = None,
+) -> Step:
+    """The jitted training step of one model, optimizer and algorithm.
+
+    Args:
+      model: the decoder.
+      optimizer: any optax transformation; a trust region uses none.
+      algorithm: what to compute.
+      mesh: the devices; with one, rollout and rewards are sharded as `sharding.groups` and the new
+        state as `sharding.shardings`.
+      compute: how; by default chosen from shapes and platform.
+      critic: for baseline 'critic'.
+
+    Returns:
+      `step(state, ref_params, rollout, rewards, sampling=Sampling(), algorithm=algorithm)`, which
+      returns (state, metrics) and donates the old state. ref_params: the reference's parameters, or
+      with adapters the base that policy and reference share; None without a reference. rewards:
+      f32[B, G], or `StepRewards` for process supervision. algorithm: the same one with other
+      coefficients, for a schedule. metrics: scalars by name.
+
+    Raises:
+      ValueError: a critic is missing, or has no effect.
+    """
+    check_critic(algorithm, critic)
+    settings = {
+        'model': model, 'optimizer': optimizer, 'compute': compute, 'mesh': mesh,
+        'critic_model': critic,
+    }  # fmt: skip
+    default_sampling, default_algorithm = Sampling(), algorithm
+
+    def step(
+        state: TrainState,
+        ref_params: Params | None,
+        rollout: Rollout,
+        rewards: Any,
+        sampling: Sampling = default_sampling,
+        algorithm: Algorithm = default_algorithm,
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        return train_step(state, ref_params, rollout, rewards, sampling, algorithm, **settings)
+
+    out: Any = None
+    if mesh is not None:
+        fresh = functools.partial(
+            init_state, model, optimizer, critic=critic, moving_reference=algorithm.moves_reference
+        )
+        shapes = jax.eval_shape(fresh, jax.eval_shape(lambda: jax.random.key(0)))
+        out = sharding.shardings(shapes, mesh), sharding.replicated(mesh)
+    return jax.jit(step, donate_argnums=0, out_shardings=out)

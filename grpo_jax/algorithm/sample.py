@@ -1,0 +1,149 @@
+"""Sampling a group of completions for each prompt: prefill each prompt once, then decode.
+
+Completions are decoded in blocks of columns; before each block the cache grows, so that no step
+attends to columns that are still empty. A block ends early once the unfinished completions fit a
+smaller program; the batch is then compacted, so finished completions cost next to nothing. The
+compiled programs are in `engine.decode`, compaction in `engine.compaction`.
+"""
+
+import collections
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, ParamSpec
+
+import jax
+from jax.sharding import Mesh
+
+from grpo_jax import models
+from grpo_jax.engine import decode
+from grpo_jax.engine.compaction import (
+    NEVER_COMPACT,
+    DecodeInputs,
+    DecodeState,
+    SlotShape,
+    compact,
+    compaction_thresholds,
+    shape_of,
+    smallest_shape,
+)
+from grpo_jax.engine.token_sampling import check_sampling
+from grpo_jax.sharding import data_devices
+from grpo_jax.types import Array, Params, Prompts, Rollout, Sampling
+
+_P = ParamSpec('_P')
+
+
+def last_block(blocks: Iterable[Rollout]) -> Rollout:
+    """The complete rollout: the last one that `sample_blocks` yields."""
+    return collections.deque(blocks, maxlen=1).pop()
+
+
+def sample_blocks(
+    model: models.Transformer,
+    params: Params,
+    prompts: Prompts,
+    *,
+    seed: int | Array,
+    step: int | Array,
+    sampling: Sampling,
+    eos_ids: Array,
+    group_size: int,
+    max_tokens: int,
+    stops: Array | None = None,
+    mesh: Mesh | None = None,
+    block: int = 0,
+    weights: str = 'model',
+    unroll: bool | None = None,
+) -> Iterator[Rollout]:
+    """Samples `group_size` completions per prompt, yielding the rollout so far after each block.
+
+    Tokens depend on (seed, step, prompt index, completion index, position) alone: not on the batch,
+    the mesh or the block size. With T <= block this is one program, which may be traced by `jit`.
+
+    Args:
+      model: the decoder.
+      params: its parameters.
+      prompts: tokens [B, P], lengths and data-set rows.
+      seed: i32[], the run's seed.
+      step: i32[], the training step.
+      sampling: the distribution of the next token; all its values are traced.
+      eos_ids: i32[E], tokens that end a completion.
+      group_size: G.
+      max_tokens: T.
+      stops: [states, V] from `data.stop_table`, for strings that end a completion.
+      mesh: the devices; if given, prompts are sharded as `sharding.groups`.
+      block: columns of a block; 0: chosen by `decode.block_size`.
+      weights: 'model', or 'int8': matrices are quantised first (`models.quantize`), and tokens and
+        log-probs are those of the quantised model. A decode step reads half the bytes of bfloat16.
+      unroll: compile each layer with a copy of its own parameters; None: on NVIDIA GPUs only, which
+        would otherwise copy each layer out of its stack for every token.
+
+    Yields:
+      A Rollout of [B, G, T] arrays after each block is dispatched; the last one is complete. The
+      block before has been decoded by then, so reading its completions does not stall the devices.
+      Tokens after the end token are 0 and masked.
+
+    Raises:
+      ValueError: unknown weights, or a number (arrays are not checked) out of its range.
+    """
+    _check_options(sampling, weights, group_size=group_size, max_tokens=max_tokens, block=block)
+    in_place = models.caches_in_place(model.config)
+    block = block or decode.block_size(max_tokens, in_place=in_place)
+    unroll = in_place if unroll is None else unroll
+    params = decode.sampling_params(params, model.config.dtype, weights, unroll)
+    model = model.clone(unrolled=unroll)
+    width, prompt = min(block, max_tokens), prompts.tokens.shape[1]
+    shape = SlotShape(len(prompts.index) // data_devices(mesh), group_size)
+    absent: Any = None
+    inputs, slots, state = decode.first_block(
+        model, DecodeInputs(params, prompts, absent, sampling, eos_ids, stops), seed, step,
+        compaction_thresholds(shape, prompt, width) if width < max_tokens else NEVER_COMPACT,
+        group_size=group_size, max_tokens=max_tokens, width=width, mesh=mesh,
+    )  # fmt: skip
+    yield _rollout(prompts, state)
+    if width == max_tokens:
+        return  # before values are read, which a trace does not have
+    while True:
+        t, (most, total) = jax.device_get((state.t, state.live))
+        if not most or t == max_tokens:
+            return
+        if t == width:
+            width = min(width + block, max_tokens)
+        smaller = smallest_shape(int(most), int(total), shape_of(slots, mesh), prompt, width)
+        if smaller != shape_of(slots, mesh):
+            inputs, slots = compact(inputs, slots, smaller, mesh)
+        if slots.cache.k.shape[-2] < width:
+            slots = decode.grow_cache(slots, width)
+        slots, state = decode.next_block(
+            model, params, inputs, slots, state, compaction_thresholds(smaller, prompt, width),
+            width=width, mesh=mesh,
+        )  # fmt: skip
+        yield _rollout(prompts, state)
+
+
+def _whole(blocks: Callable[_P, Iterator[Rollout]]) -> Callable[_P, Rollout]:
+    @functools.wraps(blocks)
+    def sample(*args: _P.args, **options: _P.kwargs) -> Rollout:
+        return last_block(blocks(*args, **options))
+
+    return sample
+
+
+sample = _whole(sample_blocks)  # the complete rollout; arguments as in `sample_blocks`
+
+
+def _rollout(prompts: Prompts, state: DecodeState) -> Rollout:
+    drawn = state.drawn
+    return Rollout(prompts, drawn.tokens, drawn.mask, drawn.logprobs, state.ended)
+
+
+def _check_options(sampling: Sampling, weights: str, **sizes: int) -> None:
+    if weights not in decode.WEIGHTS:
+        known = ', '.join(decode.WEIGHTS)
+        raise ValueError(f'weights={weights!r} is unknown: use one of {known}')
+    for name, value in sizes.items():
+        least = 0 if name == 'block' else 1
+        if value < least:
+            raise ValueError(f'{name}={value} is out of range: make it at least {least}')
+    if all(isinstance(value, int | float) for value in sampling):
+        check_sampling(sampling, greedy=True)

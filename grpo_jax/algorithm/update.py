@@ -1,0 +1,164 @@
+"""The update: new parameters from a rollout and its rewards, in one program.
+
+In order: `make_batch` (advantages, weights, reference and old log-probs, from the whole batch
+at once), `loss_fn` (from log-probs to the loss) and `train_step` (gradient and optimizer step).
+`program.make_train_step` compiles it. SFT is the same program with one demonstration per group,
+reward 1 and the loss 'nll'; DPO has two completions and a preference loss; PPO has a critic.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from grpo_jax import models, sharding
+from grpo_jax.algorithm import advantages, checks, critic, losses, metrics, trpo
+from grpo_jax.algorithm.config import Algorithm
+from grpo_jax.algorithm.logprobs import highest_entropy, token_weights
+from grpo_jax.algorithm.optimizer import accept_params, apply_gradient, apply_value_gradient
+from grpo_jax.engine.compute import Compute, choose
+from grpo_jax.engine.policy import Policy, ValueModel
+from grpo_jax.types import Array, Batch, Params, Rollout, Sampling, StepRewards, TrainState
+
+Rewards = Float[Array, 'B G'] | StepRewards
+
+
+def make_batch(
+    algorithm: Algorithm,
+    policy: Policy,
+    value_model: ValueModel | None,
+    state: TrainState,
+    rollout: Rollout,
+    rewards: Rewards,
+) -> Batch:
+    """The batch of all inner updates, with the fields that the algorithm uses.
+
+    Args:
+      algorithm: what to compute.
+      policy: its model, sampling distribution and reference.
+      value_model: the critic's; None unless baseline='critic'.
+      state: the parameters of policy and critic.
+      rollout: the completions.
+      rewards: f32[B, G], or one for each step.
+    """
+    a, mask = algorithm, rollout.mask
+    absent: Any = None
+    batch = Batch(rollout, advantages=absent, weights=absent)
+    old = ref = entropy = penalty = values = returns = absent
+    if a.needs_old_logprobs:  # otherwise they equal the current ones
+        outputs = policy.outputs(state.params, batch, entropy=a.masks_entropy)
+        old, entropy = outputs['logprobs'], outputs.get('entropy')
+    if a.uses_reference:
+        reference = policy.ref_params if state.reference is None else state.reference
+        ref = policy.without_adapters().outputs(reference, batch)['logprobs']
+    if a.kl_in_reward:
+        kl = losses.kl_divergence(old, ref, a.kl, a.kl_clamp)
+        penalty = a.beta * jnp.where(mask, kl, 0.0)
+
+    if value_model is None:
+        advantage = advantages.estimate(a, rewards, mask, penalty)
+    else:
+        values = value_model.outputs(state.value_params, batch)['values']
+        advantage = critic.estimate(a, rewards, values, mask, penalty)
+        returns = advantage + values
+    trained = mask if rollout.kept is None else mask & rollout.kept[..., None]
+    if a.scale == 'batch':
+        advantage = advantages.normalize_batch(advantage, trained, eps=a.advantage_eps)
+    weights = token_weights(trained, aggregation=a.aggregation, microbatch=policy.plan.microbatch)
+    if a.masks_entropy:
+        weights = weights * highest_entropy(entropy, trained, a.top_entropy)
+    return Batch(rollout, advantage, weights, ref, old, values, returns)
+
+
+def loss_fn(
+    algorithm: Algorithm,
+    logprobs: Float[Array, 'B G T'],
+    entropy: Float[Array, 'B G T'] | None,
+    batch: Batch,
+) -> Float[Array, '']:
+    """The loss of a batch: the weighted sum over tokens of `losses.policy_loss`.
+
+    With a tokenwise loss the batch may hold any tokens, as groups of one.
+    """
+
+    def group_loss(logprobs: Array, entropy: Array | None, group: Batch) -> Array:
+        per_token, _ = losses.policy_loss(algorithm, logprobs, group, entropy)
+        return jnp.where(group.rollout.mask, group.weights * per_token, 0.0).sum()
+
+    return jax.vmap(group_loss)(logprobs, entropy, batch).sum()
+
+
+def train_step(
+    state: TrainState,
+    ref_params: Params | None,
+    rollout: Rollout,
+    rewards: Rewards,
+    sampling: Sampling,
+    algorithm: Algorithm,
+    *,
+    model: models.Transformer,
+    optimizer: optax.GradientTransformation,
+    compute: Compute | None = None,
+    mesh: Mesh | None = None,
+    critic_model: critic.Critic | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One training step, not jitted. For arguments and result see `program.make_train_step`.
+
+    Raises:
+      ValueError: the batch does not divide by the microbatch or the mesh, the group is too small,
+        the loss names what this update does not have, or rewards, critic, reference or options of
+        `compute` do not fit the algorithm.
+    """
+    a = algorithm
+    checks.check_critic(a, critic_model)
+    checks.check_inputs(a, state, ref_params, rollout, rewards, model)
+    checks.check_loss(a, rollout)
+    plan = choose(compute or Compute(), model.config, checks.shape_of(rollout), mesh)
+    checks.check_plan(a, plan, rollout, mesh)
+    policy = Policy(model, ref_params, sampling, plan, mesh)
+    value_model = critic_model and ValueModel(critic_model.model, plan, mesh)
+
+    def inner_update(state: TrainState, _: None) -> tuple[TrainState, dict[str, jax.Array]]:
+        gradient, outputs = policy.gradient(
+            functools.partial(loss_fn, a), state.params, batch,
+            tokenwise=a.tokenwise, entropy=a.needs_entropy,
+        )  # fmt: skip
+        terms = metrics.policy_terms(a, outputs['logprobs'], outputs.get('entropy'), batch)
+        value_gradient = None
+        if value_model is not None:
+            # Policy, then critic: the activations of only one are in memory at a time.
+            gradient, params = jax.lax.optimization_barrier((gradient, state.value_params))
+            value_loss = functools.partial(critic.loss_fn, a)
+            value_gradient, outputs = value_model.gradient(value_loss, params, batch)
+            terms |= metrics.critic_terms(a, outputs['values'], batch)
+
+        finite = jnp.isfinite(optax.tree.norm((gradient, value_gradient)))
+        if a.step == 'trust_region':
+            params, applied = trpo.step(a, policy, loss_fn, state.params, gradient, batch)
+            state = accept_params(state, params, finite)
+        else:
+            state, applied = apply_gradient(optimizer, state, gradient, finite)
+        if critic_model is not None:
+            optimizer_of_critic = critic_model.optimizer
+            state, more = apply_value_gradient(optimizer_of_critic, state, value_gradient, finite)
+            applied |= more
+        return state, terms | applied | {'skipped_updates': state.skipped}
+
+    with sharding.use(mesh):
+        batch = make_batch(a, policy, value_model, state, rollout, rewards)
+        state, terms = jax.lax.scan(inner_update, state, length=a.inner_updates)
+        scalars = metrics.rollout_metrics(rollout, rewards) | metrics.reduce_terms(terms)
+    state = state._replace(step=state.step + 1, reference=_moved_reference(a, state))
+    return state, scalars
+
+
+def _moved_reference(algorithm: Algorithm, state: TrainState) -> Params | None:
+    """The reference after d * reference + (1 - d) * policy; None if the state has none."""
+    if state.reference is None:
+        return None
+    share = 1 - jnp.asarray(algorithm.reference_decay, jnp.float32)
+    return jax.tree.map(lambda old, new: old + share * (new - old), state.reference, state.params)

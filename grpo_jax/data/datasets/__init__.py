@@ -1,0 +1,23 @@
+"""TFDS builders that work without TensorFlow: ArrayRecord files, read by `as_data_source`.
+
+`grpo_jax.data.load` prepares and opens them. Use the classes: `tfds.load` does not find a builder
+by name without TensorFlow. TFDS locates a builder by the folder of its package.
+"""
+
+from grpo_jax.data.datasets.arithmetic import Arithmetic, ArithmeticConfig
+from grpo_jax.data.datasets.countdown import Countdown, CountdownConfig
+from grpo_jax.data.datasets.files import Files, FilesConfig
+from grpo_jax.data.datasets.prepared import TextRows, prepare
+from grpo_jax.data.datasets.registry import resolve
+
+__all__ = [
+    'Arithmetic',
+    'ArithmeticConfig',
+    'Countdown',
+    'CountdownConfig',
+    'Files',
+    'FilesConfig',
+    'TextRows',
+    'prepare',
+    'resolve',
+]

@@ -1,0 +1,92 @@
+"""Common base of the builders of generated problems: sizes, a seed, and disjoint splits."""
+
+import abc
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+import tensorflow_datasets as tfds
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class GeneratedConfig(tfds.core.BuilderConfig):
+    """Options of a generated data set.
+
+    The config's name is a digest of all options, so each set of options has data of its own.
+
+    Attributes:
+      train_size: problems in the train split.
+      test_size: problems in the test split.
+      seed: seed of the problems.
+
+    Raises:
+      ValueError: an option is out of range.
+    """
+
+    KIND: ClassVar[str]  # name of the data set in error messages
+
+    name: str = dataclasses.field(init=False, default='')
+    train_size: int = 20_000
+    test_size: int = 500
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        self._require('train_size', self.train_size >= 1, 'at least 1')
+        self._require('test_size', self.test_size >= 1, 'at least 1')
+        self._require('seed', self.seed >= 0, 'at least 0')
+        self.description = repr(dataclasses.asdict(self))
+        self.name = hashlib.sha256(self.description.encode()).hexdigest()[:16]
+
+    def _require(self, option: str, valid: bool, remedy: str) -> None:
+        if not valid:
+            value = getattr(self, option)
+            raise ValueError(f'{self.KIND}: {option} is {value!r}: make it {remedy}')
+
+
+class Generated(tfds.core.GeneratorBasedBuilder):
+    """Splits `train` and `test` of problems that are drawn without replacement.
+
+    The test problems are drawn first, so they are the same for any `train_size`.
+
+    Preparing raises ValueError if fewer problems exist than the sizes ask for.
+    """
+
+    COLUMNS: ClassVar[tuple[str, ...]]
+
+    @abc.abstractmethod
+    def _problems(self) -> Iterable[Any]:
+        """Return distinct problems in random order."""
+
+    @abc.abstractmethod
+    def _row(self, problem: Any) -> dict[str, str]:
+        """Return the columns of one problem."""
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=type(self).__doc__,
+            features=tfds.features.FeaturesDict(dict.fromkeys(self.COLUMNS, tfds.features.Text())),
+            disable_shuffling=True,
+        )
+
+    def _split_generators(
+        self, dl_manager: tfds.download.DownloadManager
+    ) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
+        config = self.builder_config
+        size = config.train_size + config.test_size
+        problems = list(itertools.islice(self._problems(), size))
+        if len(problems) < size:
+            raise ValueError(
+                f'{config.KIND}: train_size + test_size is {size}, but with these options only '
+                f'{len(problems)} problems exist: lower the sizes, or allow more digits or numbers'
+            )
+        return {
+            'train': self._generate_examples(problems[config.test_size :]),
+            'test': self._generate_examples(problems[: config.test_size]),
+        }
+
+    def _generate_examples(self, problems: list[Any]) -> Iterator[tuple[int, dict[str, str]]]:
+        for number, problem in enumerate(problems):
+            yield number, self._row(problem)

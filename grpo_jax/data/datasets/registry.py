@@ -1,0 +1,68 @@
+"""All data sets by name, and the builder for a name and its options."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import tensorflow_datasets as tfds
+
+from grpo_jax.data.datasets.arithmetic import Arithmetic, ArithmeticConfig
+from grpo_jax.data.datasets.countdown import Countdown, CountdownConfig
+from grpo_jax.data.datasets.files import Files, FilesConfig
+from grpo_jax.data.datasets.sources import SOURCES, find_files
+
+GENERATED = {
+    'arithmetic': (Arithmetic, ArithmeticConfig),
+    'countdown': (Countdown, CountdownConfig),
+}
+
+_LOCATION = ('folder', 'file')  # options that locate the files
+
+
+def resolve(
+    name: str, split: str, options: Mapping[str, Any]
+) -> tuple[type[tfds.core.DatasetBuilder], tfds.core.BuilderConfig, str]:
+    """Return the builder of a data set.
+
+    Args:
+      name: data set.
+      split: name of the split, without a slice.
+      options: see `grpo_jax.data.load`.
+
+    Returns:
+      The builder's class, its config, and the builder's name for the split.
+
+    Raises:
+      ValueError: the name is unknown, an option is unknown or out of range, or a file is missing or
+        begins with a malformed row.
+    """
+    if name in GENERATED:
+        builder, config = GENERATED[name]
+        _check_options(name, options, _option_names(config))
+        return builder, config(**options), split
+    if name not in SOURCES:
+        raise ValueError(f'unknown data set {name!r}: choose {", ".join([*GENERATED, *SOURCES])}')
+    names = [option for option in _option_names(FilesConfig) if option not in ('source', 'paths')]
+    _check_options(name, options, [*_LOCATION, *names])
+    location = {option: options[option] for option in _LOCATION if option in options}
+    others = {option: value for option, value in options.items() if option not in location}
+    source = SOURCES[name]
+    patterns = [location['file']] if location.get('file') else source.files
+    one_file = not any('{split}' in pattern for pattern in patterns)
+    holds_out = bool(others.get('heldout')) and (one_file or split in ('train', 'heldout'))
+    if not holds_out:
+        others.pop('heldout', None)
+    paths = find_files(source, 'train' if holds_out else split, **location)
+    config = FilesConfig(source=source, paths=paths, **others)
+    return Files, config, split if holds_out else 'rows'
+
+
+def _option_names(config_class: Any) -> list[str]:
+    fields = dataclasses.fields(config_class)
+    return [field.name for field in fields if field.init and field.kw_only]
+
+
+def _check_options(name: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
+    for option in options:
+        if option not in known:
+            raise ValueError(f'{name} has no option {option!r}: it has {", ".join(known)}')

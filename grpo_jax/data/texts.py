@@ -1,0 +1,78 @@
+"""The texts of completions, and the positions of characters in their tokens."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from grpo_jax.data.tokenizers import Tokenizer
+
+
+def completion_texts(
+    tokenizer: Tokenizer,
+    tokens: Int[np.ndarray, 'N T'],
+    mask: Bool[np.ndarray, 'N T'],
+    stop_strings: Sequence[str] = (),
+) -> list[str]:
+    """Decode completions, without special tokens.
+
+    Args:
+      tokenizer: tokenizer of the model.
+      tokens: i32[N, T], completions.
+      mask: bool[N, T], true for the tokens to decode.
+      stop_strings: a text ends with the first of these that it contains; the remaining characters
+        of the same token are cut off.
+
+    Returns:
+      N texts.
+    """
+    sequences = [ids[used].tolist() for ids, used in zip(tokens, mask, strict=True)]
+    texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
+    return [_cut_after_stop_string(text, stop_strings) for text in texts]
+
+
+def char_to_token(
+    tokenizer: Tokenizer,
+    tokens: Int[np.ndarray, 'N T'],
+    mask: Bool[np.ndarray, 'N T'],
+    texts: Sequence[str],
+    char_counts: Sequence[Sequence[int]],
+) -> list[list[int]]:
+    """Find the token that completes the first n characters of a completion.
+
+    Args:
+      tokenizer: tokenizer of the model.
+      tokens: i32[N, T], completions.
+      mask: bool[N, T], true for a prefix of each completion.
+      texts: N texts of the completions.
+      char_counts: for each completion, the numbers of characters n.
+
+    Returns:
+      For each n the index of the first token at which the first n characters are complete. If n is
+      the length of the text, the index of the last token, such as the end-of-sequence token.
+    """
+    lengths = mask.sum(-1)
+    queries = [(row, count) for row, counts in enumerate(char_counts) for count in counts]
+    low = np.zeros(len(queries), int)
+    high = np.array([max(int(lengths[row]) - 1, 0) for row, _ in queries], int)
+    whole_text = np.array([count >= len(texts[row]) for row, count in queries], bool)
+    low[whole_text] = high[whole_text]
+    while (low < high).any():  # bisection, for all queries at once
+        middle = (low + high) // 2
+        prefixes = [
+            tokens[row, : last + 1].tolist() for (row, _), last in zip(queries, middle, strict=True)
+        ]
+        decoded = tokenizer.batch_decode(prefixes, skip_special_tokens=True)
+        complete = np.array([
+            prefix[:count] == texts[row][:count]
+            for prefix, (row, count) in zip(decoded, queries, strict=True)
+        ])  # fmt: skip
+        high = np.where(complete, middle, high)
+        low = np.where(complete, low, np.minimum(middle + 1, high))
+    positions = iter(low.tolist())
+    return [[next(positions) for _ in counts] for counts in char_counts]
+
+
+def _cut_after_stop_string(text: str, stop_strings: Sequence[str]) -> str:
+    ends = [text.find(stop) + len(stop) for stop in stop_strings if stop in text]
+    return text[: min(ends, default=len(text))]

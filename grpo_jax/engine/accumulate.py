@@ -1,0 +1,198 @@
+"""Gradients and outputs of a batch, accumulated over microbatches of groups and bundles of rows.
+
+Arrays that are cut have shape [microbatches, m, ...]. The prompts of a microbatch are processed
+once, forward and backward, whatever the number of bundles its completions are processed in: see
+`bundles`, and `packing` for completions packed into sequences.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from grpo_jax import models
+from grpo_jax.engine import bundles, packing
+from grpo_jax.engine.bundles import Carry, Outputs
+from grpo_jax.sharding import data_devices
+from grpo_jax.types import Batch, Params
+
+# Hidden states [b, g, w, D] that predict a bundle's tokens, from all parameters and the keys and
+# values [L, m, K, P, h] of the microbatch's prompts.
+Hidden = Callable[[models.Transformer, Params, models.KeyValues], jax.Array]
+# Outputs [b, g, w] from all parameters, hidden states and the bundle.
+Scorer = Callable[[Params, jax.Array, Batch], Outputs]
+# Adds the gradient of a loss of hidden states to a total: (trained parameters, states, bundle,
+# total) -> (new total, the loss's gradient by the states, outputs).
+Learner = Callable[[Params, jax.Array, Batch, Params], tuple[Params, jax.Array, Outputs]]
+BundleStep = Callable[[Carry, Batch, Hidden], tuple[Carry, Outputs]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder:
+    """A model and how to make all its parameters from the trained ones."""
+
+    model: models.Transformer
+    full_params: Callable[[Params], Params]
+
+    def prompt_cache(self, trained: Params, part: Batch) -> models.KeyValues:
+        """Keys and values [L, m, K, P, h] of a microbatch's prompts."""
+        prompts, params = part.rollout.prompts, self.full_params(trained)
+        return models.apply(
+            self.model, params, prompts.tokens, prompts.length, method='prefill'
+        )[0]  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Microbatches:
+    """How a batch is cut, see `compute.Compute`."""
+
+    size: int  # groups
+    mesh: Mesh | None = None
+    rows: int = 0
+    widths: int = 1
+    packed: bool = False
+
+    def cut(self, tree: Any) -> Any:
+        """[B, ...] -> [microbatches, m, ...], strided so that devices keep the groups they hold."""
+
+        def cut_array(x: jax.Array) -> jax.Array:
+            x = x.reshape(self.size, -1, *x.shape[1:]).swapaxes(0, 1)
+            if self.mesh is None:
+                return x
+            where = NamedSharding(self.mesh, PartitionSpec(None, 'fsdp'))
+            return jax.lax.with_sharding_constraint(x, where)
+
+        return jax.tree.map(cut_array, tree)
+
+    def sum(self, function: Callable[[Any], Any], tree: Any, *, like: Any) -> tuple[Any, Any]:
+        """Adds up (total, terms) = `function(microbatch)`: sums the totals, stacks the terms."""
+
+        def add(total: Any, microbatch: Any) -> tuple[Any, Any]:
+            part, terms = function(microbatch)
+            return jax.tree.map(jnp.add, total, part), terms
+
+        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, like), self.cut(tree))
+
+    def outputs(self, decoder: Decoder, scorer: Scorer, trained: Params, batch: Batch) -> Outputs:
+        """The scorer's outputs [B, G, T] for a whole batch, without gradient."""
+        params = decoder.full_params(trained)
+        decoder = dataclasses.replace(decoder, full_params=lambda params: params)
+
+        def microbatch(part: Batch) -> Outputs:
+            prompts = decoder.prompt_cache(params, part)
+
+            def bundle(carry: Carry, rows: Batch, hidden: Hidden) -> tuple[Carry, Outputs]:
+                return carry, scorer(params, hidden(decoder.model, params, prompts), rows)
+
+            return self._over_bundles(bundle, (), part)[1]
+
+        return jax.lax.stop_gradient(_uncut(jax.lax.map(microbatch, self.cut(batch))))
+
+    def gradient(
+        self, decoder: Decoder, learner: Learner, trained: Params, batch: Batch
+    ) -> tuple[Params, Outputs]:
+        """The sum of the losses' gradients by the trained parameters, and outputs [B, G, T].
+
+        The forward and backward pass of a prompt are computed once, however many bundles use it.
+        Sums are float32 whatever the dtype of the parameters.
+        """
+        scale = loss_scale(decoder.model, batch.rollout.mask)
+        batch = batch._replace(weights=batch.weights * scale)
+
+        def microbatch(total: Params, part: Batch) -> tuple[Params, Outputs]:
+            prompts, pull_back_prompts = jax.vjp(
+                lambda p: decoder.prompt_cache(p, part), trained
+            )  # fmt: skip
+
+            def bundle(totals: Carry, rows: Batch, hidden: Hidden) -> tuple[Carry, Outputs]:
+                states, pull_back = jax.vjp(
+                    lambda p, prompts: hidden(decoder.model, decoder.full_params(p), prompts),
+                    trained,
+                    prompts,
+                )
+                total, by_prompts = totals
+                total, by_states, outputs = learner(trained, states, rows, total)
+                return tree_add((total, by_prompts), pull_back(by_states)), outputs
+
+            totals = (total, zeros_float32(prompts))
+            (total, by_prompts), outputs = self._over_bundles(bundle, totals, part)
+            by_prompts = jax.tree.map(lambda x, y: x.astype(y.dtype), by_prompts, prompts)
+            (through_prompts,) = pull_back_prompts(by_prompts)
+            return tree_add(total, through_prompts), outputs
+
+        total, outputs = jax.lax.scan(microbatch, zeros_float32(trained), self.cut(batch))
+        total = jax.tree.map(lambda x, y: (x / scale).astype(y.dtype), total, trained)
+        return total, _uncut(outputs)
+
+    def _over_bundles(self, step: BundleStep, carry: Carry, part: Batch) -> tuple[Carry, Outputs]:
+        """Threads a carry through all bundles; joins their outputs to [m, G, T]."""
+        if not self.rows:
+            return _in_columns(step, carry, part, lambda prompts: prompts, self.widths)
+        shards = data_devices(self.mesh)
+        if self.packed:
+            return packing.over_sequences(step, carry, part, shards, self.rows)
+        mask = part.rollout.mask
+        order = bundles.by_length(mask, shards, self.rows)
+
+        def bundle(carry: Carry, index: jax.Array) -> tuple[Carry, Outputs]:
+            groups = index // mask.shape[1]
+            rows = bundles.take_rows(part, index, groups)
+            pick = functools.partial(bundles.take_prompts, groups=groups)
+            return _in_columns(step, carry, rows, pick, self.widths)
+
+        carry, outputs = jax.lax.scan(bundle, carry, order)
+        return carry, jax.tree.map(lambda x: bundles.put_back(x, order, mask.shape), outputs)
+
+
+def _in_columns(
+    step: BundleStep,
+    carry: Carry,
+    rows: Batch,
+    pick: Callable[[models.KeyValues], models.KeyValues],
+    widths: int,
+) -> tuple[Carry, Outputs]:
+    """One bundle in as few columns as its tokens need; `pick` selects its prompts."""
+
+    def narrow(carry: Carry, rows: Batch) -> tuple[Carry, Outputs]:
+        prompts, tokens = rows.rollout.prompts, rows.rollout.tokens
+
+        def hidden(model: models.Transformer, params: Params, cache: models.KeyValues) -> jax.Array:
+            last = models.last_tokens(prompts.tokens, prompts.length)
+            return models.hidden_after_prompt(
+                model, params, pick(cache), last, prompts.length, tokens
+            )
+
+        return step(carry, rows, hidden)
+
+    return bundles.in_smallest_width(narrow, carry, rows, widths)
+
+
+def loss_scale(model: models.Transformer, mask: jax.Array) -> float:
+    """Factor of the loss while its gradient is computed: for float16, a power of 2; else 1.
+
+    Weights are about 1 / tokens, so with many tokens gradients would underflow in float16
+    (Micikevicius et al., arXiv 1710.03740, section 3.2). Scaled weights are about 2^-4 whatever the
+    number of tokens.
+    """
+    if getattr(model.config, 'dtype', '') != 'float16':
+        return 1.0
+    return max(1.0, 2.0 ** (mask.size.bit_length() - 4))
+
+
+def zeros_float32(like: Any) -> Any:
+    """Zeros of the same shapes, in float32."""
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), like)
+
+
+def tree_add(total: Any, new: Any) -> Any:
+    """The sum, in the total's dtypes."""
+    return jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, new)
+
+
+def _uncut(outputs: Any) -> Any:
+    """[microbatches, m, ...] -> [B, ...], undoing `Microbatches.cut`."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)

@@ -1,0 +1,172 @@
+"""Compacting the decode batch: finished completions are removed from it.
+
+A decoded completion occupies a slot. Each device has slots of its own, and no completion moves to
+another device. The sampler compacts to one of a few shapes, since each needs a compiled program.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from grpo_jax import sharding
+from grpo_jax.engine import shares
+from grpo_jax.models import KeyValues
+from grpo_jax.sharding import data_devices
+from grpo_jax.types import Params, Prompts, Sampling
+
+FEWEST = 4  # slots of a device; fewer take as long, since reading the weights dominates
+NEVER_COMPACT = (0, 0)  # `compaction_thresholds` that no batch reaches before it has ended
+
+
+class DecodeInputs(NamedTuple):
+    """What stays the same while completions are decoded."""
+
+    params: Params
+    prompts: Prompts
+    cache: KeyValues  # of the prompts, [L, B, K, P, h]
+    sampling: Sampling
+    eos_ids: Int[Array, ' E']
+    stops: Int[Array, 'states V'] | None
+
+
+class Slots(NamedTuple):
+    """The completions that are decoded, R of each of B groups, or one of each of B copies."""
+
+    place: Int[Array, 'B R']  # which of its device's completions it is, numbered group by group
+    key: Key[Array, 'B R']
+    token: Int[Array, 'B R']  # the last one drawn
+    done: Bool[Array, 'B R']
+    stop_state: Int[Array, 'B R']  # state in the table of stop strings
+    cache: KeyValues  # of the completions, [L, B, R, K, columns, h]
+
+
+class Drawn(NamedTuple):
+    """Drawn tokens."""
+
+    tokens: Int[Array, 'B R n']
+    mask: Bool[Array, 'B R n']
+    logprobs: Float[Array, 'B R n']
+
+
+class DecodeState(NamedTuple):
+    """The state between two blocks of columns."""
+
+    t: Int[Array, '']  # columns drawn so far
+    drawn: Drawn  # of all completions, [B, G, T]
+    ended: Bool[Array, 'B G']
+    live: Int[Array, '2']  # see `count_live`
+
+
+class SlotShape(NamedTuple):
+    """How many completions are decoded."""
+
+    groups: int  # on each device
+    rows: int  # of each group
+    apart: bool = False  # slots are independent of groups, each with a copy of its prompt's cache
+
+
+def shape_of(slots: Slots, mesh: Mesh | None) -> SlotShape:
+    """The current shape."""
+    groups, size = slots.done.shape
+    return SlotShape(groups // data_devices(mesh), size)
+
+
+def count_live(slots: Slots, mesh: Mesh | None) -> Int[Array, '2']:
+    """Slots that have not ended: the most in any group, and the most on any device."""
+    by_group = ~slots.done
+    by_device = by_group.reshape(data_devices(mesh), -1)
+    return jnp.stack([x.sum(1).max() for x in (by_group, by_device)])
+
+
+def smallest_shape(most: int, total: int, now: SlotShape, prompt: int, columns: int) -> SlotShape:
+    """The shape with the fewest slots that holds the live ones without caching more keys.
+
+    Slots per group are halved repeatedly, or all slots are taken apart from their groups. There are
+    never fewer than `FEWEST`.
+
+    Args:
+      most: live slots of any group.
+      total: live slots of any device.
+      now: the current shape.
+      prompt: columns of a prompt's cache.
+      columns: columns of a completion's cache in the next block.
+    """
+    rows = _halved(now.rows, max(most, -(-FEWEST // now.groups)))
+    apart = _halved(now.groups * now.rows, max(total, FEWEST))
+    keys = now.groups * (prompt + now.rows * columns)
+    if apart < now.groups * rows and apart * (prompt + columns) <= keys:
+        return SlotShape(apart, 1, apart=True)
+    return SlotShape(now.groups, rows)
+
+
+def compaction_thresholds(now: SlotShape, prompt: int, columns: int) -> tuple[int, int]:
+    """Live slots (of a group, of a device) at or below which `smallest_shape` is a smaller one.
+
+    Arguments as in `smallest_shape`.
+    """
+    rows, size = -(-now.rows // 2), now.groups * now.rows
+    if rows == now.rows or rows * now.groups < FEWEST:
+        rows = 0
+    apart = -(-size // 2)
+    while apart >= FEWEST and smallest_shape(now.rows, apart, now, prompt, columns) == now:
+        apart = -(-apart // 2)
+    return rows, apart if FEWEST <= apart < size else 0
+
+
+def _halved(size: int, least: int) -> int:
+    """The smallest of size, size / 2, size / 4, ... (rounded up) that is not below `least`."""
+    while size > 1 and -(-size // 2) >= least:
+        size = -(-size // 2)
+    return size
+
+
+@functools.partial(jax.jit, static_argnames=('shape', 'mesh'))
+def compact(
+    inputs: DecodeInputs, slots: Slots, shape: SlotShape, mesh: Mesh | None
+) -> tuple[DecodeInputs, Slots]:
+    """Reduces the slots to `shape`, keeping all live ones."""
+    (groups, size, _), done = shape_of(slots, mesh), slots.done
+    if shape.apart:
+        kept = jnp.argsort(done.reshape(-1, groups * size), axis=1, stable=True)[:, : shape.groups]
+    else:
+        first = size * (jnp.arange(len(done)) % groups)  # slot of each group
+        kept = jnp.argsort(done, axis=1, stable=True)[:, : shape.rows] + first[:, None]
+    kept = kept.reshape(data_devices(mesh), -1)
+
+    def take(x: jax.Array) -> jax.Array:
+        return take_slots(x, kept).reshape(-1, shape.rows, *x.shape[2:])
+
+    absent: Any = None
+    with sharding.use(mesh):
+        cache = jax.tree.map(jax.vmap(take), slots.cache)
+        slots = jax.tree.map(take, slots._replace(cache=absent))._replace(cache=cache)
+        if not shape.apart:
+            return inputs, slots
+
+        def copy(x: jax.Array) -> jax.Array:
+            return take_slots(x[:, None], kept // size)
+
+        cache = jax.tree.map(jax.vmap(copy), inputs.cache)
+        return inputs._replace(prompts=jax.tree.map(copy, inputs.prompts), cache=cache), slots
+
+
+def slot_numbers(shape: tuple[int, ...], mesh: Mesh | None) -> Int[Array, 'B G']:
+    """Numbers of each device's completions, from 0."""
+    total = math.prod(shape)
+    return (jnp.arange(total) % (total // data_devices(mesh))).reshape(shape)
+
+
+def take_slots(x: jax.Array, index: Int[Array, 'devices n']) -> jax.Array:
+    """Slots [devices * n, ...] of x [B, R, ...], numbered within each device's share."""
+    return shares.take(x.reshape(-1, *x.shape[2:]), index).reshape(-1, *x.shape[2:])
+
+
+def put_slots(whole: jax.Array, index: Int[Array, 'devices n'], slots: jax.Array) -> jax.Array:
+    """Writes slots [B, R, ...] over those numbered `index` in `whole` [B, G, ...]."""
+    flat, slots = (x.reshape(-1, *x.shape[2:]) for x in (whole, slots))
+    return shares.put(flat, index, slots).reshape(whole.shape)

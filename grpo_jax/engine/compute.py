@@ -1,0 +1,141 @@
+"""How an update is computed: options that change its speed and memory but not its result."""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from grpo_jax.models import ModelConfig
+from grpo_jax.sharding import data_devices
+
+_MIB = 2**20
+_ACTIVATIONS = {'cpu': 512 * _MIB}  # that a microbatch may keep for its backward pass
+_LOGITS = {'cpu': 64 * _MIB}  # of a chunk; more would leave the caches
+_LOGITS_ELSEWHERE = 512 * _MIB
+_CHUNK = {'cpu': 128}
+_CHUNK_ELSEWHERE = 256
+_SHARE = 0.25  # of an accelerator's memory for activations: parameters and moments take the rest
+_WITHOUT_LIMIT = 4096 * _MIB  # of an accelerator that does not state its memory
+
+
+@dataclasses.dataclass(frozen=True)
+class Compute:
+    """Options of speed and memory; None: chosen from the shapes, the platform and its memory.
+
+    Changing one compiles a new program. `choose` fills in what is None.
+
+    Attributes:
+      microbatch: groups whose gradient is computed at a time, over all devices.
+      rows: completions of a microbatch that are processed at a time, the longest first; 0: all.
+      packed: `rows` are sequences of T columns into which completions are packed. On CPUs this
+        saves the padding where lengths vary much; on accelerators no attention kernel supports it.
+      widths: how many numbers of columns are compiled, T, T / 2, T / 4, ...; a bundle of
+        completions is processed in the smallest that holds its longest one.
+      unroll: compile each layer instead of a loop over layers: faster on CPUs and GPUs, and many
+        times longer to compile.
+      logprob_chunk: completion positions whose logits exist at a time.
+
+    Raises:
+      ValueError: an option out of its range. The message begins with the option's name.
+    """
+
+    microbatch: int | None = None
+    rows: int | None = None
+    packed: bool | None = None
+    widths: int | None = None
+    unroll: bool | None = None
+    logprob_chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (('microbatch', 1), ('rows', 0), ('widths', 1), ('logprob_chunk', 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f'{name}={value} is out of range: it is at least {least}')
+        if self.packed and not self.rows:
+            raise ValueError(
+                f'packed=True with rows={self.rows}: set how many sequences to process'
+            )
+        if self.packed and self.widths not in (None, 1):
+            raise ValueError(f'widths={self.widths} has no effect with packed=True: remove it')
+
+
+class ComputePlan(NamedTuple):
+    """`Compute` with a value for every option."""
+
+    microbatch: int
+    rows: int
+    packed: bool
+    widths: int
+    unroll: bool
+    logprob_chunk: int
+
+    def __str__(self) -> str:
+        return ', '.join(f'{name}={value}' for name, value in self._asdict().items())
+
+
+def choose(
+    compute: Compute,
+    config: ModelConfig,
+    shape: tuple[int, int, int, int],
+    mesh: Mesh | None = None,
+    *,
+    platform: str = '',
+) -> ComputePlan:
+    """The options with a value for each that is None.
+
+    The microbatch is the largest whose activations fit a budget: 512 MiB on a CPU, a quarter of an
+    accelerator's memory. The chunk is the largest whose logits fit 64 MiB on a CPU, 512 MiB
+    elsewhere. By default completions are not packed and layers not unrolled: in measurements both
+    helped in some cases and hurt in others.
+
+    Args:
+      compute: explicit values stay as they are.
+      config: of the decoder.
+      shape: (B, G, P, T) of a rollout.
+      mesh: the devices.
+      platform: 'cpu', 'gpu' or 'tpu'; by default that of the mesh, or of JAX without one.
+    """
+    groups, group_size, prompt, length = shape
+    devices = data_devices(mesh)
+    device = jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+    platform = platform or device.platform
+    microbatch = compute.microbatch
+    if microbatch is None:
+        budget = devices * _activation_budget(platform, device)
+        cost = _activation_bytes(config) * (prompt + group_size * length)
+        sizes = [n for n in range(devices, groups + 1, devices) if groups % n == 0]
+        fitting = [n for n in sizes if n * cost <= budget]
+        microbatch = max(fitting, default=min(sizes, default=groups))
+    chunk = compute.logprob_chunk
+    if chunk is None:
+        logits = 4 * config.vocab_size * microbatch * group_size / devices
+        most = _LOGITS.get(platform, _LOGITS_ELSEWHERE) / logits
+        chunk = min(_CHUNK.get(platform, _CHUNK_ELSEWHERE), 2 ** int(math.log2(max(most, 16))))
+    packed = bool(compute.packed)
+    return ComputePlan(
+        microbatch=microbatch,
+        rows=compute.rows or 0,
+        packed=packed,
+        widths=compute.widths or (1 if packed else 4),
+        unroll=bool(compute.unroll),
+        logprob_chunk=chunk,
+    )
+
+
+def _activation_budget(platform: str, device: Any) -> float:
+    if platform in _ACTIVATIONS:
+        return _ACTIVATIONS[platform]
+    limit = (device.memory_stats() or {}).get('bytes_limit') if device.platform != 'cpu' else None
+    return _SHARE * limit if limit else _WITHOUT_LIMIT
+
+
+def _activation_bytes(config: ModelConfig) -> int:
+    """Bytes per token that the backward pass of a microbatch keeps, roughly."""
+    size = 4 if config.dtype == 'float32' else 2
+    heads = (config.heads + 2 * config.kv_heads) * config.head_dim
+    wide = config.mlp_width * (config.experts_per_token if config.experts else 1)
+    layer = 5 * config.width + 2 * heads + 2 * wide
+    kept = config.layers * config.width + layer if config.remat else config.layers * layer
+    return size * kept

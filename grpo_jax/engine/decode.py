@@ -1,0 +1,211 @@
+"""The compiled programs of the sampler: its weights, prefill, and blocks of decoded columns."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Int, Shaped
+
+from grpo_jax import sharding
+from grpo_jax.engine.compaction import (
+    DecodeInputs,
+    DecodeState,
+    Drawn,
+    Slots,
+    count_live,
+    put_slots,
+    slot_numbers,
+    take_slots,
+)
+from grpo_jax.engine.token_sampling import completion_keys, draw
+from grpo_jax.models import KeyValues, Quantized, Transformer, apply, quantize, unstack_layers
+from grpo_jax.sharding import data_devices
+from grpo_jax.types import Params
+
+BLOCK, BLOCKS = 64, 8  # least columns of a block, and most blocks
+WEIGHTS = ('model', 'int8')
+
+Thresholds = tuple[Int[Array, ''], Int[Array, '']]  # see `compaction.compaction_thresholds`
+
+
+def block_size(max_tokens: int, *, in_place: bool) -> int:
+    """Columns of a block: at least `BLOCK`, and at most `BLOCKS` blocks.
+
+    There are two blocks where attention ignores empty columns of the cache (`in_place`), so that
+    growing it saves nothing.
+    """
+    return max(BLOCK, -(-max_tokens // (2 if in_place else BLOCKS)))
+
+
+def sampling_params(params: Params, dtype: str, weights: str, unroll: bool) -> Params:
+    """The parameters as decode steps use them, converted once rather than in every step.
+
+    Args:
+      params: of the model.
+      dtype: of its computation.
+      weights: 'model', or 'int8' for quantised matrices.
+      unroll: take each layer's parameters out of their stack.
+    """
+    convert = functools.partial(_convert, dtype=dtype, weights=weights, unroll=unroll)
+    before, after = jax.tree.leaves(params), jax.tree.leaves(jax.eval_shape(convert, params))
+    unchanged = [x.dtype for x in before] == [x.dtype for x in after]
+    return params if unchanged and not unroll else convert(params)
+
+
+@functools.partial(jax.jit, static_argnames=('dtype', 'weights', 'unroll'))
+def _convert(params: Params, dtype: str, weights: str, unroll: bool) -> Params:
+    def cast(path: tuple[Any, ...], x: jax.Array | Quantized) -> jax.Array | Quantized:
+        # Norms use their scales in float32.
+        return x if isinstance(x, Quantized) or path[-1].key == 'scale' else x.astype(dtype)
+
+    params = quantize(params) if weights == 'int8' else params
+    params = jax.tree_util.tree_map_with_path(
+        cast, params, is_leaf=lambda x: isinstance(x, Quantized)
+    )
+    return unstack_layers(params) if unroll else params
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'group_size', 'max_tokens', 'width', 'mesh'))
+def first_block(
+    model: Transformer, inputs: DecodeInputs, seed: Int[Array, ''], step: Int[Array, ''],
+    thresholds: Thresholds, *, group_size: int, max_tokens: int, width: int, mesh: Mesh | None,
+) -> tuple[DecodeInputs, Slots, DecodeState]:  # fmt: skip
+    """Prefills the prompts and decodes columns up to `width`.
+
+    Args:
+      model: the decoder.
+      inputs: without the prompts' cache.
+      seed: i32[].
+      step: i32[].
+      thresholds: of compaction, see `_decode_columns`.
+      group_size: G.
+      max_tokens: T.
+      width: columns.
+      mesh: the devices.
+
+    Returns:
+      The inputs with the prompts' cache and without parameters, the slots, and the state.
+    """
+    prompts = inputs.prompts
+    with sharding.use(mesh):
+        keys = completion_keys(seed, step, prompts.index, group_size)
+        cache, last = apply(model, inputs.params, prompts.tokens, prompts.length, method='prefill')
+        inputs = inputs._replace(cache=cache)
+        slots = Slots(
+            place=slot_numbers(keys.shape, mesh),
+            key=keys,
+            token=jnp.zeros(keys.shape, jnp.int32),
+            done=jnp.zeros(keys.shape, bool),
+            stop_state=jnp.zeros(keys.shape, jnp.int32),
+            cache=_empty_cache(model, keys.shape, width),
+        )
+        hidden = jnp.broadcast_to(last[:, None], (*keys.shape, last.shape[-1]))
+        slots, column = _draw_column(model, inputs, hidden, jnp.int32(0), slots)
+        drawn = jax.tree.map(lambda x: _padded(x, max_tokens), column)
+        state = DecodeState(jnp.int32(1), drawn, slots.done, count_live(slots, mesh))
+        slots, state = _decode_columns(
+            model, inputs, slots, state, thresholds, width=width, mesh=mesh
+        )
+        return inputs._replace(params=None), slots, state
+
+
+@functools.partial(jax.jit, static_argnames=('model', 'width', 'mesh'), donate_argnames='slots')
+def next_block(
+    model: Transformer, params: Params, inputs: DecodeInputs, slots: Slots, state: DecodeState,
+    thresholds: Thresholds, *, width: int, mesh: Mesh | None,
+) -> tuple[Slots, DecodeState]:  # fmt: skip
+    """Continues decoding up to column `width`."""
+    with sharding.use(mesh):
+        inputs = inputs._replace(params=params)
+        return _decode_columns(model, inputs, slots, state, thresholds, width=width, mesh=mesh)
+
+
+@functools.partial(jax.jit, static_argnames='width')
+def grow_cache(slots: Slots, width: int) -> Slots:
+    """Pads the completions' cache to `width` columns."""
+    return slots._replace(cache=jax.tree.map(lambda x: _padded(x, width, axis=-2), slots.cache))
+
+
+_Decoding = tuple[Int[Array, ''], Slots, Drawn]  # columns drawn, the slots and their tokens
+
+
+def _decode_columns(
+    model: Transformer, inputs: DecodeInputs, slots: Slots, state: DecodeState,
+    thresholds: Thresholds, *, width: int, mesh: Mesh | None,
+) -> tuple[Slots, DecodeState]:  # fmt: skip
+    """Columns from state.t up to `width`, or until few slots are live.
+
+    `thresholds` are those of `compaction.compaction_thresholds`: decoding stops when the live slots
+    of every group, or of every device, are no more than that.
+    """
+    place = slots.place.reshape(data_devices(mesh), -1)
+    drawn = jax.tree.map(
+        lambda x: take_slots(x[..., :width], place).reshape(*slots.done.shape, -1), state.drawn
+    )
+
+    def advance(carry: _Decoding) -> _Decoding:
+        t, slots, drawn = carry
+        hidden, new = apply(
+            model, inputs.params, slots.token, t - 1, inputs.cache, inputs.prompts.length,
+            slots.cache, method='decode',
+        )  # fmt: skip
+        cache = jax.tree.map(
+            lambda cache, x: jax.lax.dynamic_update_slice_in_dim(cache, x, t - 1, axis=4),
+            slots.cache,
+            new,
+        )
+        slots, column = _draw_column(model, inputs, hidden, t, slots._replace(cache=cache))
+        drawn = jax.tree.map(
+            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, t, axis=2), drawn, column
+        )
+        return t + 1, slots, drawn
+
+    def enough_live(carry: _Decoding) -> Bool[Array, '']:
+        t, slots, _ = carry
+        return (t < width) & (count_live(slots, mesh) > jnp.asarray(thresholds)).all()
+
+    t, slots, drawn = jax.lax.while_loop(enough_live, advance, (state.t, slots, drawn))
+
+    def write(whole: jax.Array, new: jax.Array) -> jax.Array:
+        return whole.at[..., :width].set(put_slots(whole[..., :width], place, new))
+
+    drawn = jax.tree.map(write, state.drawn, drawn)
+    ended = put_slots(state.ended, place, slots.done)
+    return slots, DecodeState(t, drawn, ended, count_live(slots, mesh))
+
+
+def _draw_column(
+    model: Transformer, inputs: DecodeInputs, hidden: Shaped[Array, 'B R D'], t: Int[Array, ''],
+    slots: Slots,
+) -> tuple[Slots, Drawn]:  # fmt: skip
+    """Draws column t from the hidden states that predict it."""
+    shape = slots.done.shape
+    logits = apply(model, inputs.params, hidden, method='logits')
+    keys = jax.vmap(lambda key: jax.random.fold_in(key, t))(slots.key.reshape(-1))
+    token, logprob = draw(keys, logits.reshape(len(keys), -1), inputs.sampling)
+    live = ~slots.done
+    token = jnp.where(live, token.reshape(shape), 0)
+    logprob = jnp.where(live, logprob.reshape(shape), 0.0)
+    ends = (token[..., None] == inputs.eos_ids).any(-1)
+    stop_state = slots.stop_state
+    if inputs.stops is not None:
+        stop_state = inputs.stops[stop_state, token].astype(jnp.int32)
+        ends |= stop_state == len(inputs.stops) - 1
+    slots = slots._replace(token=token, done=slots.done | (live & ends), stop_state=stop_state)
+    return slots, Drawn(token[..., None], live[..., None], logprob[..., None])
+
+
+def _padded(x: jax.Array, size: int, axis: int = 2) -> jax.Array:
+    """Pads the end of an axis with zeros."""
+    widths = [(0, 0)] * x.ndim
+    widths[axis] = (0, size - x.shape[axis])
+    return jnp.pad(x, widths)
+
+
+def _empty_cache(model: Transformer, shape: tuple[int, ...], columns: int) -> KeyValues:
+    """Zeros for the keys and values of `shape` [B, G] completions."""
+    c = model.config
+    empty = jnp.zeros((c.layers, *shape, c.kv_heads, columns, c.head_dim), c.dtype)
+    return KeyValues(empty, empty)

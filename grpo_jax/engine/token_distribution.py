@@ -1,0 +1,173 @@
+"""The distribution of the next token: filtered logits, and the log-probs of tokens under it.
+
+Sampler and scorer share it, so that the log-probs that `algorithm.sample` returns are those that
+`algorithm.logprobs` computes for the same tokens.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Bool, Float, Int
+
+from grpo_jax.types import Array, Sampling
+
+_PIECES = 32  # most pieces into which positions are cut for filtering
+
+
+def filter_logits(
+    logits: Float[Array, '*n V'], sampling: Sampling, keep: Int[Array, '*n'] | None = None
+) -> Float[Array, '*n V']:
+    """Logits of the distribution to sample from: scaled by temperature, restricted to its support.
+
+    Tokens tied with the last one kept are kept too. A filter costs nothing while it is inactive.
+
+    Args:
+      logits: f32[..., V].
+      sampling: temperature 0 (greedy decoding) does not rescale.
+      keep: i32[...], a token that stays in the support regardless of the filters: a scorer passes
+        the sampled token, which must not get probability 0 when the policy has moved since.
+
+    Returns:
+      f32[..., V], -inf outside the support; not normalised.
+    """
+    return filter_with_peak(logits, sampling, keep)[0]
+
+
+def filter_with_peak(
+    logits: Float[Array, '*n V'], sampling: Sampling, keep: Int[Array, '*n'] | None = None
+) -> tuple[Float[Array, '*n V'], Float[Array, '*n']]:
+    """`filter_logits`, and the largest of the returned logits without its gradient.
+
+    Every filter keeps the largest logit, so it is computed before filtering, which saves a pass.
+    """
+    temperature = jnp.asarray(sampling.temperature, jnp.float32)
+    scale = jnp.where(temperature > 0, temperature, 1.0)
+    top_k, top_p = map(jnp.asarray, (sampling.top_k, sampling.top_p))
+    min_p = jnp.asarray(sampling.min_p, jnp.float32)
+    # With two axes, like the matrix product that gives the logits, and with comparisons of that
+    # product itself, compilers allocate no second array of its size.
+    rows = logits.reshape(-1, logits.shape[-1])
+    fixed = jax.lax.stop_gradient(rows)
+
+    def threshold(
+        active: Bool[Array, ''], smallest_kept: Callable[[jax.Array], jax.Array]
+    ) -> jax.Array:
+        return jax.lax.cond(
+            active,
+            lambda rows: smallest_kept(rows.reshape(logits.shape)).reshape(-1, 1),
+            lambda rows: jnp.full((len(rows), 1), -jnp.inf),
+            fixed,
+        )
+
+    by_rank = functools.partial(_ranked, scale=scale, top_k=top_k, top_p=top_p)
+    ranked = threshold((top_k > 0) | (top_p < 1), functools.partial(_in_pieces, by_rank))
+    likely = threshold(min_p > 0, lambda logits: logits.max(-1) + scale * jnp.log(min_p))
+    inside = ~(fixed < jnp.maximum(ranked, likely))  # not `>=`, which would turn NaN into -inf
+    if keep is not None:
+        inside |= jnp.arange(rows.shape[-1]) == keep.reshape(-1, 1)
+    filtered = _mask_logits(rows / scale, inside)
+    return filtered.reshape(logits.shape), (fixed.max(-1) / scale).reshape(logits.shape[:-1])
+
+
+@jax.custom_jvp
+def _mask_logits(logits: jax.Array, inside: jax.Array) -> jax.Array:
+    """-inf outside. The gradient there is 0 already, so the backward pass needs no mask."""
+    return jnp.where(inside, logits, -jnp.inf)
+
+
+@_mask_logits.defjvp
+def _mask_logits_jvp(
+    primals: tuple[jax.Array, jax.Array], tangents: tuple[jax.Array, Any]
+) -> tuple[jax.Array, jax.Array]:
+    return _mask_logits(*primals), tangents[0]
+
+
+def _in_pieces(function: Callable[[jax.Array], jax.Array], logits: jax.Array) -> jax.Array:
+    """Applies `function` ([..., V] to [...]) to a few positions at a time, to save memory.
+
+    The first axis is not cut: it is sharded over devices.
+    """
+    *lead, size = logits.shape
+    pieces = math.gcd(math.prod(lead[1:]), _PIECES)
+    if pieces == 1:
+        return function(logits)
+    pieces_of_logits = logits.reshape(lead[0], pieces, -1, size)
+    thresholds = jax.lax.map(
+        lambda i: function(
+            jax.lax.dynamic_index_in_dim(pieces_of_logits, i, axis=1, keepdims=False)
+        ),
+        jnp.arange(pieces),
+    )
+    return thresholds.swapaxes(0, 1).reshape(lead)
+
+
+def _ranked(logits: jax.Array, scale: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
+    """The smallest logit kept by top-k, and by top-p at temperature `scale` among those."""
+    count = jnp.where(top_k > 0, top_k, logits.shape[-1])
+    kth = _smallest_kept(logits, jnp.ones_like(logits), count)
+    mass = jnp.exp((logits - logits.max(-1, keepdims=True)) / scale)
+    mass = jnp.where(logits >= kth[..., None], mass, 0.0)
+    return jnp.where(top_p < 1, _smallest_kept(logits, mass, top_p * mass.sum(-1)), kth)
+
+
+def _smallest_kept(logits: jax.Array, mass: jax.Array, required: jax.Array) -> jax.Array:
+    """The largest logit f32[...] such that it and those above it have the `required` mass, or -inf.
+
+    A binary search that sets the bits of the logit one by one, the highest first: floats are
+    ordered like their bits once those of negative numbers are flipped. It needs no sort, and no
+    array of the size of the vocabulary but the terms of the sums.
+    """
+
+    def number(code: jax.Array) -> jax.Array:
+        bits = jnp.where(code >> 31 == 1, code ^ jnp.uint32(1 << 31), ~code)
+        return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+    def narrow(i: jax.Array, code: jax.Array) -> jax.Array:
+        larger = code | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+        reached = jnp.where(logits >= number(larger)[..., None], mass, 0.0).sum(-1)
+        return jnp.where(reached >= required, larger, code)
+
+    code = jax.lax.fori_loop(0, 32, narrow, jnp.zeros(logits.shape[:-1], jnp.uint32))
+    return jnp.where(code > 0, number(code), -jnp.inf)
+
+
+def token_logprobs(
+    logits: Float[Array, '*n V'],
+    targets: Int[Array, '*n'],
+    sampling: Sampling,
+    *,
+    entropy: bool = False,
+) -> tuple[Float[Array, '*n'], Float[Array, '*n'] | None]:
+    """Log-probs of the targets, and on demand the entropy of each distribution in nats."""
+    logits, peak = filter_with_peak(logits, sampling, keep=targets)
+    rows, peak = logits.reshape(-1, logits.shape[-1]), peak.reshape(-1)
+    if jax.default_backend() != 'gpu':
+        # A pass of its own, so that compilers overwrite the product: one chunk less in memory.
+        peak = jax.lax.stop_gradient(rows).max(-1)
+    norm = peak + jnp.log(jnp.exp(rows - peak[:, None]).sum(-1))
+    logprob = (_at(rows, targets.reshape(-1)) - norm).reshape(targets.shape)
+    if not entropy:
+        return logprob, None
+    inside = rows > -jnp.inf
+    logp = jnp.where(inside, rows, 0.0) - norm[:, None]
+    entropies = -jnp.where(inside, jnp.exp(logp) * logp, 0.0).sum(-1)
+    return logprob, entropies.reshape(targets.shape)
+
+
+@jax.custom_jvp
+def _at(logits: Array, targets: Array) -> jax.Array:
+    """f32[...], the logit of each position's target; the backward pass has no scatter."""
+    return jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+
+
+@_at.defjvp
+def _at_jvp(
+    primals: tuple[Array, Array], tangents: tuple[jax.Array, Any]
+) -> tuple[jax.Array, jax.Array]:
+    logits, targets = primals
+    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    return _at(logits, targets), jnp.where(hit, tangents[0], 0.0).sum(-1)

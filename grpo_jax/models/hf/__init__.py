@@ -1,0 +1,16 @@
+"""Checkpoints of Hugging Face: their configs and tensors, in and out."""
+
+from grpo_jax.models.hf.config import hugging_face_fields, model_config
+from grpo_jax.models.hf.folder import description_files, find_folder, read_json
+from grpo_jax.models.hf.weights import load, save, save_adapter
+
+__all__ = [
+    'description_files',
+    'find_folder',
+    'hugging_face_fields',
+    'load',
+    'model_config',
+    'read_json',
+    'save',
+    'save_adapter',
+]

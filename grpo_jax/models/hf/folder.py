@@ -1,0 +1,158 @@
+"""The folder of a Hugging Face checkpoint: finding it, listing its tensors and reading them.
+
+The safetensors format is read here because the library cannot return bfloat16 NumPy arrays, and
+because its memory map would keep in memory what has been read.
+"""
+
+import json
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+DTYPES = {
+    'F64': np.dtype('float64'),
+    'F32': np.dtype('float32'),
+    'F16': np.dtype('float16'),
+    'BF16': np.dtype(ml_dtypes.bfloat16),
+}
+INDEX = 'model.safetensors.index.json'
+
+
+class StoredTensor(NamedTuple):
+    """Where a tensor is on disk."""
+
+    file: pathlib.Path
+    offset: int  # bytes
+    dtype: str  # its name in the file
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def find_folder(name: str) -> pathlib.Path:
+    """The local folder of a checkpoint: `name` itself, or a download of that repository of the hub.
+
+    Raises:
+      ValueError: neither exists, or the weights are pickled.
+    """
+    folder = pathlib.Path(name).expanduser()
+    if not folder.is_dir():
+        from huggingface_hub import snapshot_download
+
+        patterns = ['*.json', '*.safetensors', 'tokenizer*', '*.model', '*.jinja', '*.txt']
+        try:
+            folder = pathlib.Path(snapshot_download(name, allow_patterns=patterns))
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f'pretrained={name!r} is neither a folder nor a checkpoint that the Hugging Face '
+                f'hub returned: give the path of a folder ({type(error).__name__}: {error})'
+            ) from error
+    if not (folder / 'config.json').is_file():
+        raise ValueError(f'{folder} holds no config.json: give the folder of a checkpoint')
+    if not _files(folder):
+        pickled = sorted(path.name for path in folder.glob('*.bin'))
+        if pickled:
+            architectures = str(read_json(folder / 'config.json').get('architectures'))
+            kind = 'SequenceClassification' if 'ForSequence' in architectures else 'CausalLM'
+            raise ValueError(
+                f'{folder} holds pickled weights ({", ".join(pickled)}), which can run code when '
+                'they are read. Convert them once, where you trust them: python -c "from '
+                f'transformers import AutoModelFor{kind} as M; '
+                f"M.from_pretrained('{folder}', dtype='auto').save_pretrained('{folder}-safe')\""
+            )
+        raise ValueError(f'{folder} holds no *.safetensors file: give the folder of a checkpoint')
+    return folder
+
+
+def description_files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The files of a checkpoint without its weights: configs and tokenizer."""
+    kinds = ('.json', '.jinja', '.model', '.txt')
+    return sorted(path for path in folder.iterdir() if path.suffix in kinds and path.name != INDEX)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a JSON object from a file.
+
+    Raises:
+      ValueError: the file holds something else.
+    """
+    try:
+        value = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f'{path} is not valid JSON: {error}') from error
+    if not isinstance(value, dict):
+        raise ValueError(f'{path} holds {type(value).__name__}, not a JSON object')
+    return value
+
+
+def _files(folder: pathlib.Path) -> list[pathlib.Path]:
+    """The safetensors files that belong to the checkpoint."""
+    index = folder / INDEX
+    if not index.is_file():
+        return sorted(folder.glob('*.safetensors'))
+    weight_map = read_json(index).get('weight_map')
+    if not isinstance(weight_map, dict):
+        raise ValueError(f'{index} holds no weight_map: copy it again')
+    files = {folder / name for name in weight_map.values()}
+    missing = sorted(path.name for path in files if not path.is_file())
+    if missing:
+        raise ValueError(f'{index} names files that do not exist: {", ".join(missing)}')
+    return sorted(files)
+
+
+def list_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
+    """All tensors of the folder by name, from the headers of its files.
+
+    Raises:
+      ValueError: a file is damaged or missing, or two hold the same tensor.
+    """
+    tensors: dict[str, StoredTensor] = {}
+    for path in _files(folder):
+        start, header = _header(path)
+        for name, entry in header.items():
+            begin, end = entry['data_offsets']
+            stored = StoredTensor(path, start + begin, entry['dtype'], tuple(entry['shape']))
+            if name in tensors:
+                raise ValueError(
+                    f'{name} is in {tensors[name].file} and in {path}: leave the files of one '
+                    'checkpoint in the folder'
+                )
+            if start + end > path.stat().st_size:
+                raise ValueError(
+                    f'{path} was cut off: {name} ends after the end of the file; copy it again'
+                )
+            if stored.dtype in DTYPES and end - begin != stored.bytes:
+                raise ValueError(
+                    f'{path}: {name} has {end - begin} bytes, but its shape {stored.shape} of '
+                    f'{stored.dtype} needs {stored.bytes}; copy it again'
+                )
+            tensors[name] = stored
+    return tensors
+
+
+def _header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
+    """The offset of the data in a safetensors file, and the entries of its tensors."""
+    with path.open('rb') as file:
+        size = int.from_bytes(file.read(8), 'little')
+        text = file.read(size) if size < path.stat().st_size else b''
+    try:
+        header = json.loads(text)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise ValueError(f'{path} is not a safetensors file (or a pointer to one): copy it again')
+    header.pop('__metadata__', None)
+    return 8 + size, header
+
+
+def read_rows(stored: StoredTensor, start: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Reads rows of a stored tensor, from `start` on."""
+    dtype = DTYPES[stored.dtype]
+    skip = start * math.prod(stored.shape[1:]) * dtype.itemsize
+    rows = np.fromfile(stored.file, dtype, math.prod(shape), offset=stored.offset + skip)
+    return rows.reshape(shape)

@@ -1,0 +1,61 @@
+"""Which form of attention a config gets on the platform that programs are compiled for."""
+
+import re
+from typing import Any
+
+import jax
+
+from grpo_jax.models.config import ModelConfig
+
+MAX_DECODE_HEAD_DIM = 128  # with wider heads `decode_token` may not fit into shared memory
+
+
+def target_platform() -> str:
+    """The platform of this process's devices: 'cpu', 'gpu' or 'tpu'."""
+    return jax.devices()[0].platform
+
+
+def choose_attention(config: ModelConfig) -> str:
+    """Resolves `config.attention`: 'auto' is the platform's kernel if it supports the model.
+
+    Args:
+      config: the decoder's.
+
+    Returns:
+      'einsum', 'recomputed', 'splash' or 'cudnn'.
+    """
+    if config.attention != 'auto':
+        return config.attention
+    device = jax.devices()[0]
+    name = {'tpu': 'splash', 'gpu': 'cudnn'}.get(device.platform, 'recomputed')
+    if name == 'cudnn' and not _has_cudnn_kernel(device):
+        name = 'recomputed'
+    return 'recomputed' if config.unsupported_by(name) else name
+
+
+def caches_in_place(config: ModelConfig) -> bool:
+    """Whether decoding reads its caches in place, by the kernel of `decode_token`.
+
+    It does on NVIDIA GPUs that cuDNN has a kernel for, also for models that cuDNN does not support
+    (soft caps and windows): the decode kernel supports both. It needs a 16-bit dtype and heads of
+    16, 32, 64 or 128 components. Other models, such as those of Gemma with heads of 256, decode by
+    `attention.attend`, after a copy of each layer's cache.
+    """
+    if config.attention not in ('auto', 'cudnn'):
+        return False
+    if config.attention == 'auto' and not _has_cudnn_kernel(jax.devices()[0]):
+        return False
+    width = config.head_dim
+    return (
+        config.dtype != 'float32'
+        and 16 <= width <= MAX_DECODE_HEAD_DIM
+        and not width & (width - 1)  # a power of two
+    )
+
+
+def _has_cudnn_kernel(device: Any) -> bool:
+    """Whether the device is an NVIDIA GPU of compute capability 8 or more."""
+    capability = str(getattr(device, 'compute_capability', ''))  # '9.0'; of AMD's GPUs, 'gfx942'
+    if device.platform != 'gpu' or not re.fullmatch(r'\d+\.\d+', capability):
+        return False
+    return float(capability) >= 8

@@ -1,0 +1,177 @@
+"""Reward functions, step functions and extractors by name, with the options of a config.
+
+A name is that of a built-in, or the path `package.module:function` of the user's own.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, ItemsView, Mapping
+from math import isfinite
+from typing import Protocol, cast, runtime_checkable
+
+from grpo_jax import plugins
+from grpo_jax.rewards.builtin.arithmetic import arithmetic_steps, exact_answer, final_result
+from grpo_jax.rewards.builtin.countdown import countdown_answer
+from grpo_jax.rewards.builtin.format import chain_format, hash_format, tag_count, think_format
+from grpo_jax.rewards.builtin.language import language_mix
+from grpo_jax.rewards.builtin.length import repetition, soft_overlong
+from grpo_jax.rewards.builtin.math import cmath_answer, gsm8k_answer, math_answer
+from grpo_jax.rewards.builtin.steps import right_steps, separated_steps
+from grpo_jax.rewards.calls import RewardError, RewardFunction
+from grpo_jax.rewards.verify.extraction import extract_answer, extract_chinese, extract_math
+
+_REWARDS: dict[str, RewardFunction] = {
+    'arithmetic_steps': arithmetic_steps,
+    'chain_format': chain_format,
+    'cmath_answer': cmath_answer,
+    'countdown_answer': countdown_answer,
+    'exact_answer': exact_answer,
+    'gsm8k_answer': gsm8k_answer,
+    'hash_format': hash_format,
+    'language_mix': language_mix,
+    'math_answer': math_answer,
+    'repetition': repetition,
+    'soft_overlong': soft_overlong,
+    'tag_count': tag_count,
+    'think_format': think_format,
+}
+_STEP_REWARDS: dict[str, RewardFunction] = {
+    'right_steps': right_steps,
+    'separated_steps': separated_steps,
+}
+_EXTRACTORS: dict[str, Callable[[str], str | None]] = {
+    'extract_answer': extract_answer,
+    'extract_chinese': extract_chinese,
+    'extract_math': extract_math,
+    'final_result': final_result,
+}
+# Every function is called with these; its other parameters are columns or options.
+_ARGUMENTS = ('prompts', 'completions', 'completion_ids')
+
+
+@runtime_checkable
+class Table(Protocol):
+    """A mapping from names, or a `ConfigDict`, which is not a `Mapping`."""
+
+    def __len__(self) -> int: ...
+
+    def items(self) -> ItemsView[str, object]: ...
+
+
+def resolve(name: str) -> RewardFunction:
+    """Return the reward called `name`: a built-in, or the path `package.module:function`.
+
+    Raises:
+        RewardError: there is no such built-in, or the path leads to no function (see
+            `plugins.load`); suggests the nearest name.
+    """
+    return _lookup('reward', name, _REWARDS)
+
+
+def extractor(name: str) -> Callable[[str], str | None]:
+    """Return the function called `name` from a completion to its answer, None without one.
+
+    Built in are 'final_result' (arithmetic chains), 'extract_answer' (worked solutions that end in
+    a number), 'extract_math' (LaTeX) and 'extract_chinese'. Your own are named by their path.
+
+    Raises:
+        RewardError: as in `resolve`.
+    """
+    return cast(Callable[[str], str | None], _lookup('extractor', name, _EXTRACTORS))
+
+
+def build(spec: Table) -> tuple[dict[str, RewardFunction], dict[str, float]]:
+    """Return the reward functions that a config names, and their weights, as `score` takes them.
+
+    Args:
+        spec: name (see `resolve`) -> weight, or -> {'weight': weight, **options}. Options are
+            keyword arguments of the function: the parameters after its `*`, or any others that it
+            names. They take precedence over a column of the same name.
+
+    Raises:
+        RewardError: an empty spec, a weight that is not a finite number, a name without a function,
+            an option that the function does not have (suggests the nearest) or a missing one.
+    """
+    if not len(spec):
+        raise RewardError('grpo.rewards is empty: name at least one reward function and its weight')
+    return _build('grpo.rewards', spec, resolve)
+
+
+def build_steps(spec: Table) -> tuple[str, RewardFunction, float]:
+    """Return the name, step function and weight that a config's `grpo.step_rewards` names.
+
+    Args:
+        spec: one name -> weight, or -> {'weight': weight, **options}, as in `build`. Built in are
+            'right_steps' (arithmetic) and 'separated_steps' (for a process reward model).
+
+    Raises:
+        RewardError: not exactly one function, or as in `build`.
+    """
+    if len(spec) != 1:
+        raise RewardError(
+            f'grpo.step_rewards names {len(spec)} functions: process supervision needs one, such '
+            "as {'right_steps': 1.0}"
+        )
+    functions, weights = _build(
+        'grpo.step_rewards', spec, lambda name: _lookup('step reward', name, _STEP_REWARDS)
+    )
+    ((name, function),) = functions.items()
+    return name, function, weights[name]
+
+
+def _lookup(kind: str, name: str, builtin: Mapping[str, RewardFunction]) -> RewardFunction:
+    try:
+        return plugins.lookup(kind, name, builtin)
+    except plugins.PluginError as error:
+        raise RewardError(str(error)) from error
+
+
+def _build(
+    section: str, spec: Table, find: Callable[[str], RewardFunction]
+) -> tuple[dict[str, RewardFunction], dict[str, float]]:
+    functions: dict[str, RewardFunction] = {}
+    weights: dict[str, float] = {}
+    for name, value in spec.items():
+        options = dict(value.items()) if isinstance(value, Table) else {'weight': value}
+        if 'weight' not in options:
+            raise RewardError(f'{section}.{name} has no weight: add one to its options')
+        weight = options.pop('weight')
+        if not isinstance(weight, int | float) or not isfinite(weight):
+            raise RewardError(f'{section}.{name}={weight!r}: a weight is a finite number')
+        functions[name] = _with_options(name, find(name), options)
+        weights[name] = float(weight)
+    return functions, weights
+
+
+def _with_options(
+    name: str, function: RewardFunction, options: dict[str, object]
+) -> RewardFunction:
+    """Bind the options of a reward, including defaults, so that no column replaces them."""
+    parameters = _parameters(function)
+    keyword_only = inspect.Parameter.KEYWORD_ONLY
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, keyword_only)
+    known = {key: p for key, p in parameters.items() if p.kind in kinds and key not in _ARGUMENTS}
+    for key in options:
+        if key not in known:
+            raise RewardError(
+                f'reward {name!r} has no option {key!r}{plugins.did_you_mean(key, known)}'
+                + ('' if known else ': it has none')
+            )
+    # If even the arguments are keyword-only, columns cannot be distinguished from options.
+    if all(parameters[key].kind != keyword_only for key in _ARGUMENTS if key in parameters):
+        for key, parameter in known.items():
+            if parameter.kind == keyword_only:
+                if parameter.default is inspect.Parameter.empty and key not in options:
+                    raise RewardError(
+                        f'reward {name!r} needs the option {key!r}: '
+                        f"write {{'weight': …, {key!r}: …}} for its weight"
+                    )
+                options.setdefault(key, parameter.default)
+    return functools.partial(function, **options) if options else function
+
+
+def _parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:  # some functions written in C have no signature
+        return {}

@@ -1,0 +1,1 @@
+"""Verification of answers: extraction from completions, equivalence, and grades by data set."""

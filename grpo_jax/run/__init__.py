@@ -1,0 +1,1 @@
+"""A training run: its configuration, stages, rollouts, grading, evaluation and checkpoints."""

@@ -1,0 +1,174 @@
+"""Saving and restoring training states with Orbax, and which run a folder belongs to."""
+
+import os
+import pathlib
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from grpo_jax import sharding
+from grpo_jax.run import saved_config
+from grpo_jax.run.layout import stage_order
+from grpo_jax.types import Params, Prompts, Rollout, TrainState
+
+
+def check_workdir(workdir: str, config: ConfigDict) -> tuple[pathlib.Path, ConfigDict]:
+    """Checks that the folder can be written to and holds no run of another config.
+
+    Returns:
+      The folder, and the config to run with: keys that are None have the values of the run in the
+      folder, if there is one.
+
+    Raises:
+      ValueError: the folder cannot be written to, or holds the run of another config.
+    """
+    path = pathlib.Path(workdir).absolute()
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f'workdir {str(path)!r} cannot be written to ({error.strerror}): name another folder'
+        ) from error
+    if not (path / 'config.json').exists():
+        return path, config
+    saved = saved_config.read(path / 'config.json')
+    different = saved_config.differing_keys(config, saved)
+    if different:
+        raise ValueError(
+            f'workdir {str(path)!r} holds the run of another config: {"; ".join(different)}. Use '
+            'another --workdir, or the same config to resume'
+        )
+    return path, saved_config.with_saved_choices(config, saved)
+
+
+def claim_workdir(path: pathlib.Path, config: ConfigDict) -> None:
+    """Writes the config into the run's folder, once everything in it has been checked."""
+    partial = path / 'config.partial'
+    partial.write_text(saved_config.to_json(config))
+    os.replace(partial, path / 'config.json')
+
+
+def open_manager(path: pathlib.Path, *, keep: int) -> ocp.CheckpointManager:
+    """An Orbax manager for one stage's folder; saves that were interrupted do not count."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+    return ocp.CheckpointManager(path, options=options)
+
+
+def newest_manager(workdir: pathlib.Path, kinds: Sequence[str]) -> ocp.CheckpointManager:
+    """A manager for the last stage of a run that has a checkpoint. The caller closes it.
+
+    Args:
+      workdir: the run's folder.
+      kinds: which stages count: 'sft', 'grpo', 'reward'.
+
+    Raises:
+      ValueError: no such stage has a checkpoint.
+    """
+    names = [path.name for path in (workdir / 'checkpoints').glob('*')]
+    for stage in sorted(names, key=stage_order, reverse=True):
+        if stage.partition('-')[0] in kinds:
+            manager = open_manager(workdir / 'checkpoints' / stage, keep=1)
+            if manager.latest_step():
+                return manager
+            manager.close()
+    raise ValueError(f'{workdir} holds no checkpoint: train first, or name another --workdir')
+
+
+def save(
+    manager: ocp.CheckpointManager,
+    step: int,
+    state: TrainState,
+    sampled: Rollout | None = None,
+    position: Mapping[str, Any] | None = None,
+) -> None:
+    """Saves the state after `step` training steps, in the background.
+
+    Parameters are an item of their own, so that they can be read without the optimizer's state.
+
+    Args:
+      manager: from `open_manager`.
+      step: number of steps.
+      state: it may be donated afterwards.
+      sampled: rollout for the next step that was sampled from an older policy.
+      position: JSON object of how far the stage is in its data, see `rollouts.Position`.
+    """
+    rest = state._replace(params=None)
+    items = {
+        'params': ocp.args.StandardSave(state.params),
+        'rest': ocp.args.StandardSave(rest),
+    }
+    if sampled is not None:
+        arrays = sampled._asdict() | {'prompts': sampled.prompts._asdict()}
+        items['sampled'] = ocp.args.StandardSave(jax.device_get(arrays))
+    if position is not None:
+        items['position'] = ocp.args.JsonSave(dict(position))
+    manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+
+def restore(
+    manager: ocp.CheckpointManager, abstract: TrainState, mesh: Mesh, step: int | None = None
+) -> TrainState:
+    """Reads a state onto the mesh, whatever mesh it was saved from.
+
+    Args:
+      manager: from `open_manager`.
+      abstract: arrays or ShapeDtypeStructs of the state.
+      mesh: the devices.
+      step: which checkpoint; by default the newest.
+
+    Raises:
+      ValueError: there is no such checkpoint.
+    """
+    step = _existing(manager, step)
+    params = ocp.args.StandardRestore(sharding.placed(abstract.params, mesh))
+    rest = ocp.args.StandardRestore(sharding.placed(abstract._replace(params=None), mesh))
+    items = manager.restore(step, args=ocp.args.Composite(params=params, rest=rest))
+    return items.rest._replace(params=items.params)
+
+
+def restore_params(
+    manager: ocp.CheckpointManager, abstract: Params, mesh: Mesh, step: int | None = None
+) -> Params:
+    """Reads the parameters alone; arguments and errors as in `restore`."""
+    items = ocp.args.Composite(params=ocp.args.StandardRestore(sharding.placed(abstract, mesh)))
+    return manager.restore(_existing(manager, step), args=items).params
+
+
+def restore_position(manager: ocp.CheckpointManager) -> dict[str, Any] | None:
+    """The position that the newest checkpoint holds; None if an earlier version saved it."""
+    step = _existing(manager, None)
+    if not (manager.directory / str(step) / 'position').exists():
+        return None
+    items = manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))
+    return items.position
+
+
+def restore_samples(manager: ocp.CheckpointManager, mesh: Mesh) -> Rollout | None:
+    """The rollout for the next step that the newest checkpoint holds; None if it holds none."""
+    step = _existing(manager, None)
+    if not (manager.directory / str(step) / 'sampled').exists():
+        return None
+    items = manager.restore(step, args=ocp.args.Composite(sampled=ocp.args.StandardRestore()))
+    arrays = items.sampled
+    if 'tokens' not in arrays:  # an earlier version saved it in parts, '0', '1', ...
+        parts = [arrays[name] for name in sorted(arrays, key=int)]
+        arrays = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    prompts = Prompts(**arrays.pop('prompts'))
+    return sharding.put_groups(Rollout(prompts, **arrays), mesh)
+
+
+def _existing(manager: ocp.CheckpointManager, step: int | None) -> int:
+    step = manager.latest_step() if step is None else step
+    if step is None or step not in manager.all_steps():
+        raise ValueError(
+            f'{manager.directory} holds no checkpoint of step {step}; it has {manager.all_steps()}'
+        )
+    return step

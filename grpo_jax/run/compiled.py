@@ -1,0 +1,107 @@
+"""Compiled programs: cached in the run's folder, and counted; the compiler's memory is freed."""
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+_COMPILED = '/jax/core/compile/backend_compile_duration'  # also for programs from the cache
+_CACHE_HIT = '/jax/compilation_cache/cache_hits'
+_LONG = 0.3  # seconds; after shorter compilations trimming, some 10 ms, does not pay
+
+
+@dataclasses.dataclass
+class Count:
+    """The number of compiled programs."""
+
+    programs: int = 0
+    cached: int = 0  # of these, read from the cache
+
+    def __str__(self) -> str:
+        return f'compiled programs: {self.programs} ({self.cached} from the cache)'
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Count]:
+    """Counts the programs that are compiled in the block, and those of them read from the cache."""
+    count = Count()
+
+    def on_duration(event: str, duration_secs: float, **rest: Any) -> None:
+        count.programs += event == _COMPILED
+
+    def on_event(event: str, **rest: Any) -> None:
+        count.cached += event == _CACHE_HIT
+
+    jax.monitoring.register_event_listener(on_event)
+    try:
+        with _timed(on_duration):
+            yield count
+    finally:
+        jax.monitoring.unregister_event_listener(on_event)
+
+
+@contextlib.contextmanager
+def trimmed() -> Iterator[None]:
+    """Returns memory that the compiler has freed to the system, after compilations in the block.
+
+    glibc keeps what LLVM's threads free, some 450 MiB on workload W1 (benchmarks/RESULTS.md), which
+    would add to the peak memory of training. Has no effect with other C libraries.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
+    trim: Callable[[int], int] | None = getattr(libc, 'malloc_trim', None)
+
+    def on_duration(event: str, duration_secs: float, **rest: Any) -> None:
+        if trim is not None and event == _COMPILED and duration_secs > _LONG:
+            trim(0)
+
+    with _timed(on_duration):
+        yield
+
+
+@contextlib.contextmanager
+def _timed(listener: Callable[..., None]) -> Iterator[None]:
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+
+
+@contextlib.contextmanager
+def kept_in(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Uses `folder` as the cache of compiled programs, small ones too, in the block.
+
+    Where JAX already has a cache (JAX_COMPILATION_CACHE_DIR) that one is used with its settings,
+    and with JAX_ENABLE_COMPILATION_CACHE=0 there is none. The machine is part of a program's key.
+
+    Args:
+      folder: created when the first program is compiled.
+    """
+    settings = {
+        'jax_compilation_cache_dir': os.fspath(folder),
+        'jax_persistent_cache_min_compile_time_secs': 0.0,
+        'jax_persistent_cache_min_entry_size_bytes': -1,
+        # Its path would be part of every program's key, so a moved folder would have no effect.
+        'jax_persistent_cache_enable_xla_caches': 'none',
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    if before['jax_compilation_cache_dir'] is not None:
+        yield
+        return
+    try:
+        _configure(settings)
+        yield
+    finally:
+        _configure(before)
+
+
+def _configure(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()  # the open cache still has the folder of before

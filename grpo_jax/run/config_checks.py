@@ -1,0 +1,63 @@
+"""Checks of a whole config: its keys, its numbers, and options that have no effect."""
+
+import math
+from collections.abc import Iterator, Mapping
+
+from ml_collections import ConfigDict
+
+from grpo_jax.run.config import DEFAULTS, defaults, flatten, nearest
+
+_AT_LEAST = {  # lower bounds of the numbers that nothing else checks before training
+    0: (
+        'sft.steps', 'grpo.steps', 'grpo.refill', 'reward_model.steps',
+        'eval.samples', 'eval.temperature', 'log.completions',
+        'sft.optimizer.learning_rate', 'grpo.optimizer.learning_rate',
+        'critic.optimizer.learning_rate', 'reward_model.optimizer.learning_rate',
+    ),
+    1: (
+        'data.completion_length', 'sft.batch_size', 'grpo.iterations', 'grpo.batch_size',
+        'grpo.group_size', 'reward_model.batch_size', 'reward_model.group_size', 'eval.every',
+        'eval.batch_size', 'checkpoint.every', 'checkpoint.keep',
+    ),
+}  # fmt: skip
+
+
+def check_keys(config: ConfigDict) -> None:
+    """Raises ValueError for a key that does not exist, or one that is missing."""
+    known, present = set(flatten(defaults())), set(flatten(config))
+    for key in sorted(present - known):
+        raise ValueError(f'unknown config key {key!r}: {nearest(key)}')
+    for key in sorted(known - present):
+        raise ValueError(f'config key {key!r} is missing: start from {DEFAULTS}')
+
+
+def check_values(config: ConfigDict) -> None:
+    """Raises ValueError for a number out of its range, or a run that would train nothing."""
+    if not config.sft.steps and not config.grpo.steps:
+        raise ValueError('sft.steps=0 and grpo.steps=0: set one of them to train anything')
+    if not 0 <= config.seed < 2**31:  # an i32
+        raise ValueError(f'seed={config.seed} is out of range: make it at least 0 and below 2^31')
+    values = flatten(config.to_dict())
+    for least, paths in _AT_LEAST.items():
+        for path in paths:
+            if not least <= values[path] < math.inf:  # nor is a NaN
+                raise ValueError(f'{path}={values[path]} is out of range: make it at least {least}')
+
+
+def differing_defaults(
+    config: ConfigDict, sections: Mapping[str, str]
+) -> Iterator[tuple[str, str]]:
+    """Keys in some sections that do not have their default value.
+
+    Args:
+      config: from `defaults()`.
+      sections: {path of a section or key: reason}.
+
+    Yields:
+      (`path=value`, reason) of each such key.
+    """
+    values, usual = flatten(config.to_dict()), flatten(defaults().to_dict())
+    for section, reason in sections.items():
+        for path, value in values.items():
+            if f'{path}.'.startswith(f'{section}.') and value != usual[path]:
+                yield f'{path}={value!r}', reason

@@ -1,0 +1,137 @@
+"""Export of a run's newest checkpoint as a Hugging Face folder.
+
+Everything is written to a temporary folder first and moved to its place at the end.
+"""
+
+import contextlib
+import json
+import logging
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from grpo_jax.data import load_tokenizer
+from grpo_jax.models import hf
+from grpo_jax.models.config import DTYPES
+from grpo_jax.run.parameters import merged, newest_policy
+from grpo_jax.run.setup import Setup, prepare
+
+log = logging.getLogger('grpo_jax')
+
+
+def export(config: ConfigDict, workdir: str, output: str, *, dtype: str = '') -> None:
+    """Writes all weights, with the adapters merged in.
+
+    Args:
+      config: of the run.
+      workdir: the run's folder.
+      output: a folder that does not exist yet, or is empty.
+      dtype: of the weights; empty for that of the pretrained checkpoint, or of the parameters.
+
+    Raises:
+      ValueError: there is no checkpoint, no Hugging Face architecture fits the model, or the
+        output folder is not empty.
+    """
+    setup = _prepare(config, workdir)
+    fields = _fields(setup)
+    dtype = dtype or fields.get('dtype') or fields.get('torch_dtype') or config.model.param_dtype
+    if dtype not in DTYPES:
+        raise ValueError(f'--dtype={dtype}: use one of {", ".join(DTYPES)}')
+    with _folder(output) as folder:
+        policy = newest_policy(setup)
+        params = policy.base
+        if policy.adapters:
+            params = merged(setup, params, policy.adapters)
+        stated = {name: dtype for name in ('dtype', 'torch_dtype') if name in {'dtype', *fields}}
+        _describe(setup, fields | stated, folder)
+        size = hf.save(params, setup.model.config.base, fields, folder, dtype=dtype)
+    print(f'{policy.name}: {size / 1e6:.1f} MB of {dtype} weights in {output}')
+
+
+def export_adapter(config: ConfigDict, workdir: str, output: str) -> None:
+    """Writes the adapters alone, as PEFT reads them; arguments as in `export`.
+
+    Raises:
+      ValueError: as in `export`; or there are no adapters of the pretrained checkpoint itself.
+    """
+    setup = _prepare(config, workdir)
+    fields = _fields(setup)
+    with _folder(output) as folder:
+        policy = newest_policy(setup)
+        if not policy.pretrained:
+            raise ValueError(
+                'the run has no adapters of a pretrained checkpoint: it trained all weights, or '
+                'merged the adapters of its first stage. Remove --adapter to export all weights'
+            )
+        hf.save_adapter(policy.adapters, setup.model.config, fields, config.pretrained, folder)
+        setup.tokenizer.save_pretrained(folder)
+    print(f'{policy.name}: adapters of {config.pretrained} in {output}')
+
+
+def _fields(setup: Setup) -> dict[str, Any]:
+    """The `config.json` to write."""
+    if setup.source is not None:
+        return hf.read_json(setup.source / 'config.json')
+    tokenizer = setup.tokenizer
+    ends = {'eos_token_id': tokenizer.eos_token_id, 'pad_token_id': tokenizer.pad_token_id}
+    return hf.hugging_face_fields(setup.model.config.base) | ends
+
+
+def _describe(setup: Setup, fields: dict[str, Any], folder: pathlib.Path) -> None:
+    """Writes everything but the weights: config, generation config and tokenizer."""
+    generation = folder / 'generation_config.json'
+    own = setup.source is None or bool(setup.config.tokenizer)
+    for path in hf.description_files(setup.source) if setup.source else ():
+        if not own or path.name == generation.name:
+            shutil.copyfile(path, folder / path.name)
+    (folder / 'config.json').write_text(json.dumps(fields, indent=2, sort_keys=True) + '\n')
+    if own:
+        _save_tokenizer(setup, folder)
+    settings = hf.read_json(generation) if generation.exists() else {}
+    settings.setdefault('pad_token_id', fields.get('pad_token_id'))
+    # Other programs have to stop where the policy learnt to stop, as at the end of a chat turn.
+    known = settings.get('eos_token_id')
+    known = known if isinstance(known, list) else [known]
+    ends = [end for end in dict.fromkeys([*known, *setup.ends.tolist()]) if end is not None]
+    settings['eos_token_id'] = ends if len(ends) > 1 else ends[0]
+    generation.write_text(json.dumps(settings, indent=2) + '\n')
+
+
+def _save_tokenizer(setup: Setup, folder: pathlib.Path) -> None:
+    """Writes the run's tokenizer; the `config.json` beside it decides how transformers reads it."""
+    setup.tokenizer.save_pretrained(folder)
+    again = load_tokenizer(str(folder))
+    if again.backend_tokenizer.to_str() != setup.tokenizer.backend_tokenizer.to_str():
+        log.warning(
+            'transformers reads the exported folder with another tokenizer than the run had, '
+            'because of the architecture: load the tokenizer with PreTrainedTokenizerFast'
+        )
+
+
+def _prepare(config: ConfigDict, workdir: str) -> Setup:
+    """The setup without what only training needs: a reward model's folder, a platform's kernel."""
+    config = config.copy_and_resolve_references()
+    config.reward_model.weight = 0.0
+    config.model.attention = 'auto'
+    return prepare(config, pathlib.Path(workdir).absolute())
+
+
+@contextlib.contextmanager
+def _folder(output: str) -> Iterator[pathlib.Path]:
+    """A folder to write into, which is moved to `output` if nothing fails."""
+    target = pathlib.Path(output).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f'--output={output} is not empty: name a new folder')
+    partial = target.with_name(f'{target.name}.partial')
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        if target.exists():
+            target.rmdir()
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)

@@ -1,0 +1,7 @@
+"""Names of a run's stages, in their order: sft, reward, grpo, reward-2, grpo-2, ..."""
+
+
+def stage_order(name: str) -> tuple[int, int]:
+    """A sort key of stage names."""
+    kind, _, iteration = name.partition('-')
+    return (0 if kind == 'sft' else int(iteration or 1), ('sft', 'reward', 'grpo').index(kind))

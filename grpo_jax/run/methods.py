@@ -1,0 +1,166 @@
+"""From the config's `grpo` section to an `Algorithm`, and presets applied to a config."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from grpo_jax import plugins
+from grpo_jax.algorithm.config import Algorithm
+from grpo_jax.algorithm.preferences import PAIRWISE
+from grpo_jax.algorithm.presets import CONVENTIONS, PRESETS
+from grpo_jax.engine.compute import Compute
+from grpo_jax.engine.decode import WEIGHTS
+from grpo_jax.run.config import algorithm_fields, optimizer_fields
+from grpo_jax.run.config_checks import differing_defaults
+from grpo_jax.run.selection import DROPS
+
+# What a method sets in the config beside its `Algorithm`.
+_RUN: dict[str, dict[str, Any]] = {
+    'rft': {'source': 'reference', 'drop': ('wrong', 'duplicates')},
+    'online_rft': {'drop': ('wrong',)},
+    'dpo': {'source': 'reference'},
+    'ipo': {'source': 'reference'},
+    'dpo_hinge': {'source': 'reference'},
+    'dpo_smoothed': {'source': 'reference'},
+    'dapo': {'refill': 3},  # soft overlong punishment is the reward `soft_overlong`
+}
+_PLAIN = {'source': 'policy', 'refill': 0, 'drop': ()}
+
+
+def apply(config: ConfigDict, name: str) -> ConfigDict:
+    """Sets `grpo.algorithm` and what else makes the method `name`, and returns the config.
+
+    Every option of `grpo.algorithm` is set, beta too, so the result does not depend on what was
+    there before: change options afterwards. Model, data, rewards, learning rate and sizes stay.
+
+    Args:
+      config: from `config.defaults()`.
+      name: of `presets.PRESETS`; or of `presets.CONVENTIONS`, which sets only what it names, where
+        the method in `config` divides by a standard deviation of the group or has a KL term.
+
+    Raises:
+      ValueError: unknown name.
+    """
+    if name in CONVENTIONS:
+        return _follow(config, CONVENTIONS[name])
+    if name not in PRESETS:
+        known = ', '.join((*PRESETS, *CONVENTIONS))
+        raise ValueError(f'preset {name!r} is unknown: use one of {known}')
+    config.grpo.algorithm.update(algorithm_fields() | PRESETS[name])
+    config.grpo.update(_PLAIN | _RUN.get(name, {}))
+    if PRESETS[name].get('step') == 'trust_region':  # which uses no optimizer
+        config.grpo.optimizer.update(optimizer_fields())
+    return config
+
+
+def _follow(config: ConfigDict, convention: Mapping[str, Any]) -> ConfigDict:
+    algorithm = config.grpo.algorithm
+    for name, value in convention.items():
+        kl = algorithm.kl != 'none' and algorithm.beta
+        if kl if name == 'kl_clamp' else algorithm.scale in ('std', 'population_std'):
+            algorithm[name] = value
+    return config
+
+
+def algorithm_of(config: ConfigDict) -> Algorithm:
+    """The algorithm of the `grpo` section; functions of your own are loaded.
+
+    Raises:
+      ValueError: an unknown option, or one that is set and has no effect.
+    """
+    options = dict(config.grpo.algorithm)
+    for name in ('loss', 'advantage_estimator'):
+        if ':' in options[name]:
+            options[name] = _load(f'grpo.algorithm.{name}', options[name])
+    options['advantage_estimator'] = options['advantage_estimator'] or None
+    try:
+        algorithm = Algorithm(**options)
+    except ValueError as error:
+        raise ValueError(f'grpo.algorithm.{error}') from error
+    if algorithm.moves_reference and config.model.lora.rank:
+        raise ValueError(
+            f'grpo.algorithm.reference_decay={algorithm.reference_decay} with adapters, whose '
+            'reference is their fixed base: set it to 1 or train all parameters'
+        )
+    _check_source(config.grpo, algorithm)
+    _check_sampler(config.grpo, algorithm)
+    _check_sections(config, algorithm)
+    return algorithm
+
+
+def compute_of(config: ConfigDict) -> Compute:
+    """How the update of the `grpo` section is computed.
+
+    Raises:
+      ValueError: an option out of its range.
+    """
+    try:
+        return Compute(**config.grpo.compute)
+    except ValueError as error:
+        raise ValueError(f'grpo.compute.{error}') from error
+
+
+def _load(key: str, path: str) -> Callable[..., Any]:
+    try:
+        loaded: Callable[..., Any] = plugins.load(path)
+    except ValueError as error:
+        raise ValueError(f'{key}: {error}') from error
+    return loaded
+
+
+def _check_sections(config: ConfigDict, algorithm: Algorithm) -> None:
+    """Rejects what is set in a section that has no effect."""
+    unused = {}
+    if not algorithm.has_critic:
+        unused['critic'] = f'baseline={algorithm.baseline!r}'
+    if not config.reward_model.weight:
+        unused['reward_model'] = 'reward_model.weight=0'
+    elif not config.reward_model.steps:
+        for name in ('loss', 'batch_size', 'group_size', 'microbatch', 'replay', 'optimizer'):
+            unused[f'reward_model.{name}'] = 'reward_model.steps=0'
+    if algorithm.step == 'trust_region':
+        unused['grpo.optimizer'] = "step='trust_region'"
+    for path, reason in differing_defaults(config, unused):
+        raise ValueError(f'{path} has no effect with {reason}: remove it')
+
+
+def _check_source(c: ConfigDict, algorithm: Algorithm) -> None:
+    if c.source not in ('policy', 'reference'):
+        raise ValueError(f'grpo.source={c.source!r} is unknown: use policy or reference')
+    if c.source == 'reference' and algorithm.loss not in ('nll', *PAIRWISE):
+        raise ValueError(
+            f"grpo.source='reference' with loss={algorithm.name_of_loss!r}, whose ratio is that to "
+            f"the policy itself: use loss='nll' or one of {', '.join(PAIRWISE)}"
+        )
+    if algorithm.pairwise and (c.group_size < 2 or c.drop):
+        raise ValueError(
+            f'loss={algorithm.loss!r} needs pairs: grpo.group_size={c.group_size} has to be '
+            f'at least 2, and grpo.drop={tuple(c.drop)} empty'
+        )
+    for name in c.drop:
+        if name not in DROPS:
+            known = ', '.join(DROPS)
+            raise ValueError(f'grpo.drop names {name!r}, which is unknown: use some of {known}')
+
+
+def _check_sampler(c: ConfigDict, algorithm: Algorithm) -> None:
+    """Rejects samples of a policy that differs from the trained one without a correction."""
+    if c.weights not in WEIGHTS:
+        raise ValueError(f'grpo.weights={c.weights!r} is unknown: use one of {", ".join(WEIGHTS)}')
+    if c.weights != 'model' and algorithm.importance == 'none':
+        raise ValueError(
+            f"grpo.weights={c.weights!r} with grpo.algorithm.importance='none': completions are "
+            "sampled with rounded weights; correct for it by importance='token' or another, or "
+            "sample with weights='model'"
+        )
+    if c.ahead and c.source == 'policy' and algorithm.importance == 'none':
+        raise ValueError(
+            "grpo.ahead=True with grpo.algorithm.importance='none': completions are sampled by a "
+            "policy one update old; correct for it by importance='token' or another"
+        )
+    if c.ahead and c.refill:
+        raise ValueError(
+            f'grpo.ahead=True with grpo.refill={c.refill}: a batch is refilled from the policy '
+            'that sampled it, which is gone by then; set one of them to 0'
+        )

@@ -1,0 +1,110 @@
+"""The parameters of a run: initial ones, and those of its newest checkpoint."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+
+from grpo_jax import models, sharding
+from grpo_jax.models import hf
+from grpo_jax.run import checkpoint
+from grpo_jax.run.layout import stage_order
+from grpo_jax.run.setup import Setup
+from grpo_jax.types import Params
+
+
+def initial_params(setup: Setup) -> Params:
+    """Pretrained or random parameters on the mesh, without adapters."""
+    base = models.Transformer(setup.model.config.base)
+    if not setup.config.pretrained:
+        key = jax.random.key(setup.config.seed)
+        params = jax.jit(models.init_params, static_argnums=0)(base, key)
+        return jax.device_put(params, sharding.shardings(params, setup.mesh))
+    folder = hf.find_folder(setup.config.pretrained)
+    return hf.load(folder, base.config, _shapes(base), setup.mesh)
+
+
+def initial_reward_params(setup: Setup) -> Params | None:
+    """The pretrained reward model's parameters on the mesh; None if there is none."""
+    model = setup.reward_model
+    if model is None or not setup.config.reward_model.pretrained:
+        return None
+    folder = hf.find_folder(setup.config.reward_model.pretrained)
+    return hf.load(folder, model.config, _shapes(model), setup.mesh)
+
+
+def initial_adapters(setup: Setup) -> Params:
+    """Fresh adapters on the mesh."""
+    make = jax.jit(lambda key: models.split_adapters(models.init_params(setup.model, key))[1])
+    adapters = make(jax.random.key(setup.config.seed))
+    return jax.device_put(adapters, sharding.shardings(adapters, setup.mesh))
+
+
+def merged(setup: Setup, base: Params, adapters: Params) -> Params:
+    """The base with the adapters merged in, on the mesh; takes over the base's memory."""
+    merge = functools.partial(models.merge_adapters, setup.model.config)
+    where = sharding.shardings(base, setup.mesh)
+    return jax.jit(merge, donate_argnums=0, out_shardings=where)(base, adapters)
+
+
+class Policy(NamedTuple):
+    """The parameters of a run's newest checkpoint."""
+
+    name: str  # stage/step
+    base: Params  # all parameters, or those that the adapters are added to
+    adapters: Params  # empty if all parameters are trained
+    pretrained: bool  # the base is the unchanged pretrained checkpoint
+
+    @property
+    def params(self) -> Params:
+        """The parameters with the adapters among them, as the model takes them."""
+        return models.join_adapters(self.base, self.adapters)
+
+
+def newest_policy(setup: Setup) -> Policy:
+    """Reads the newest checkpoint of a run onto the mesh.
+
+    Raises:
+      ValueError: there is none.
+    """
+    base, adapters = models.split_adapters(_shapes(setup.model))
+    with checkpoint.newest_manager(setup.workdir, ('sft', 'grpo')) as manager:
+        stage = manager.directory.name
+        name = f'{stage}/{manager.latest_step()}'
+        newest = checkpoint.restore_params(manager, adapters or base, setup.mesh)
+    if not adapters:
+        return Policy(name, newest, {}, pretrained=False)
+    params = initial_params(setup)
+    earlier = [
+        folder
+        for folder in (setup.workdir / 'checkpoints').glob('*')
+        if folder.name.partition('-')[0] != 'reward'
+        and stage_order(folder.name) < stage_order(stage)
+    ]
+    # Each stage started with the adapters of the stage before merged into its base.
+    for folder in sorted(earlier, key=lambda path: stage_order(path.name)):
+        with checkpoint.open_manager(folder, keep=1) as manager:
+            last = checkpoint.restore_params(manager, adapters, setup.mesh)
+        params = merged(setup, params, last)
+    return Policy(name, params, newest, pretrained=bool(setup.config.pretrained) and not earlier)
+
+
+def newest_reward_params(setup: Setup) -> Params | None:
+    """The parameters of a run's reward model: the newest checkpoint, or the pretrained ones.
+
+    Returns:
+      The parameters on the mesh, or None for a run without a reward model.
+
+    Raises:
+      ValueError: it is trained and has no checkpoint yet.
+    """
+    if setup.reward_model is None:
+        return None
+    if not setup.config.reward_model.steps:
+        return initial_reward_params(setup)
+    with checkpoint.newest_manager(setup.workdir, ('reward',)) as manager:
+        return checkpoint.restore_params(manager, _shapes(setup.reward_model), setup.mesh)
+
+
+def _shapes(model: models.Transformer) -> Params:
+    return jax.eval_shape(functools.partial(models.init_params, model), jax.random.key(0))

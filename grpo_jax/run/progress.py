@@ -1,0 +1,105 @@
+"""The metrics of a stage's steps: fetched one step late, so that no dispatch waits for them."""
+
+import collections
+import logging
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from grpo_jax.run.report import Records
+from grpo_jax.run.rollouts import CollectedBatch
+from grpo_jax.run.stages import Stage
+
+log = logging.getLogger('grpo_jax')
+
+_SHOWN = {
+    'reward': 'reward', 'accuracy': 'accuracy', 'kl': 'KL', 'loss': 'loss',
+    'perf/tokens_per_second': 'tok/s',
+}  # fmt: skip
+
+
+class Progress:
+    """Writes the metrics of the steps that were dispatched, in their order.
+
+    `step_time` is the time from the end of one step to that of the next, without evaluations and
+    saves; a step ends when its metrics arrive on the host. `timing/update` is what remains of it
+    beside sampling and rewards.
+
+    Args:
+      stage: the stage.
+      records: where to write.
+      bar: where to show some of the metrics.
+      skipped: optimizer updates that were skipped before the first step.
+    """
+
+    def __init__(self, stage: Stage, records: Records, bar: tqdm, skipped: int) -> None:
+        self.stage, self.records, self.bar, self.skipped = stage, records, bar, skipped
+        self.rates: Any = None
+        if stage.schedule:  # in one program, before the devices are busy
+            counts = np.arange(stage.steps * stage.updates, dtype=np.int32)
+            self.rates = jax.device_get(jax.jit(jax.vmap(stage.schedule))(counts))
+        self.waiting: collections.deque[Any] = collections.deque()
+        self.partly_written = False  # the first of them
+        self.restart()
+
+    def restart(self) -> None:
+        """Starts the time of the next step now."""
+        self.ended = time.perf_counter()
+
+    def add(self, step: int, metrics: dict[str, jax.Array], batch: CollectedBatch) -> None:
+        """Adds a step that was dispatched, to be written later."""
+        # Without the rollout, whose memory is needed.
+        self.waiting.append((step, metrics, batch.metrics, batch.completions))
+
+    def write(self, *, keep: int = 0) -> None:
+        """Waits for all steps but the last `keep` and writes their metrics and completions.
+
+        After an error or an interrupt it can be called again: rows that were written in part are
+        replaced.
+        """
+        while len(self.waiting) > keep:
+            step, device_metrics, host_metrics, completions = self.waiting[0]
+            arrived = jax.device_get(device_metrics)
+            if self.partly_written:
+                self.records.remove_from(step)
+            self.partly_written = True
+            arrived = {name: float(value) for name, value in arrived.items()}
+            metrics = self._complete(step, arrived, host_metrics)
+            self.records.metrics(step, metrics)
+            self.records.completions(step, completions)
+            self.waiting.popleft()
+            self.partly_written = False
+            self._show(metrics)
+
+    def _complete(
+        self, step: int, metrics: dict[str, float], host_metrics: dict[str, float]
+    ) -> dict[str, float]:
+        """Adds the metrics of the host, the times and the learning rate."""
+        seconds = time.perf_counter() - self.ended
+        self.restart()
+        before, self.skipped = self.skipped, int(metrics['skipped_updates'])
+        if self.rates is not None:
+            updates = (step + 1) * self.stage.updates - self.skipped
+            metrics['learning_rate'] = float(self.rates[max(updates - 1, 0)])
+        if self.skipped > before:
+            log.warning(
+                '%s step %d: the gradient was not finite, so its update was skipped (%d so far)',
+                self.stage.name, step, self.skipped,
+            )  # fmt: skip
+        others = sum(host_metrics.get(f'timing/{name}', 0.0) for name in ('sample', 'reward'))
+        return metrics | host_metrics | {
+            'timing/update': max(seconds - others, 0.0),
+            'step_time': seconds,
+            'perf/tokens_per_second': metrics['num_tokens'] / seconds,
+        }  # fmt: skip
+
+    def _show(self, metrics: dict[str, float]) -> None:
+        shown = {short: metrics[name] for name, short in _SHOWN.items() if name in metrics}
+        if 'reward' in shown:
+            shown.pop('loss', None)
+        postfix = {name: f'{value:.3g}' for name, value in shown.items()}
+        self.bar.set_postfix(postfix, refresh=False)
+        self.bar.update()

@@ -1,0 +1,64 @@
+"""Samples of earlier iterations, kept on disk and mixed into the batches of a later one."""
+
+import os
+import pathlib
+from typing import TypeVar
+
+import jax
+import numpy as np
+
+TreeT = TypeVar('TreeT')
+
+
+class ReplayBuffer:
+    """The samples that a reward model is trained on, one file per step.
+
+    Algorithm 1 of DeepSeekMath (arXiv 2402.03300) keeps training its reward model with a replay
+    mechanism that holds 10 % of historical data. What a step replays is a function of the seed, the
+    iteration and the step, so a resumed run replays the same as an unbroken one.
+
+    Args:
+      folder: the files are here, in a folder for each iteration.
+      iteration: from 1, the one that samples now.
+      share: share of the groups of a batch that is taken from earlier iterations; rounded to whole
+        groups, at least one where it is not 0.
+      seed: seed of the choice.
+
+    Raises:
+      ValueError: a share out of its range.
+    """
+
+    def __init__(self, folder: pathlib.Path, iteration: int, share: float, seed: int) -> None:
+        if not 0 <= share <= 1:
+            raise ValueError(f'reward_model.replay={share} is out of range: make it 0 to 1')
+        self.folder, self.iteration, self.share, self.seed = folder, iteration, share, seed
+
+    def mix(self, step: int, batch: TreeT) -> TreeT:
+        """Keep a batch for later, and return it with some groups replaced by earlier ones.
+
+        Args:
+          step: of this iteration.
+          batch: a tree of host arrays with a leading B axis.
+        """
+        leaves, structure = jax.tree.flatten(batch)
+        self._write(step, leaves)
+        size = len(leaves[0])
+        count = max(round(self.share * size), 1) if self.share and self.iteration > 1 else 0
+        rng = np.random.default_rng((self.seed, self.iteration, step))
+        mixed = [leaf.copy() for leaf in leaves]
+        earlier = sorted(
+            path for i in range(1, self.iteration) for path in (self.folder / str(i)).glob('*.npz')
+        )
+        for group in size - 1 - np.arange(count):
+            with np.load(earlier[rng.integers(len(earlier))]) as arrays:
+                replayed = rng.integers(len(arrays['arr_0']))
+                for i, leaf in enumerate(mixed):
+                    leaf[group] = arrays[f'arr_{i}'][replayed]
+        return jax.tree.unflatten(structure, mixed)
+
+    def _write(self, step: int, leaves: list[np.ndarray]) -> None:
+        folder = self.folder / str(self.iteration)
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / 'partial.npz'
+        np.savez(partial, *leaves)
+        os.replace(partial, folder / f'{step}.npz')

@@ -1,0 +1,187 @@
+"""The records in a run's folder: metrics, completions, held-out answers, a picture.
+
+Lines of the `.jsonl` files hold the stage and the step. A resumed run first removes the lines after
+its checkpoint, so that the files of a run that was killed equal those of one that was not.
+"""
+
+import functools
+import json
+import math
+import os
+import pathlib
+from collections.abc import Iterable, Mapping
+from typing import Any, TextIO
+
+from grpo_jax.run.layout import stage_order
+
+
+class Records:
+    """Appends to `<workdir>/{metrics,completions,heldout}.jsonl` and to TensorBoard event files.
+
+    Args:
+      workdir: the run's folder.
+      stage: its name, see `layout.stage_order`.
+      step: the first step of this process; lines of it and later are removed.
+    """
+
+    def __init__(self, workdir: pathlib.Path, stage: str, step: int) -> None:
+        self.workdir, self.stage, self.step = workdir, stage, step
+        self.files: dict[str, TextIO] = {}
+        for name in ('metrics', 'completions', 'heldout'):
+            self._open(name, step)
+
+    @functools.cached_property
+    def events(self) -> Any:
+        """Created for the first point: where PyTorch is installed the import takes seconds."""
+        from tensorboardX import SummaryWriter
+
+        folder = str(self.workdir / 'tensorboard' / self.stage)
+        return SummaryWriter(folder, purge_step=self.step, flush_secs=10)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """One line and one point per curve. A value that is not finite is written as null."""
+        finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
+        self._line('metrics', step, finite)
+        for name, value in finite.items():
+            if value is not None:
+                self.events.add_scalar(name, value, step)
+
+    def completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        """One line for each sampled completion."""
+        for row in rows:
+            self._line('completions', step, row)
+
+    def heldout(self, step: int, evaluation: Any) -> None:
+        """All greedy answers to the held-out problems in one line, and a point per curve."""
+        self._line('heldout', step, evaluation._asdict())
+        for name, value in evaluation.metrics.items():
+            self.events.add_scalar(name, value, step)
+
+    def remove_from(self, step: int) -> None:
+        """Removes the metrics and completions of a step and later, to write them again."""
+        for name in ('metrics', 'completions'):
+            self.files[name].close()
+            self._open(name, step)
+
+    def _open(self, name: str, step: int) -> None:
+        path = self.workdir / f'{name}.jsonl'
+        remove_lines(path, self.stage, step)
+        self.files[name] = path.open('a', buffering=1)
+
+    def close(self) -> None:
+        for file in self.files.values():
+            file.close()
+        if 'events' in vars(self):
+            self.events.close()
+
+    def _line(self, name: str, step: int, row: Mapping[str, Any]) -> None:
+        line = json.dumps({'stage': self.stage, 'step': step, **row}, ensure_ascii=False)
+        self.files[name].write(line + '\n')
+
+
+def read(path: pathlib.Path, stage: str) -> list[dict[str, Any]]:
+    """The rows of one stage, oldest first."""
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    return [row for row in rows if row['stage'] == stage]
+
+
+def read_policy(path: pathlib.Path, steps: int) -> list[dict[str, Any]]:
+    """The rows of all GRPO iterations, oldest first, with steps counted over iterations.
+
+    Without any the rows of SFT.
+
+    Args:
+      path: one of the files.
+      steps: number of steps of an iteration.
+    """
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    policy_rows = [row for row in rows if row['stage'].startswith('grpo')]
+    for row in policy_rows:
+        row['step'] += (stage_order(row['stage'])[0] - 1) * steps
+    return policy_rows or [row for row in rows if row['stage'] == 'sft']
+
+
+def has_heldout(workdir: pathlib.Path, stage: str, step: int) -> bool:
+    """Whether the evaluation at a step of a stage is there, with its whole line."""
+    path = workdir / 'heldout.jsonl'
+    if not path.exists():
+        return False
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')]
+    return any((row['stage'], row['step']) == (stage, step) for row in map(json.loads, lines))
+
+
+def remove_lines(path: pathlib.Path, stage: str, step: int) -> None:
+    """Removes lines of this stage from `step` on, of later stages, and an incomplete last line."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        if not line.endswith('\n'):
+            break
+        row = json.loads(line)
+        if (stage_order(row['stage']), row['step']) < (stage_order(stage), step):
+            kept.append(line)
+    partial = path.with_suffix('.partial')
+    partial.write_text(''.join(kept))
+    os.replace(partial, path)
+
+
+def plot(workdir: pathlib.Path, steps: int) -> pathlib.Path:
+    """Draws `reward.png`: reward, accuracy, completion length and KL against the step.
+
+    Args:
+      workdir: the run's folder.
+      steps: number of steps of an iteration.
+    """
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    rows = read_policy(workdir / 'metrics.jsonl', steps)
+    tests = read_policy(workdir / 'heldout.jsonl', steps)
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6), sharex=True, layout='constrained')
+    panels = (
+        ('reward', 'reward', axes[0, 0]),
+        ('accuracy', 'accuracy', axes[0, 1]),
+        ('completions/mean_length', 'completion length (tokens)', axes[1, 0]),
+        ('kl', 'KL to the reference (nats per token)', axes[1, 1]),
+    )
+    for name, title, axis in panels:
+        points = [(row['step'], row[name]) for row in rows if row.get(name) is not None]
+        axis.set_title(title, fontsize=10)
+        axis.grid(alpha=0.3)
+        if points:
+            axis.plot(*zip(*points, strict=True), linewidth=0.8, label='sampled, training problems')
+        else:
+            axis.text(0.5, 0.5, 'not computed', ha='center', transform=axis.transAxes)
+    if tests:
+        points = [(row['step'], row['metrics']['eval/accuracy']) for row in tests]
+        axes[0, 1].plot(*zip(*points, strict=True), 'o-', markersize=4, label='greedy, held-out')
+        axes[0, 1].set_ylim(0, 1)
+        axes[0, 1].legend(fontsize=8, loc='lower right')
+    for axis in axes[1]:
+        axis.set_xlabel('step')
+    path = workdir / 'reward.png'
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+    return path
+
+
+def before_and_after(workdir: pathlib.Path, steps: int, count: int = 8) -> str:
+    """A table of the first held-out prompts with the greedy answers before and after training."""
+    tests = read_policy(workdir / 'heldout.jsonl', steps)
+    first, last = tests[0], tests[-1]
+
+    def cell(row: Mapping[str, Any], i: int) -> str:
+        text = ' '.join(row['completions'][i].split())
+        text = text if len(text) <= 40 else text[:37] + '...'
+        return ('+ ' if row['correct'][i] else '- ') + text
+
+    table = [('prompt', f'before (step {first["step"]})', f'after (step {last["step"]})')]
+    for i in range(min(count, len(first['prompts']))):
+        prompt = ' '.join(first['prompts'][i].split())
+        table.append((prompt[-30:], cell(first, i), cell(last, i)))
+    widths = [max(len(row[column]) for row in table) for column in range(3)]
+    lines = ['  '.join(text.ljust(w) for text, w in zip(row, widths, strict=True)) for row in table]
+    return '\n'.join([lines[0], '-' * len(lines[0]), *lines[1:]])

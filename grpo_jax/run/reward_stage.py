@@ -1,0 +1,173 @@
+"""The stage that trains the reward model on samples of the policy."""
+
+import dataclasses
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from grpo_jax import data, models, rewards, sharding
+from grpo_jax.algorithm import reward_model
+from grpo_jax.algorithm.program import init_state
+from grpo_jax.algorithm.sample import last_block
+from grpo_jax.data.batching import BatchSequence
+from grpo_jax.engine.compute import Compute
+from grpo_jax.run.grading import Grader
+from grpo_jax.run.methods import algorithm_of
+from grpo_jax.run.problems import Problems
+from grpo_jax.run.replay_buffer import ReplayBuffer
+from grpo_jax.run.rollouts import CollectedBatch, Position
+from grpo_jax.run.setup import Setup
+from grpo_jax.run.stages import (
+    Stage,
+    StageParams,
+    check_batch_size,
+    make_optimizer,
+    stage_name,
+)
+from grpo_jax.types import Params, Prompts, Rollout, Sampling, StepRewards, TrainState
+
+_FIRST_STEP = 1 << 20  # number of the first step in its random numbers; the policy's start at 0
+
+
+def reward_stage(setup: Setup, training: Problems, iteration: int = 1) -> Stage:
+    """Make the stage that trains the reward model on samples of the iteration's first policy.
+
+    A share of the groups comes from samples of earlier iterations, see `ReplayBuffer`.
+
+    Args:
+      setup: the run, with a reward model.
+      training: problems to sample completions of.
+      iteration: from 1.
+
+    Raises:
+      ValueError: options that the user has to fix.
+    """
+    c, config = setup.config.reward_model, setup.config
+    algorithm_of(config)  # rejects options without effect
+    _check_loss(c.loss, c.kind, c.group_size)
+    check_batch_size(setup, 'reward_model', 'microbatch', c.microbatch)
+    optimizer, schedule = make_optimizer(setup, 'reward_model', c.steps)
+    batches = data.batches(
+        training.table, c.batch_size, seed=config.seed + 1, name='reward_model.batch_size'
+    )
+    training_stage = _RewardTraining(
+        setup,
+        iteration,
+        _label_grader(setup, training),
+        batches,
+        ReplayBuffer(setup.workdir / 'replay', iteration, c.replay, config.seed),
+        optimizer,
+    )
+    return Stage(
+        stage_name('reward', iteration),
+        c.steps,
+        1,
+        schedule,
+        start=training_stage.start,
+        step=training_stage.step,
+        sample=training_stage.sample,
+        collect=training_stage.collect,
+        policy=lambda state, initial: initial.policy,
+        finish=lambda initial, state: initial._replace(reward=state.params),
+        compute=Compute(microbatch=c.microbatch),
+    )
+
+
+def _check_loss(loss: str, kind: str, group_size: int) -> None:
+    if (loss == 'step') != (kind == 'process'):
+        raise ValueError(
+            f'reward_model.loss={loss!r} with kind={kind!r}: an outcome model is trained by '
+            "'bradley_terry' or 'label', a process model by 'step'"
+        )
+    if loss == 'bradley_terry' and group_size < 2:
+        raise ValueError(
+            f"reward_model.group_size={group_size} with loss='bradley_terry', which compares "
+            "completions of one prompt: make it at least 2, or use loss='label'"
+        )
+
+
+def _label_grader(setup: Setup, training: Problems) -> Grader:
+    """Make the grader of what the reward model learns: correctness, or the step function."""
+    config = setup.config
+    functions, _ = rewards.build({config.eval.correct: 1.0})
+    steps = None
+    if config.reward_model.kind == 'process':
+        name, function, _ = rewards.build_steps(config.grpo.step_rewards)
+        steps = name, function, 1.0
+    return Grader(training, functions, {config.eval.correct: 0.0}, steps)
+
+
+@dataclasses.dataclass(frozen=True)
+class _RewardTraining:
+    """Samples, labels and trains; the methods are those of a `Stage`."""
+
+    setup: Setup
+    iteration: int
+    grader: Grader
+    batches: BatchSequence[Prompts]
+    replay: ReplayBuffer
+    optimizer: optax.GradientTransformation
+
+    @property
+    def _model(self) -> models.Transformer:
+        if self.setup.reward_model is None:
+            raise ValueError('reward_model.steps without a reward model: set reward_model.weight')
+        return self.setup.reward_model
+
+    @functools.cached_property
+    def _program(self) -> reward_model.Step:
+        c, mesh = self.setup.config.reward_model, self.setup.mesh
+        return reward_model.make_step(
+            self._model, self.optimizer, c.loss, mesh, microbatch=c.microbatch
+        )
+
+    def start(self, initial: StageParams) -> TrainState:
+        params = initial.reward
+        if params is None:
+            params = models.scalar_params(initial.policy, self._model.config)
+        return init_state(self._model, self.optimizer, params, self.setup.mesh)
+
+    def sample(self, position: Position, policy: Params, initial: StageParams) -> list[Rollout]:
+        config = self.setup.config
+        number = (self.iteration - 1) * config.reward_model.steps + position.step
+        rollout = self.setup.sampler(
+            initial.policy,
+            self.batches[number],
+            step=_FIRST_STEP + number,
+            sampling=Sampling(**config.grpo.sampling),
+            group_size=config.reward_model.group_size,
+        )
+        return [rollout]
+
+    def collect(
+        self,
+        position: Position,
+        sampled: Iterable[Rollout],
+        policy: Params,
+        initial: StageParams,
+    ) -> CollectedBatch:
+        rollout = jax.device_get(last_block(sampled))
+        graded = self.grader.grade(rollout, None)
+        right = graded.texts.scores.parts[self.setup.config.eval.correct]
+        labels: Any = graded.steps
+        if labels is None:
+            labels = right.reshape(rollout.ended.shape)
+        rollout, labels = self.replay.mix(position.step, (rollout, labels))
+        metrics = {'accuracy': float(np.mean(right >= 1))}
+        following = position._replace(step=position.step + 1)
+        return CollectedBatch(rollout, labels, metrics, [], following)
+
+    def step(
+        self, state: TrainState, initial: StageParams, batch: CollectedBatch
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        rollout, labels = sharding.put_groups((batch.rollout, batch.rewards), self.setup.mesh)
+        arrays = tuple(labels) if isinstance(labels, StepRewards) else (labels,)
+        state, metrics = self._program(state, rollout, *arrays)
+        tokens = rollout.prompts.length.sum() + rollout.mask.sum()
+        metrics = {f'reward_model/{name}': value for name, value in metrics.items()}
+        metrics['skipped_updates'] = metrics.pop('reward_model/skipped_updates')
+        return state, metrics | {'num_tokens': tokens}

@@ -1,0 +1,162 @@
+"""Collects what a training step learns from: samples and grades, with dynamic sampling."""
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+
+from grpo_jax import rewards
+from grpo_jax.run.early_grading import grade_while_sampling
+from grpo_jax.run.grading import RolloutRewards, concatenate, concatenate_rewards
+from grpo_jax.types import Rollout, StepRewards
+
+BatchT = TypeVar('BatchT')
+
+
+class Position(NamedTuple):
+    """How far a stage is, with what its next step depends on beside the training state.
+
+    Checkpoints hold it, so a resumed run draws the same prompts as an unbroken one.
+    """
+
+    step: int = 0  # of the stage
+    next_batch: int = 0  # number of the first batch of prompts that no policy stage has sampled
+    trained: frozenset[str] = frozenset()  # see `selection.select_completions`
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the position as JSON types."""
+        return self._asdict() | {'trained': sorted(self.trained)}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> 'Position':
+        """Return the position that `to_json` was called on."""
+        return cls(values['step'], values['next_batch'], frozenset(values['trained']))
+
+
+class CollectedBatch(NamedTuple):
+    """What one training step learns from, and the position after that step."""
+
+    rollout: Rollout
+    rewards: np.ndarray | StepRewards  # f32[B, G], or one for each step
+    metrics: dict[str, float]
+    completions: list[dict[str, Any]]  # for completions.jsonl
+    position: Position
+
+
+class PrefetchedBatches(Generic[BatchT]):
+    """Batches by number, of which the next one can be put on the devices beforehand.
+
+    Args:
+      make: makes a batch from its number.
+    """
+
+    def __init__(self, make: Callable[[int], BatchT]) -> None:
+        self._make = make
+        self._ready: dict[int, BatchT] = {}
+
+    def __call__(self, number: int) -> BatchT:
+        """Return a batch, made now unless it was prefetched."""
+        return self._ready.pop(number) if number in self._ready else self._make(number)
+
+    def prefetch(self, number: int) -> None:
+        """Make the batch that is asked for next."""
+        if number not in self._ready:
+            self._ready = {number: self._make(number)}
+
+
+class GradedRollout(NamedTuple):
+    """A rollout with its rewards."""
+
+    rollout: Rollout
+    rewards: RolloutRewards
+    batches: int  # how many batches of prompts were sampled for it
+    metrics: dict[str, float]
+
+
+def collect_rollout(
+    sampled: Iterable[Rollout],
+    sample_more: Callable[[int], Iterable[Rollout]],
+    grade: Callable[[Rollout, Any], RolloutRewards],
+    grade_early: Callable[[Iterable[Rollout]], Any],
+    *,
+    refill: int = 0,
+) -> GradedRollout:
+    """Grade a batch while it is sampled, and replace groups whose rewards are all equal.
+
+    Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) with a bound: further batches are sampled
+    until B groups are informative or `refill` batches are used. Informative groups come first, in
+    the order of sampling; where there are fewer than B, the first of the others follow.
+
+    Args:
+      sampled: the partial rollouts of the first batch of B prompts, see `sample.sample_blocks`.
+      sample_more: samples further batches, numbered from 1.
+      grade: see `early_grading.grade_while_sampling`.
+      grade_early: see there.
+      refill: largest number of further batches.
+
+    Returns:
+      The rollout with its rewards. Its metrics are the seconds of sampling and of the grading after
+      it and, with `refill`, how many batches were sampled and the share of informative groups.
+    """
+    started, sampling = time.perf_counter(), 0.0
+    rollouts: list[Rollout] = []
+    graded: list[RolloutRewards] = []
+    for number in range(1 + refill):
+        blocks = sample_more(number) if number else sampled
+        rollout, rollout_rewards, seconds = grade_while_sampling(blocks, grade, grade_early)
+        size = len(rollout.ended)
+        rollouts.append(rollout)
+        graded.append(rollout_rewards)
+        sampling += seconds
+        informative = np.concatenate([part.informative() for part in graded])
+        if informative.sum() >= size:
+            break
+    metrics = {'timing/sample': sampling}
+    if refill:
+        groups = np.argsort(~informative, kind='stable')[:size]
+        metrics['refill/batches'] = float(len(rollouts))
+        metrics['refill/informative_ratio'] = float(informative[groups].mean())
+        rollout = jax.tree.map(lambda x: x[groups], concatenate(jax.device_get(rollouts)))
+        rollout_rewards = concatenate_rewards(graded).select(groups)
+    metrics['timing/reward'] = time.perf_counter() - started - sampling
+    return GradedRollout(rollout, rollout_rewards, len(rollouts), metrics)
+
+
+def reward_metrics(rollout_rewards: RolloutRewards, correct: str) -> dict[str, float]:
+    """Return statistics of the rewards, and the accuracy where `correct` is one of them.
+
+    Args:
+      rollout_rewards: of a step.
+      correct: name of the reward that is at least 1 for a right answer.
+    """
+    scores = rollout_rewards.texts.scores
+    model_scores = rollout_rewards.model_scores
+    if model_scores is not None:
+        scores = scores._replace(parts=scores.parts | {'reward_model': model_scores})
+    metrics = rewards.statistics(scores)
+    if correct in scores.parts:
+        metrics['accuracy'] = float(np.mean(scores.parts[correct] >= 1))
+    return metrics
+
+
+def completion_records(rollout_rewards: RolloutRewards, count: int) -> list[dict[str, Any]]:
+    """Return the first `count` completions with their rewards, for `completions.jsonl`."""
+    texts, total = rollout_rewards.texts, rollout_rewards.total.reshape(-1)
+    records = []
+    for i in range(min(count, len(texts.prompts))):
+        parts = {name: _none_for_nan(values[i]) for name, values in texts.scores.parts.items()}
+        if rollout_rewards.model_scores is not None:
+            parts['reward_model'] = float(rollout_rewards.model_scores[i])
+        records.append({
+            'prompt': texts.prompts[i],
+            'completion': texts.completions[i],
+            'reward': float(total[i]),
+            'rewards': parts,
+        })  # fmt: skip
+    return records
+
+
+def _none_for_nan(value: np.floating[Any]) -> float | None:
+    return None if np.isnan(value) else float(value)

@@ -1,0 +1,129 @@
+"""The config of a run as it is saved in the run's folder, also by an earlier version.
+
+The saved text has a schema number. `from_json` migrates an older layout and fills in keys added
+since with their defaults, so that older runs can be evaluated, exported and resumed.
+"""
+
+import json
+import logging
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from grpo_jax.run.config import compute_fields, defaults, flatten, nearest, set_value
+
+log = logging.getLogger('grpo_jax')
+
+SCHEMA = 2  # 1, without a number: `grpo.objective`, and in `grpo.algorithm` what `compute` is now
+
+# Keys that no longer exist: whether a value can be dropped, since it changed no number.
+_REMOVED: dict[str, Callable[[Any], bool]] = {
+    'grpo.algorithm.entropy_mask': lambda value: value is False,
+    'grpo.sample_batch': lambda value: True,  # how many prompts were sampled at a time
+}
+
+
+def to_json(config: ConfigDict) -> str:
+    """The config as text that `from_json` reads."""
+    values = {'schema': SCHEMA, **config.to_dict()}
+    return json.dumps(values, indent=2, sort_keys=True) + '\n'
+
+
+def from_json(text: str) -> ConfigDict:
+    """A locked config from the text that a run saved; logs what differs from this version's keys.
+
+    Raises:
+      ValueError: not JSON, written by a later version, or a key that does not exist any more.
+    """
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'not valid JSON: {error}') from error
+    schema = values.pop('schema', 1)
+    if schema > SCHEMA:
+        raise ValueError(
+            f'schema={schema} was written by a later version of grpo_jax, and this one reads up to '
+            f'{SCHEMA}: update grpo_jax'
+        )
+    if schema == 1:
+        _move_keys_of_schema_1(values)
+    config = defaults()
+    known, saved = flatten(config), flatten(values)
+    removed = [path for path in saved if path in _REMOVED]
+    for path in removed:
+        if not _REMOVED[path](saved[path]):
+            raise ValueError(
+                f'config key {path!r} no longer exists, and {path}={saved[path]!r} has no '
+                'equivalent: use the version of grpo_jax that wrote it'
+            )
+    for path in saved.keys() - removed:
+        if path not in known:
+            raise ValueError(f'unknown config key {path!r}: {nearest(path)}')
+        set_value(config, path, saved[path])
+    added = sorted(known.keys() - saved.keys())
+    if added or removed:
+        log.warning('%s', _describe_changes(added, sorted(removed)))
+    return config
+
+
+def read(path: pathlib.Path) -> ConfigDict:
+    """The config in a file; `from_json` with the file's name in its errors."""
+    try:
+        return from_json(path.read_text())
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
+
+
+def differing_keys(config: ConfigDict, saved: ConfigDict) -> list[str]:
+    """Describes the keys whose values differ; a value that is None in `config` fits any."""
+    # As JSON, where tuples are lists.
+    ours, theirs = (json.loads(to_json(c)) for c in (config, saved))
+
+    def compare(a: Any, b: Any, path: str) -> list[str]:
+        if isinstance(a, dict) and isinstance(b, dict):
+            pairs = [(a.get(k), b.get(k), f'{path}.{k}') for k in sorted({*a, *b})]
+            return [text for pair in pairs for text in compare(*pair)]
+        if a == b or (b is None and path[1:] in automatic):
+            return []
+        return [f'{path[1:]} (there {a!r}, here {b!r})']
+
+    automatic = [path for path, value in flatten(defaults()).items() if value is None]
+    return compare(theirs, ours, '')
+
+
+def with_saved_choices(config: ConfigDict, saved: ConfigDict) -> ConfigDict:
+    """The config with the saved values of keys that are None in it, so that a resumed run goes on.
+
+    Without such keys it is `config` itself.
+    """
+    theirs = flatten(saved.to_dict())
+    missing = [path for path, value in flatten(config.to_dict()).items() if value is None]
+    chosen = {path: theirs[path] for path in missing if theirs[path] is not None}
+    if chosen:
+        config = config.copy_and_resolve_references()
+        for path, value in chosen.items():
+            set_value(config, path, value)
+    return config
+
+
+def _move_keys_of_schema_1(values: dict[str, Any]) -> None:
+    grpo, reward_model = values['grpo'], values['reward_model']
+    algorithm = grpo['algorithm'] | grpo.pop('objective')
+    names = [name for name in compute_fields() if name in algorithm]
+    grpo['compute'] = {name: algorithm.pop(name) for name in names}
+    grpo['algorithm'] = algorithm
+    if algorithm['top_entropy'] < 1:  # which was also the condition for the mask
+        algorithm.pop('entropy_mask', None)
+    if not (reward_model['weight'] and reward_model['steps']):  # the number had no effect
+        reward_model['microbatch'] = None
+
+
+def _describe_changes(added: list[str], removed: list[str]) -> str:
+    changes = [
+        f'{verb}: {", ".join(paths)}'
+        for verb, paths in (('added with their defaults', added), ('dropped', removed))
+        if paths
+    ]
+    return f'this config was saved by an earlier version; keys {"; ".join(changes)}'

@@ -1,0 +1,79 @@
+"""Which sampled completions are trained on: rejection, and pairs of preferences."""
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float
+
+from grpo_jax.types import Rollout
+
+DROPS = ('wrong', 'duplicates', 'truncated')
+
+
+def select_completions(
+    rollout: Rollout,
+    completions: Sequence[str],
+    rewards: Float[np.ndarray, 'B G'],
+    drop: Sequence[str],
+    trained: frozenset[str] = frozenset(),
+) -> tuple[Bool[np.ndarray, 'B G'], frozenset[str]]:
+    """Decide which completions are trained on.
+
+    Args:
+      rollout: on the host.
+      completions: B * G texts.
+      rewards: of the completions.
+      drop: 'wrong': drop those whose reward is not above 0. 'truncated': those without an end
+        (overlong filtering of DAPO, arXiv 2503.14476). 'duplicates': those whose prompt has been
+        trained on an equal text before, in this batch or an earlier one (RFT, arXiv 2308.01825,
+        keeps distinct completions only).
+      trained: digests of the completions that earlier batches trained on.
+
+    Returns:
+      Which completions are kept, and `trained` with their digests where 'duplicates' are dropped.
+    """
+    kept = np.ones(rewards.shape, bool)
+    if 'wrong' in drop:
+        kept &= rewards > 0
+    if 'truncated' in drop:
+        kept &= np.asarray(rollout.ended)
+    if 'duplicates' not in drop:
+        return kept, trained
+    added: set[str] = set()
+    texts = iter(completions)
+    for group, prompt in enumerate(rollout.prompts.index):
+        for row in range(rewards.shape[1]):
+            digest = _digest(int(prompt), next(texts))
+            if kept[group, row]:
+                kept[group, row] = digest not in trained and digest not in added
+                added.add(digest)
+    return kept, trained | added
+
+
+def _digest(prompt: int, completion: str) -> str:
+    text = f'{prompt}:{completion}'.encode('utf-8', 'surrogatepass')
+    return hashlib.blake2b(text, digest_size=10).hexdigest()
+
+
+def select_pairs(
+    rollout: Rollout, rewards: Float[np.ndarray, 'B G']
+) -> tuple[Rollout, Float[np.ndarray, 'B 2']]:
+    """Select the first completion of the largest and the last of the smallest reward of each group.
+
+    Args:
+      rollout: [B, G, ...] on the host.
+      rewards: of the completions.
+
+    Returns:
+      The rollout and the rewards of these G = 2. Where all rewards of a group are equal the pair
+      has no preference, and a preference loss no gradient.
+    """
+    size = rewards.shape[1]
+    best, worst = rewards.argmax(1), size - 1 - rewards[:, ::-1].argmin(1)
+    rows, groups = np.stack([best, worst], 1), np.arange(len(rewards))[:, None]
+    selected = {
+        name: getattr(rollout, name)[groups, rows]
+        for name in ('tokens', 'mask', 'logprobs', 'ended')
+    }
+    return Rollout(rollout.prompts, **selected), rewards[groups, rows]

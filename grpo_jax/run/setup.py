@@ -1,0 +1,190 @@
+"""What every command starts from: config, mesh, tokenizer, models and sampler."""
+
+import dataclasses
+import pathlib
+import shutil
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from grpo_jax import models, sharding
+from grpo_jax.algorithm.sample import sample
+from grpo_jax.data import eos_ids, get_format, load_tokenizer, stop_table, turn_end
+from grpo_jax.models import hf
+from grpo_jax.run.config import defaults
+from grpo_jax.run.config_checks import check_values
+from grpo_jax.types import Params, Prompts
+
+# (params, prompts, *, step, sampling, group_size, weights='model') -> Rollout;
+# with draw=sample_blocks an iterator of partial rollouts.
+Sampler = Callable[..., Any]
+
+# Keys of `model` that a pretrained checkpoint does not determine.
+_COMPUTED = ('dtype', 'param_dtype', 'attention', 'remat', 'lora')
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What it takes to sample from a policy; checked before anything is computed."""
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    mesh: jax.sharding.Mesh
+    model: models.Transformer
+    tokenizer: Any
+    ends: np.ndarray  # i32[E], tokens that end a completion
+    sampler: Sampler
+    source: pathlib.Path | None  # folder of the pretrained checkpoint, or of its copied description
+    reward_model: models.Transformer | None = None
+
+
+def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
+    """Makes mesh, tokenizer, model and sampler; reads no weights.
+
+    Args:
+      config: with every key of `config.defaults()`.
+      workdir: the run's folder.
+
+    Raises:
+      ValueError: a value or combination that is wrong, or a checkpoint that cannot be used.
+    """
+    check_values(config)
+    mesh = sharding.make_mesh(**config.mesh)
+    source = _source(config, workdir)
+    tokenizer = load_tokenizer(config.tokenizer or str(source or 'bytes'))
+    model = models.Transformer(_model_config(config, source, len(tokenizer)))
+    _check_platform(model.config.attention, mesh.devices.flat[0].platform)
+    ends = _ends(config, tokenizer, source)
+    sampler = _make_sampler(config, mesh, model, tokenizer, ends)
+    reward_model = _reward_model(config, model, tokenizer)
+    return Setup(config, workdir, mesh, model, tokenizer, ends, sampler, source, reward_model)
+
+
+def _check_platform(attention: str, platform: str) -> None:
+    needed = {'splash': 'tpu', 'cudnn': 'gpu'}.get(attention, platform)
+    if platform != needed:
+        raise ValueError(
+            f'model.attention={attention!r} is for a {needed.upper()}, and these devices are '
+            f"{platform.upper()}s: use 'auto'"
+        )
+
+
+def _source(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path | None:
+    """Folder of the pretrained checkpoint's description: the run's copy, once there is one."""
+    if not config.pretrained:
+        return None
+    copied = workdir / 'pretrained'
+    return copied if copied.is_dir() else hf.find_folder(config.pretrained)
+
+
+def keep_description(setup: Setup) -> None:
+    """Copies all of the pretrained checkpoint but its weights into the run's folder."""
+    target = setup.workdir / 'pretrained'
+    if setup.source is None or setup.source == target:
+        return
+    partial = setup.workdir / 'pretrained.partial'
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    for path in hf.description_files(setup.source):
+        shutil.copyfile(path, partial / path.name)
+    partial.rename(target)
+
+
+def _model_config(
+    config: ConfigDict, source: pathlib.Path | None, tokens: int
+) -> models.ModelConfig:
+    options = {
+        **config.model,
+        'rope_scaling': dict(**config.model.rope_scaling),
+        'lora': models.Lora(**config.model.lora),
+    }
+    if source is None:
+        return models.ModelConfig(vocab_size=tokens, **options)
+    usual = defaults().model.to_dict()
+    for name in options:
+        if name not in _COMPUTED and options[name] != usual[name]:
+            raise ValueError(
+                f'model.{name}={options[name]} has no effect with pretrained='
+                f'{config.pretrained!r}, which determines the model: remove it'
+            )
+    computed = {name: options[name] for name in _COMPUTED}
+    model_config = hf.model_config(hf.read_json(source / 'config.json'), **computed)
+    if tokens > model_config.vocab_size:
+        raise ValueError(
+            f'the tokenizer has {tokens} tokens, but pretrained={config.pretrained!r} embeds '
+            f'{model_config.vocab_size}: use the tokenizer of the checkpoint'
+        )
+    return model_config
+
+
+def _reward_model(
+    config: ConfigDict, model: models.Transformer, tokenizer: Any
+) -> models.Transformer | None:
+    c = config.reward_model
+    if not c.weight:
+        return None
+    if not c.pretrained and not c.steps:
+        raise ValueError(
+            f'reward_model.weight={c.weight} of a reward model that is neither pretrained nor '
+            'trained: set reward_model.pretrained or reward_model.steps'
+        )
+    if not c.pretrained:
+        return models.Transformer(models.with_scalar_head(model.config))
+    folder = hf.find_folder(c.pretrained)
+    computed = {name: getattr(model.config, name) for name in _COMPUTED if name != 'lora'}
+    model_config = hf.model_config(hf.read_json(folder / 'config.json'), **computed)
+    if not model_config.scalar_head:
+        raise ValueError(
+            f'reward_model.pretrained={c.pretrained!r} is a language model: name the folder of a '
+            'sequence classifier with one label'
+        )
+    if load_tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(
+            f'reward_model.pretrained={c.pretrained!r} has another tokenizer than the '
+            'policy, whose tokens it gets: use one of the same family'
+        )
+    return models.Transformer(model_config)
+
+
+def _ends(config: ConfigDict, tokenizer: Any, source: pathlib.Path | None) -> np.ndarray:
+    path = source and source / 'generation_config.json'
+    ends = eos_ids(tokenizer, hf.read_json(path) if path and path.is_file() else None)
+    if config.data.chat:
+        ends = np.union1d(ends, [turn_end(tokenizer)[1]]).astype(np.int32)
+    return ends
+
+
+def _make_sampler(
+    config: ConfigDict,
+    mesh: jax.sharding.Mesh,
+    model: models.Transformer,
+    tokenizer: Any,
+    ends: np.ndarray,
+) -> Sampler:
+    table = stop_table(tokenizer, stop_strings(config), model.config.vocab_size)
+    stops = None if table is None else jax.device_put(table, sharding.replicated(mesh))
+    base = models.Transformer(model.config.base)
+
+    def sampler(params: Params, prompts: Prompts, draw: Any = sample, **rest: Any) -> Any:
+        adapted = models.split_adapters(params)[1]  # not so the initial policy of a stage
+        return draw(
+            model if adapted else base,
+            params,
+            sharding.put_groups(prompts, mesh),
+            seed=config.seed,
+            eos_ids=ends,
+            max_tokens=config.data.completion_length,
+            stops=stops,
+            mesh=mesh,
+            **rest,
+        )
+
+    return sampler
+
+
+def stop_strings(config: ConfigDict) -> tuple[str, ...]:
+    """The strings that end a completion: those of the prompt format and the config."""
+    return tuple(dict.fromkeys((*get_format(config.data.prompt).stops, *config.data.stops)))

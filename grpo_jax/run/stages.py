@@ -1,0 +1,117 @@
+"""A stage of a training run: what it starts with, learns from, and leaves to the next stage."""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import jax
+import optax
+
+from grpo_jax import sharding
+from grpo_jax.algorithm import optimizer as optimizers
+from grpo_jax.algorithm.config import Algorithm
+from grpo_jax.engine.compute import Compute
+from grpo_jax.run.evaluation import Evaluation
+from grpo_jax.run.rollouts import CollectedBatch, Position
+from grpo_jax.run.setup import Setup
+from grpo_jax.types import Params, Rollout, TrainState
+
+
+class StageParams(NamedTuple):
+    """The parameters that a stage starts with, or leaves to the next."""
+
+    policy: Params  # without adapters
+    adapters: Params = None  # of the policy, if they are not yet merged into it
+    reward: Params = None  # of the reward model
+    values: Params = None  # of the critic
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One training stage. Its options are checked when it is made.
+
+    Functions take the parameters that the stage started with as `initial`.
+
+    Attributes:
+      name: of its checkpoints and records.
+      steps: number of training steps.
+      updates: updates of the optimizer per step.
+      schedule: of the learning rate; None: there is none.
+      start: from `initial` to the training state; may take the memory of the policy over.
+      step: the training step, (state, initial, batch) -> (state, metrics).
+      sample: dispatches the sampling of a step, (position, policy, initial) -> partial rollouts, of
+        which the last is whole. Only the first of them has to be dispatched at once; all of them
+        where the stage is `ahead`.
+      collect: waits for these and grades them, (position, samples, policy, initial) -> batch.
+      policy: the parameters that sample and are evaluated, (state, initial) -> parameters.
+      finish: (initial, state) -> parameters for the next stage.
+      heldout: evaluates a policy on held-out problems, every `eval_every` steps.
+      eval_every: see there.
+      algorithm: the algorithm of a policy's stage.
+      compute: how its updates are computed.
+      ahead: whether step k + 1 is sampled before the update of step k.
+      stale: whether that sampling depends on the policy, which the update changes.
+    """
+
+    name: str
+    steps: int
+    updates: int
+    schedule: optax.Schedule | None
+    start: Callable[[StageParams], TrainState]
+    step: Callable[
+        [TrainState, StageParams, CollectedBatch], tuple[TrainState, dict[str, jax.Array]]
+    ]
+    sample: Callable[[Position, Params, StageParams], Iterable[Rollout]]
+    collect: Callable[[Position, Iterable[Rollout], Params, StageParams], CollectedBatch]
+    policy: Callable[[TrainState, StageParams], Params]
+    finish: Callable[[StageParams, TrainState], StageParams]
+    heldout: Callable[[Params], Evaluation] | None = None
+    eval_every: int = 1
+    algorithm: Algorithm | None = None
+    compute: Compute | None = None
+    ahead: bool = False
+    stale: bool = False
+
+
+def stage_name(kind: str, iteration: int) -> str:
+    """Return the name of a stage: 'grpo', then 'grpo-2'; see `layout.stage_order`."""
+    return kind if iteration == 1 else f'{kind}-{iteration}'
+
+
+def make_optimizer(
+    setup: Setup, section: str, steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """Make the optimizer of a section of the config and its schedule.
+
+    Args:
+      setup: the run.
+      section: name of the section.
+      steps: updates until the end of the schedule.
+
+    Raises:
+      ValueError: an option of the optimizer is wrong; names the section.
+    """
+    try:
+        options = setup.config[section].optimizer.to_dict()
+        return optimizers.make_optimizer(steps=steps, **options)
+    except ValueError as error:
+        raise ValueError(f'{section}.optimizer: {error}') from error
+
+
+def check_batch_size(setup: Setup, section: str, name: str, microbatch: int | None) -> None:
+    """Raise ValueError where a section's batch does not divide over the mesh or the microbatch.
+
+    Args:
+      setup: the run.
+      section: name of the section.
+      name: key of the microbatch in that section, for error messages.
+      microbatch: groups per microbatch; None: chosen automatically.
+    """
+    batch_size = setup.config[section].batch_size
+    sharding.check_batch(
+        batch_size,
+        batch_size if microbatch is None else microbatch,
+        setup.mesh,
+        of=f'{section}.batch_size',
+        name=f'{section}.{name}',
+    )
