@@ -2,9 +2,9 @@
 
     python -m benchmarks.accuracy
 
-Compares what a bfloat16 model computes (with the kernels for its platform, where there are some) to
-the einsum form in float32: outputs and gradients of prompts and completions, and the output of one
-token of each row, also with windows and soft caps. Prints |actual - exact| / |exact| of each, and
+Compares attention in bfloat16 (with the kernels for the platform, if there are any) to the einsum
+form in float32: outputs and gradients of prompts and completions, and the output of one token of
+each completion, also with windows and soft caps. Prints |actual - exact| / |exact| of each, and
 fails above 1e-2: rounding operands to bfloat16 gives 2e-3 to 4e-3, wrong masks and layouts give
 more than 1e-1.
 """

@@ -1,9 +1,10 @@
-"""Bare JAX loops that do a step's work without a framework: what our times are held against.
+"""Bare JAX loops that do the work of a step without a framework, as a baseline for our times.
 
-Decoding reads each prompt once, draws by an inverse distribution function in two levels and runs
-all rows to T columns. The gradient is that of the completions' mean log-prob, prompts read once for
-their groups, accumulated over groups. Layers are unrolled, nothing is computed again, and there is
-no optimizer, loss, mask, end of sequence, filter or metric: floors, not trainers.
+Decoding processes each prompt once, draws tokens by an inverse distribution function in two levels
+and runs all completions to T tokens. The gradient is that of the mean log-prob of the completions,
+with each prompt processed once for its group, accumulated over groups. Layers are unrolled, nothing
+is recomputed, and there is no optimizer, loss, mask, end token, filter or metric: these are floors,
+not trainers.
 `benchmarks/floors.py` times and checks them.
 """
 
@@ -21,7 +22,7 @@ _COLUMNS = 64  # by which the rows' keys and values grow
 
 
 def arrange(params: Params, c: Shape) -> dict[str, Any]:
-    """Our parameters as matrices of unrolled layers, products of the same input side by side."""
+    """Our parameters as matrices of unrolled layers; those with the same input are concatenated."""
 
     def layer(i: int) -> dict[str, jax.Array]:
         p = jax.tree.map(lambda x: x[i], params['blocks'])
@@ -63,7 +64,7 @@ def _rotate(c: Shape, x: jax.Array, positions: jax.Array) -> jax.Array:
 def _run(c: Shape, w: dict[str, Any], ids, positions, attend):
     """Final states [N, D] of tokens [N]; `attend(layer, q, k, v)` of [N, heads, h] -> [N, H * h].
 
-    It may return a cache beside, and the caches of all layers are handed back.
+    `attend` may also return a cache; the caches of all layers are returned.
     """
     x, caches = w['embedding'][ids], []
     for i, p in enumerate(w['layers']):
@@ -183,7 +184,7 @@ def generate(
 def group_logits(c: Shape, w: dict[str, Any], prompt: jax.Array, tokens: jax.Array) -> jax.Array:
     """f32[G, T, V] for one group: prompt [P] and completions [G, T] in one pass."""
     (g, t), p = tokens.shape, len(prompt)
-    s = t - 1  # the last token is predicted, not read
+    s = t - 1  # the last token is predicted and is not an input
     ids = jnp.concatenate([prompt, tokens[:, :-1].reshape(-1)])
     positions = jnp.concatenate([jnp.arange(p), jnp.tile(p + jnp.arange(s), g)])
 

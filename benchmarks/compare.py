@@ -1,12 +1,12 @@
-"""Our step against other trainers on the same workloads, in turn, so that all meet the same noise.
+"""Compares our step with other trainers on the same workloads, alternating to share the noise.
 
     python -m benchmarks.compare --workloads=W1,W2 --rounds=3 --output=runs/peers.jsonl \
         --trl=PATH/bin/python --tunix=PATH/bin/python
     python -m benchmarks.compare --rounds=0 --output=runs/peers.jsonl
 
-Each peer runs in an environment of its own (`benchmarks/peers/`), given by its Python; one that is
-not given is left out. Every run is a process, which adds a line to the output; the tables are made
-of all its lines, so the second command only prints them.
+Each peer runs in its own environment (`benchmarks/peers/`), named by the path of its Python; a peer
+without one is left out. Every run is a process that appends a line to the output. The tables are
+made from all its lines, so the second command only prints them.
 """
 
 import json
@@ -55,7 +55,7 @@ def main(arguments: list[str]) -> None:
 
 
 def commands() -> dict[str, list[str]]:
-    """The command of each framework that there is an environment for, but for the workload."""
+    """The command of each framework that has an environment, without the workload."""
     programs = {
         OURS: (sys.executable, 'benchmarks.step'),
         'trl': (TRL.value, 'benchmarks.peers.run_trl'),
@@ -70,7 +70,7 @@ def commands() -> dict[str, list[str]]:
 
 
 def run(framework: str, command: list[str]) -> None:
-    """Runs one process and shows its summary, or the end of what it said when it fails."""
+    """Runs one process and prints its summary, or the end of its output if it fails."""
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     said = [line for line in done.stdout.splitlines() if line.startswith('[')]
     print('\n'.join(said), flush=True)
@@ -82,7 +82,7 @@ def run(framework: str, command: list[str]) -> None:
 def learning(row: Row) -> float:
     """Seconds of scoring the reference and of the update.
 
-    In our step both are one program; a peer has them apart.
+    In our step both are one program; a peer has separate ones.
     """
     seconds = row['seconds']
     both = seconds['update']['median']
@@ -131,7 +131,7 @@ def table(rows: list[Row]) -> list[str]:
 
 
 def ratios(rows: list[Row]) -> list[str]:
-    """Markdown: what the best peer needs over what we need; above 1 we are the better."""
+    """Markdown: the best peer's time or memory divided by ours; above 1, ours is better."""
     lines = [
         '| best peer / ours | ' + ' | '.join(name.rsplit(' ', 1)[0] for name in QUANTITIES) + ' |',
         '|' + '---|' * (1 + len(QUANTITIES)),

@@ -1,4 +1,4 @@
-"""The bare loops of `benchmarks/bare.py` in turn with our own programs, and a check of them.
+"""Times the bare loops of `benchmarks/bare.py` in turn with our programs, and checks them.
 
     python -m benchmarks.step --workload=W1 --floors
     python -m benchmarks.step --workload=smoke --check
@@ -20,7 +20,7 @@ from benchmarks.workloads import Workload
 from grpo_jax.types import Params, Prompts, Rollout
 
 TOLERANCE = 1e-4  # of log-probs in float32, in nats
-SAME_DRAWS = 0.95  # a rounding error moves a draw once in some hundreds
+SAME_DRAWS = 0.95  # a rounding error changes about one draw in some hundreds
 
 
 class Floors:

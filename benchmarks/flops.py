@@ -1,4 +1,4 @@
-"""Matrix-product FLOPs of a program, counted from its jaxpr: for utilisation and for comparisons.
+"""Matrix-product FLOPs of a program, counted from its jaxpr.
 
 XLA's own cost analysis counts the body of a loop once, whatever its trip count. Layers,
 microbatches and log-prob chunks are all loops here, so it would miss most of the work.
@@ -27,8 +27,8 @@ def count_flops(fn: Callable[..., Any], *args: Any, while_trips: int = 1, **kwar
     A product of [m, k] and [k, n] is 2 m k n. The body of a scan counts `length` times, that of a
     while loop `while_trips` times, a cond as its most expensive branch, the body of a shard_map
     once for each device. Norms, softmax, sorting, the optimizer and products of rows that match one
-    to one count as nothing. What the backward pass computes again counts again: the figure is the
-    hardware's work, not the model's.
+    to one are not counted. Recomputation in the backward pass counts again: the result is the work
+    of the hardware, not of the model.
 
     Args:
       fn: a function, or what `jax.jit` made of one.

@@ -3,7 +3,8 @@
     python -m benchmarks.growth
     python -m benchmarks.growth --parts=prompt --output=runs/growth.json
 
-A decoder of 2 layers of width 128, so that all of it takes minutes on two cores. Prints Markdown:
+Uses a decoder with 2 layers of width 128, so that it takes only minutes on two cores. Prints
+Markdown:
 
 - group: seconds per completion for G = 4 to 64 of a prompt of 512 tokens, which all of them share.
 - prompt: seconds of a step for prompts of 64 to 2048 tokens, next to the same programs where each

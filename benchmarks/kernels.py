@@ -11,7 +11,7 @@ import jax
 
 @contextlib.contextmanager
 def profiled(count: int) -> Iterator[None]:
-    """Prints the `count` programs of the accelerator that took longest inside; 0: nothing."""
+    """Prints the `count` GPU or TPU programs in the block that took longest; 0: nothing."""
     if not count:
         yield
         return

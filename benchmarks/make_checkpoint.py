@@ -1,4 +1,4 @@
-"""Makes a small Hugging Face checkpoint with random weights, to try the way from folder to folder.
+"""Makes a small Hugging Face checkpoint with random weights, to try training from a folder.
 
     python benchmarks/make_checkpoint.py --output=runs/tiny
 
@@ -21,7 +21,7 @@ VOCABULARY = flags.DEFINE_integer('vocabulary', 4096, 'tokens')
 WIDTH = flags.DEFINE_integer('width', 256, 'of the hidden states')
 LAYERS = flags.DEFINE_integer('layers', 5, 'layers')
 
-# Qwen2's own: transformers adds them to any tokenizer beside a Qwen2 config that lacks them.
+# Qwen2's own: transformers adds them to any tokenizer in a Qwen2 folder that lacks them.
 SPECIAL = {'pad_token': '<|endoftext|>', 'eos_token': '<|im_end|>'}
 
 

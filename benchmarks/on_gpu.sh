@@ -1,10 +1,10 @@
 #!/bin/bash
-# What RESULTS.md says of one GPU, in ten minutes: attention against float32 first, then figures.
+# Reproduces the figures of RESULTS.md for one GPU in ten minutes, after comparing with float32.
 #
 #   benchmarks/on_gpu.sh FOLDER [PYTHON_OF_TRL]
 #
-# What each command prints is kept in FOLDER, and a line of JSON for each step in FOLDER/steps.jsonl.
-# A command that fails does not end the others; the exit status is the number of those that did.
+# The output of each command is kept in FOLDER, and a line of JSON for each run in FOLDER/steps.jsonl.
+# A command that fails does not stop the others; the exit status is the number that failed.
 set -u -o pipefail
 folder=$(mkdir -p "$1" && cd "$1" && pwd) || exit
 trl=${2-}

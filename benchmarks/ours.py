@@ -212,7 +212,7 @@ class Ours:
         return jax.lax.map(one, groups).reshape(rollout.tokens.shape)
 
     def temporaries(self) -> dict[str, int]:
-        """Bytes that the compiled programs need beside their arguments and results.
+        """Bytes that the compiled programs need besides their arguments and results.
 
         Only for completions of one block of the sampler, since more blocks cannot be traced.
         """

@@ -1,4 +1,4 @@
-"""What a step has to do at least, and what the machine can do: FLOPs and bytes of both."""
+"""The least FLOPs and bytes of a step, and the FLOP/s and bytes/s that the machine reaches."""
 
 import functools
 import time
@@ -24,7 +24,7 @@ def forward_flops(workload: Workload, lengths: np.ndarray) -> int:
 
     Matrix products and causal attention of real tokens only, a product of [m, k] and [k, n] as
     2 m k n. Sampling and scoring both come to this; with a backward pass it is three times as much.
-    Nothing that a program repeats, pads or masks counts, so a rate made of it is a utilisation.
+    Recomputed, padded and masked work is not counted, so a rate computed from it is a utilization.
 
     Args:
       workload: sizes.
@@ -32,7 +32,7 @@ def forward_flops(workload: Workload, lengths: np.ndarray) -> int:
     """
     c, b, p = workload.shape, workload.groups, workload.prompt
     n = lengths.astype(np.int64)
-    read = b * p + (n - 1).sum()  # the last token of a completion is predicted and never read
+    read = b * p + (n - 1).sum()  # the last token of a completion is predicted and is not an input
     keys = b * p * (p + 1) // 2 + ((n - 1) * p + (n - 1) * n // 2).sum()
     products = layer_parameters(c) * read + c.width * c.vocab_size * n.sum()
     return int(2 * products + 4 * c.layers * c.heads * c.head_dim * keys)

@@ -118,7 +118,7 @@ def measure(
         **more,
     )
     row['seconds']['score'] = time_score(ours, rollout, steps)
-    return row | utilisation(ours.workload, row['seconds'], lengths[-steps:])
+    return row | utilization(ours.workload, row['seconds'], lengths[-steps:])
 
 
 def time_score(ours: Ours, rollout: Rollout, repeats: int) -> dict[str, float]:
@@ -138,7 +138,7 @@ def peak_memory() -> int:
     return int(statistics.get('peak_bytes_in_use', timing.peak_rss()))
 
 
-def utilisation(
+def utilization(
     workload: workloads.Workload, seconds: dict[str, Any], lengths: list[np.ndarray]
 ) -> dict[str, Any]:
     """Model FLOPs and bytes per second, and their share of the ceilings."""

@@ -1,11 +1,11 @@
-"""The unified table on one task: what each method makes of the same samples, over several seeds.
+"""The unified table on one task: methods compared at equal numbers of samples, over several seeds.
 
     python benchmarks/study.py --output=runs/study
 
-For each seed one SFT model is trained, and every method goes on from it: held-out accuracy against
-the completions generated; maj@k and pass@k before and after GRPO; iterations 1, 2 and 3 of
-iterative GRPO with a reward model that is trained along. Writes `study.json`, `study.md` and
-`study.png`. The same command resumes.
+For each seed one SFT model is trained, from which every method starts. Measures held-out accuracy
+against the completions generated; maj@k and pass@k before and after GRPO; iterations 1, 2 and 3 of
+iterative GRPO, with a reward model that is retrained before each. Writes `study.json`, `study.md`
+and `study.png`. The same command resumes.
 """
 
 import json
@@ -21,7 +21,7 @@ from absl import app, flags
 from scipy import stats
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # the configs are no part of the package
+sys.path.insert(0, str(ROOT))  # the configs are not part of the package
 
 from grpo_jax.run import config as grpo_config  # noqa: E402
 from grpo_jax.run import evaluation, parameters, problems, report, saved_config, setup  # noqa: E402
@@ -76,7 +76,7 @@ def settings(output: pathlib.Path, method: str, seed: int) -> Any:
 
 
 def run(output: pathlib.Path, method: str, seed: int) -> pathlib.Path:
-    """Trains, or finds the finished run."""
+    """Trains the run unless it is already finished."""
     workdir = output / f'{method}-{seed}'
     if not (workdir / 'finished').exists():
         print(f'== {method}, seed {seed}', flush=True)
@@ -96,7 +96,7 @@ def curve(workdir: pathlib.Path) -> list[tuple[int, float]]:
 
 
 def votes(workdir: pathlib.Path) -> dict[str, list[float]]:
-    """maj@k and pass@k of a run's newest policy, kept with the run."""
+    """maj@k and pass@k of a run's newest policy, cached in the run's folder."""
     path = workdir / 'votes.json'
     if not path.exists():
         config = saved_config.read(workdir / 'config.json')
@@ -128,7 +128,7 @@ def tables(results: dict[str, Any]) -> str:
     for method, runs in curves.items():
         points = [point[0] for point in runs[0]]
         mean, half = interval([[point[1] for point in run] for run in runs])
-        name = {**METHODS, **OTHERS, 'grpo_iterative': 'iterative GRPO, learnt reward'}[method]
+        name = {**METHODS, **OTHERS, 'grpo_iterative': 'Iterative GRPO, learned reward'}[method]
         text += f'\n**{name}**\n\n| completions | ' + ' | '.join(map(str, points)) + ' |\n'
         text += '|---' * (len(points) + 1) + '|\n| accuracy | '
         text += ' | '.join(percent(m, h) for m, h in zip(mean, half, strict=True)) + ' |\n'
@@ -144,13 +144,13 @@ def tables(results: dict[str, Any]) -> str:
 
 
 def differences(curves: dict[str, Any]) -> str:
-    """Methods less GRPO+OS, of the same seeds: their start, and its luck, cancel."""
+    """Differences to GRPO+OS with the same seeds, which start from the same SFT model."""
     others = [name for name in METHODS if name in curves and name != 'grpo']
     if 'grpo' not in curves or not others:
         return ''
     base = np.array([[point[1] for point in run] for run in curves['grpo']])
     points = [point[0] for point in curves['grpo'][0]][1:]
-    text = '\n| less GRPO+OS, same seeds | ' + ' | '.join(map(str, points)) + ' |\n'
+    text = '\n| difference to GRPO+OS, same seeds | ' + ' | '.join(map(str, points)) + ' |\n'
     text += '|---' * (len(points) + 1) + '|\n'
     for name in others:
         runs = np.array([[point[1] for point in run] for run in curves[name]])
@@ -190,20 +190,20 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
         curve_of(axes[0], method, label)
     axes[0].set(title='Methods', xlabel='completions generated', ylabel='held-out accuracy (%)')
     for name, style in (('maj', '-'), ('pass', '--')):
-        for when, colour in (('before', 'tab:grey'), ('after', 'tab:blue')):
+        for when, color in (('before', 'tab:gray'), ('after', 'tab:blue')):
             if results['votes'][when]:
                 values = [run[name] for run in results['votes'][when]]
                 label = f'{name}@k {when} GRPO'
-                band(axes[1], SIZES, values, label, linestyle=style, color=colour, marker='.')
+                band(axes[1], SIZES, values, label, linestyle=style, color=color, marker='.')
     axes[1].set_xscale('log', base=2)
     axes[1].set(title='Votes', xlabel='k', ylabel='held-out problems (%)', xticks=SIZES)
     axes[1].set_xticklabels(SIZES)
-    curve_of(axes[2], 'grpo_iterative', 'learnt reward, 3 iterations')
+    curve_of(axes[2], 'grpo_iterative', 'learned reward, 3 iterations')
     curve_of(axes[2], 'grpo', 'rule, one iteration')
     axes[2].set(title='Iterative GRPO', xlabel='completions generated')
     runs = results['curves'].get('grpo_iterative')
     for share in (1, 2) if runs else ():
-        axes[2].axvline(runs[0][-1][0] * share / 3, color='grey', linewidth=0.8, linestyle=':')
+        axes[2].axvline(runs[0][-1][0] * share / 3, color='gray', linewidth=0.8, linestyle=':')
     for axis in axes:
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0]:

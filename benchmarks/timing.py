@@ -1,4 +1,4 @@
-"""A clock for the phases of a step, and the record that every framework's run leaves.
+"""A clock for the phases of a step, and the record that a run of each framework writes.
 
 Needs NumPy alone, so that the peers' own environments can import it.
 """
@@ -37,7 +37,7 @@ def peak_rss() -> int:
 def probe(size: int = 1024, repeats: int = 15) -> float:
     """FLOP/s of a float32 matrix product in NumPy now.
 
-    A shared host can halve it without a trace in /proc/stat: compare runs whose probes agree.
+    Load on a shared host can halve it invisibly to /proc/stat: compare runs whose probes agree.
     """
     a = np.ones((size, size), np.float32)
     times = []
@@ -51,7 +51,7 @@ def probe(size: int = 1024, repeats: int = 15) -> float:
 class Clock:
     """Wall time by phase; `cut` closes a step.
 
-    Beside its phases a step has `step`, its wall time, and `noise`: CPU seconds that other
+    Besides its phases a step has `step`, its wall time, and `noise`: CPU seconds that other
     processes or the host took per second of it. A step well above 0 is not clean.
     """
 

@@ -115,7 +115,7 @@ def decode(tokens: np.ndarray, vocabulary: list[str]) -> str:
 
 
 def reward(text: str) -> float:
-    """Cheap, and varies inside a group: ten times the share of the characters that are 7."""
+    """A cheap reward that varies within a group: ten times the share of 7 among the characters."""
     return 10.0 * text.count('7') / max(1, len(text))
 
 

@@ -1,4 +1,4 @@
-"""Four-number addition learnt from its exact answer, on two cores in under five minutes.
+"""Addition of four numbers, learned from exact answers on two cores in under five minutes.
 
     python -m grpo_jax.train --config=configs/arithmetic.py --workdir=runs/arithmetic
 

@@ -1,10 +1,10 @@
-"""Countdown: reach a target from three or four numbers, learnt by a base model from a rule alone.
+"""Countdown: a base model learns to reach a target with three or four numbers, from rules alone.
 
     python -m grpo_jax.train --config=configs/countdown_qwen2_5_3b.py --workdir=runs/countdown
 
-The task of TinyZero; the problems are generated. For 4 accelerators of 80 GB. TinyZero reports that
-a base model of 3 billion parameters learns to search and to check itself, from near 0 to a success
-rate of about 80 %. Not run here, because the weights were not available.
+The task of TinyZero, with generated problems. For 4 accelerators of 80 GB. TinyZero reports that a
+base model of 3 billion parameters learns to search and to check its work; the success rate rises
+from near 0 to about 80 %. Not run here, because the weights were not available.
 """
 
 from ml_collections import ConfigDict

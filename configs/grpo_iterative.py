@@ -2,8 +2,8 @@
 
     python -m grpo_jax.train --config=configs/grpo_iterative.py --workdir=runs/grpo_iterative
 
-The reward model is trained on the policy's samples before each iteration, a tenth of its prompts
-from earlier ones. With seed 0 the accuracy goes from 49 to 89, 94 and 93 % over the iterations.
+The reward model is trained on the policy's samples before each iteration; a tenth of each batch
+replays earlier iterations. With seed 0 the accuracy goes from 49 to 89, 94 and 93 %.
 At the learning rate of `arithmetic.py`, 3e-4, the policy exploited the errors of the reward model
 and ended at 5 % (with an earlier version).
 """

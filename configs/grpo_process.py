@@ -2,8 +2,8 @@
 
     python -m grpo_jax.train --config=configs/grpo_process.py --workdir=runs/grpo_process
 
-1 for each right step of a chain, 0 for a wrong one, normalised over all steps of a group. With seed
-0 the accuracy goes from 49 to 97 %.
+The reward is 1 for each right step of a chain and 0 for a wrong one, normalized over all steps of a
+group. With seed 0 the accuracy rises from 49 to 97 %.
 """
 
 import pathlib

@@ -6,8 +6,8 @@
     python -m grpo_jax.evaluate --workdir=runs/gsm8k
     python -m grpo_jax.export --workdir=runs/gsm8k --output=runs/gsm8k-trained
 
-The checkpoint is random and small, so it learns little more than the form of an answer:
-expect about 2 % after SFT and 3 % after GRPO. `--config.pretrained=FOLDER` takes a real one.
+The checkpoint is random and small, so it learns little more than the format of an answer:
+expect about 2 % after SFT and 3 % after GRPO. Pass a real one with `--config.pretrained=FOLDER`.
 """
 
 from ml_collections import ConfigDict

@@ -3,7 +3,7 @@
     export GRPO_JAX_DATA_DIR=data
     python -m grpo_jax.train --config=configs/gsm8k_qwen2_5_1_5b.py --workdir=runs/gsm8k_qwen
 
-For 4 or 8 accelerators of 16 GB or more; `--config.pretrained=FOLDER` takes a local copy. The
+For 4 or 8 accelerators of 16 GB or more; pass a local copy with `--config.pretrained=FOLDER`. The
 model card reports 73.2 % on GSM8K (4-shot) before training; public GRPO recipes of this size end
 between 75 and 80 %. Not run here, because the weights were not available: these are rough figures.
 """

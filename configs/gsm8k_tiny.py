@@ -3,8 +3,8 @@
     export GRPO_JAX_DATA_DIR=data
     python -m grpo_jax.train --config=configs/gsm8k_tiny.py --workdir=runs/gsm8k_tiny
 
-`data/gsm8k/train.jsonl` and `test.jsonl` are the public files. A random model writes noise, so
-rewards stay near 0: this shows the path from question to extracted answer, not learning.
+Needs the public files as `data/gsm8k/train.jsonl` and `test.jsonl`. A random model writes noise, so
+rewards stay near 0: this tests the pipeline from question to extracted answer, not learning.
 """
 
 from ml_collections import ConfigDict

@@ -9,7 +9,7 @@ the weights on the hub are pickled: convert them once with `transformers`, as th
 says.
 
 The paper reports 46.8 -> 51.7 % on MATH and 82.9 -> 88.2 % on GSM8K with a neural reward model and
-144 thousand questions of both; here the rewards are rules and the questions those of
+144 thousand questions of both; this config uses rule-based rewards and the questions of
 `math/train.jsonl`. Not run here, because the weights were not available.
 """
 

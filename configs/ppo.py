@@ -2,8 +2,8 @@
 
     python -m grpo_jax.train --config=configs/ppo.py --workdir=runs/ppo
 
-One reward with the last token, so the critic learns how likely a chain is to end well. With seed 0
-the accuracy goes from 49 to 97 %.
+The last token has the only reward, so the critic learns the probability of a right answer. With
+seed 0 the accuracy rises from 49 to 97 %.
 """
 
 import pathlib

@@ -1,11 +1,11 @@
-"""R1-Zero: a base model, no demonstrations, rewards by rule for the answer and the tags around it.
+"""R1-Zero: a base model, no demonstrations, rule-based rewards for the answer and its tags.
 
     export GRPO_JAX_DATA_DIR=data
     python -m grpo_jax.train --config=configs/r1_zero_qwen3_4b.py --workdir=runs/r1_zero
 
 DeepSeek-R1 (arXiv 2501.12948): 16 outputs for each of 32 questions, beta 0.001, temperature 1. For
 8 accelerators of 80 GB, since completions may have 4,096 tokens. Expect `rewards/think_format/mean`
-to rise first, then `rewards/math_answer/mean` and with it the length. Not run here, because the
+to rise first, then `rewards/math_answer/mean` together with the length. Not run here, because the
 weights were not available.
 """
 

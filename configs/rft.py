@@ -1,9 +1,9 @@
-"""Rejection-sampling fine-tuning on the arithmetic task, on right answers of the SFT model.
+"""Rejection-sampling fine-tuning on right answers of the SFT model, on the arithmetic task.
 
     python -m grpo_jax.train --config=configs/rft.py --workdir=runs/rft
 
-Expect the accuracy to rise from 40 to 60 % after SFT as fast as with GRPO: a right answer sampled
-from the SFT model is a flawless demonstration here.
+After SFT the accuracy is 40 to 60 %. Expect it to rise as fast as with GRPO: on this task, a right
+answer of the SFT model is a flawless demonstration.
 """
 
 import pathlib

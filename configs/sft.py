@@ -2,8 +2,8 @@
 
     python -m grpo_jax.train --config=configs/sft.py --workdir=runs/sft
 
-Twice the SFT steps of `arithmetic.py`. The policy keeps imitating the mistakes: with seed 0 it ends
-at 54 %, and after half of the steps it is at 49 %.
+Twice the SFT steps of `arithmetic.py`. The policy keeps imitating the mistakes: with seed 0 the
+accuracy is 49 % after half of the steps and 54 % at the end.
 """
 
 import pathlib

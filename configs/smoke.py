@@ -1,4 +1,4 @@
-"""Both stages in miniature with many features, for continuous integration.
+"""A tiny run of both stages that uses many features, for continuous integration.
 
     python -m grpo_jax.train --config=configs/smoke.py --workdir=runs/smoke
 

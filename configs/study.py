@@ -1,4 +1,4 @@
-"""The task of `benchmarks/study.py`: sums of six digits, a method by its name, small steps.
+"""The task of `benchmarks/study.py`: sums of six one-digit numbers, with a method by its name.
 
     python benchmarks/study.py --output=runs/study
     python -m grpo_jax.train --config=configs/study.py:ppo --workdir=runs/ppo

@@ -1,9 +1,9 @@
-"""TRPO: natural gradient inside a bound on the KL, no learning rate.
+"""TRPO: natural-gradient steps within a bound on the KL, without a learning rate.
 
     python -m grpo_jax.train --config=configs/trpo.py --workdir=runs/trpo
 
-Conjugate gradient on Fisher-vector products and a line search cost several times an update, so
-there are only 40 steps. With seed 0 they take the accuracy from 49 to 88 %.
+A step costs several times as much as a gradient update, because of the conjugate gradient method on
+Fisher-vector products and a line search. With seed 0, 40 steps raise the accuracy from 49 to 88 %.
 """
 
 import pathlib

@@ -2,8 +2,8 @@
 
 python -m grpo_jax.export --workdir=FOLDER --output=FOLDER [--dtype=bfloat16] [--adapter]
 
-With adapters the folder holds the merged weights, or with --adapter a PEFT adapter for the
-pretrained checkpoint.
+If the run trains adapters, the folder holds the merged weights or, with --adapter, a PEFT adapter
+for the pretrained checkpoint.
 """
 
 import sys
@@ -14,7 +14,7 @@ from grpo_jax.run.export import export, export_adapter
 
 
 def run() -> None:
-    """The console entry point."""
+    """Runs the console command."""
     arguments = sys.argv[1:]
     if '--help' in arguments:
         print(__doc__)

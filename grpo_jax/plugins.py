@@ -1,4 +1,4 @@
-"""Objects that a config names by their path, such as a loss in the user's own file.
+"""Load objects that a config names by their path, such as a loss in the user's own file.
 
 A path is `'package.module:name'` or `'package.module.name'`, as in `'optax.contrib:muon'` or
 `'my_rewards:bonus'`. Python has to find the module: it is installed, in the working directory of
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class PluginError(ValueError):
-    """A name or path that leads to no callable; the message says why and what is close to it."""
+    """No callable has this name or path; the message says why and suggests a similar name."""
 
 
 def load(path: str) -> Callable[..., Any]:
@@ -24,7 +24,7 @@ def load(path: str) -> Callable[..., Any]:
         path: 'package.module:name' or 'package.module.name'.
 
     Returns:
-        The function, class or other callable. Nothing is known of its signature: callers check the
+        The function, class or other callable. Its signature is not checked here: callers check the
         arguments and the result.
 
     Raises:

@@ -1,11 +1,9 @@
 """Trains a policy: supervised fine-tuning on demonstrations, then GRPO or another method.
 
-    python -m grpo_jax.train --config=configs/arithmetic.py --workdir=FOLDER [--config.key=value
-    ...]
+    python -m grpo_jax.train --config=FILE.py --workdir=FOLDER [--config.KEY=VALUE ...]
 
-The same command resumes a run that was stopped in any way. The batch and the random numbers of a
-step are functions of the seed and the step, so a resumed run computes the same numbers as one that
-was never stopped.
+The same command resumes an interrupted run. The batch and the random numbers of a step depend only
+on the seed and the step, so a resumed run computes the same numbers as an uninterrupted one.
 """
 
 import logging
@@ -15,7 +13,7 @@ from grpo_jax.run.training import train
 
 
 def run() -> None:
-    """The console entry point."""
+    """Runs the console command."""
     logging.basicConfig(format='%(levelname)s %(message)s')
     run_command(train, usage=__doc__)
 

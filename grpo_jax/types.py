@@ -23,7 +23,7 @@ Params = Any  # a nested dict of arrays
 
 
 class Prompts(NamedTuple):
-    """A batch of tokenised prompts."""
+    """A batch of tokenized prompts."""
 
     tokens: Int[Array, 'B P']
     length: Int[Array, ' B']  # real tokens of each prompt, at least 1
@@ -83,7 +83,7 @@ class Sampling(NamedTuple):
     """The distribution of the next token. Traced scalars: changing one never recompiles.
 
     The log-softmax of `logits / temperature` is restricted to the tokens that pass every filter and
-    renormalised. Temperature 0 is greedy decoding.
+    renormalized. Temperature 0 is greedy decoding.
     """
 
     temperature: Array | float = 1.0  # the logits are divided by it; 0: greedy decoding

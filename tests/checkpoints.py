@@ -33,7 +33,7 @@ SIZES = {
 }
 EXPERTS = {'num_local_experts': 5, 'num_experts_per_tok': 2}
 
-# The options that a family needs beside SIZES to be small, or to be itself.
+# Options in addition to SIZES that make a model small, or that define its family.
 SMALL = {
     'mistral': {'sliding_window': 6},
     'gemma2': {'head_dim': 12, 'sliding_window': 5, 'query_pre_attn_scalar': 20},

@@ -22,7 +22,7 @@ import runs  # noqa: E402
 import tiny  # noqa: E402
 
 # With XLA's older code generator programs compile in a third of the time, those of child processes
-# too. Versions behind 0.11.0 do not have it, and abort at a flag that they do not know.
+# too. Versions after 0.11.0 do not have it, and abort at an unknown flag.
 FAST_COMPILER = '--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1'
 if jax.__version_info__ < (0, 11, 1) and FAST_COMPILER not in os.environ.get('XLA_FLAGS', ''):
     os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {FAST_COMPILER}'.strip()

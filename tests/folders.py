@@ -99,7 +99,7 @@ def rows(folder, **splits):
 
 
 def pretend(config, workdir, params, *, stage='grpo', step=3):
-    """Leaves behind what a run does that has trained these parameters."""
+    """Writes the files of a run that has trained these parameters."""
     workdir.mkdir(parents=True, exist_ok=True)
     checkpoint.claim_workdir(workdir, config)
     setup.keep_description(setup.prepare(config, workdir))

@@ -1,4 +1,4 @@
-"""The same mathematics once more, from the papers, slow and plain: nothing of the package in it.
+"""The same mathematics from the papers, slow and simple, without any code of the package.
 
 The transformer keeps no cache and shares nothing: a completion is read together with its prompt, as
 one sequence. It takes its array library as an argument, NumPy for float64 values and jax.numpy for
@@ -148,7 +148,7 @@ def pull_back(make_logits, params, tokens, cotangent, temperature=1.0):
 
 
 def distribution(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, keep=None):
-    """Probabilities [V], sorted, cut, renormalised; `keep` stays whatever the filters say."""
+    """Probabilities [V], sorted, cut, renormalized; `keep` stays whatever the filters say."""
     scaled = np.asarray(logits, np.float64) / temperature
     probability = np.exp(scaled - scaled.max())
     order = sorted(range(len(scaled)), key=lambda i: -probability[i])

@@ -138,17 +138,17 @@ def test_a_critic_has_no_group_advantages():
 # arbitrary.
 STEPS = np.float32([[np.nan, 1, np.inf, 0, 7], [9, 9, 2, -9, np.nan]])
 ENDS = np.array([[0, 1, 0, 1, 0], [0, 0, 1, 0, 0]], bool)
-CENTRED = np.array([[-1, -1, -1, -1, 0], [1, 1, 1, 0, 0]])  # 0 + -1 up to the first end, then -1
+CENTERED = np.array([[-1, -1, -1, -1, 0], [1, 1, 1, 0, 0]])  # 0 + -1 up to the first end, then -1
 
 
 @pytest.mark.parametrize(
     ('options', 'expected'),
     [
-        ({}, CENTRED / (1 + 1e-4)),  # the sample's deviation is sqrt(2 / 2)
-        ({'eps': 0.5}, CENTRED / 1.5),
-        ({'scale': 'population_std', 'eps': 0.0}, CENTRED / np.sqrt(2 / 3)),
-        ({'scale': 'none'}, CENTRED),
-        ({'scale': 'batch'}, CENTRED),
+        ({}, CENTERED / (1 + 1e-4)),  # the sample's deviation is sqrt(2 / 2)
+        ({'eps': 0.5}, CENTERED / 1.5),
+        ({'scale': 'population_std', 'eps': 0.0}, CENTERED / np.sqrt(2 / 3)),
+        ({'scale': 'none'}, CENTERED),
+        ({'scale': 'batch'}, CENTERED),
         ({'baseline': 'none', 'scale': 'none'}, [[1, 1, 0, 0, 0], [2, 2, 2, 0, 0]]),
         ({'baseline': 'none', 'eps': 1.0}, np.array([[1, 1, 0, 0, 0], [2, 2, 2, 0, 0]]) / 2),
     ],
@@ -158,7 +158,7 @@ def test_process_by_hand(options, expected):
 
 
 def test_a_token_sums_the_steps_from_it_on():
-    """Rewards 3, 1, 2 of one completion: centred 1, -1, 0, from the right 0, -1, 0."""
+    """Rewards 3, 1, 2 of one completion: centered 1, -1, 0, from the right 0, -1, 0."""
     ours = of_steps(np.float32([[0, 3, 1, 2]]), np.array([[0, 1, 1, 1]], bool), scale='none')
     np.testing.assert_allclose(ours, [[0, 0, -1, 0]], atol=1e-6)
 

@@ -56,7 +56,7 @@ def test_attention_over_pieces_is_attention_over_their_union(shown, scale):
 
 @pytest.mark.parametrize('window', [None, 3])
 def test_keys_are_read_by_whom_they_belong_to(window):
-    """Two sequences of 3 and 2 behind each other, over a prompt of 4 and one of 2 (5 columns).
+    """Two concatenated sequences of 3 and 2, over a prompt of 4 and one of 2 (5 columns).
 
     As two pieces, and as one, where a token names the owners of both.
     """

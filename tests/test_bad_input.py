@@ -82,7 +82,10 @@ BAD = [
     ({'grpo.algorithm.kl': 'k1'}, "kl='k1' with kl_place='loss' has an expected on-policy"),
     ({'grpo.algorithm.supervision': 'process'}, "supervision='process' without step rewards: name"),
     ({'grpo.step_rewards': {'right_steps': 1.0}}, "step_rewards has no effect with .*'outcome'"),
-    ({'grpo.source': 'reference'}, "grpo.source='reference' with loss='clipped', whose ratio is"),
+    (
+        {'grpo.source': 'reference'},
+        "grpo.source='reference' with loss='clipped', which needs samples of",
+    ),
     ({'grpo.source': 'sft'}, "grpo.source='sft' is unknown: use policy or reference"),
     (
         {'grpo.ahead': True},
@@ -90,14 +93,14 @@ BAD = [
     ),
     (
         {'grpo.ahead': True, 'grpo.algorithm.importance': 'token', 'grpo.refill': 2},
-        'grpo.ahead=True with grpo.refill=2: a batch is refilled from the policy that sampled it',
+        'grpo.ahead=True with grpo.refill=2: extra batches need the policy that sampled the',
     ),
     ({'grpo.weights': 'int4'}, "grpo.weights='int4' is unknown: use one of model, int8"),
     (
         {'grpo.weights': 'int8'},
         "grpo.weights='int8' with grpo.algorithm.importance='none': completions are",
     ),
-    ({'grpo.drop': ('short',)}, "grpo.drop names 'short', which is unknown: use some of wrong,"),
+    ({'grpo.drop': ('short',)}, "grpo.drop names 'short', which is unknown: use any of wrong,"),
     ({'grpo.algorithm.loss': 'dpo'}, "scale='std' with loss='dpo': preference losses compare"),
     ({'grpo.algorithm.lam': 0.5}, "lam=0.5 has no effect with baseline='mean'"),
     ({'grpo.algorithm.max_kl': 0.5}, "max_kl=0.5 has no effect with step='optimizer'"),

@@ -32,7 +32,7 @@ from grpo_jax.run import config, methods, selection
 from grpo_jax.types import Batch, Prompts, Rollout, Sampling, StepRewards, TrainState
 
 B, G, T = SIZE = (3, 4, 5)
-VOCAB = 64  # one for every completion token and every prompt, and one that nobody uses
+VOCAB = 64  # one for every completion token and every prompt, and one that is unused
 BETA = 0.3
 RECORDER = optax.sgd(0.1, momentum=0.0)  # its trace is the last gradient
 
@@ -75,7 +75,7 @@ def make_world():
     logp, ref = (log_softmax(x)[before, tokens] for x in (policy, reference))
     sampled = (logp + 0.7 * rng.standard_normal(SIZE)).astype(np.float32)
     rewards = rng.uniform(-1, 2, (B, G)).astype(np.float32)
-    rewards[2] = 0.7  # nobody is better than another
+    rewards[2] = 0.7  # all completions are equally good
     last = mask & (np.arange(T) == used[..., None] - 1)
     ends = last | (mask & (rng.random(SIZE) < 0.4))
     return SimpleNamespace(
@@ -137,7 +137,7 @@ def sigmoid(x):
 
 LOG_RATIO = W.logp - W.ref
 PULL = BETA * (np.exp(-LOG_RATIO) - 1)  # of k3: beta (ref / pi - 1)
-PENALISED = W.rewards - BETA * np.where(W.mask, LOG_RATIO, 0).sum(-1)  # k1 in the reward
+PENALIZED = W.rewards - BETA * np.where(W.mask, LOG_RATIO, 0).sum(-1)  # k1 in the reward
 PULLS_TO_GO = np.array([  # of k1 from each token on
     [[BETA * sum(row[t:]) for t in range(T)] for row in group]
     for group in np.where(W.mask, LOG_RATIO, 0)
@@ -189,7 +189,7 @@ def within(weight):
 TWO = W.rewards[:, :2]
 CRITIC = {'scale': 'none', 'kl': 'none', 'kl_place': 'loss', 'beta': 0.0}
 STEPS = np.where(W.steps.ends, W.steps.values, 0.0)
-WIDE = {'max_kl': 5e8, 'damping': 1e8}  # beside which the Fisher matrix is nothing
+WIDE = {'max_kl': 5e8, 'damping': 1e8}  # the Fisher matrix is negligible against it
 ROWS = {
     # The table; SFT has a test of its own
     'RFT': row((W.correct * NEW)[..., None] * EVERY, 'rft', W.correct),
@@ -216,7 +216,7 @@ ROWS = {
     'Dr. GRPO': row(outcome(scale='none'), 'dr_grpo'),
     'DAPO': row(outcome(), 'dapo'),
     'BNPO': row(outcome() + PULL, 'bnpo', microbatch=1, beta=BETA),
-    'RLOO': row(outcome(PENALISED, 'leave_one_out', 'none'), 'rloo', beta=BETA),
+    'RLOO': row(outcome(PENALIZED, 'leave_one_out', 'none'), 'rloo', beta=BETA),
     'REINFORCE++': row(whitened(W.rewards[..., None] - PULLS_TO_GO), 'reinforce_pp', beta=BETA),
     'GSPO': row(outcome(), 'gspo'),
     'GSPO, token': row(outcome(), 'gspo_token'),
@@ -327,7 +327,7 @@ def test_the_gradient_has_the_coefficient_of_its_row(name):
 
 @pytest.mark.parametrize('name', ROWS)
 def test_gradient_coefficient_is_that_of_the_program(name):
-    """Where the row is learnt from; which rows are is the weights' business."""
+    """Compares them at the tokens with a weight above 0; the weights decide what is trained on."""
     learnt = found(name).weights > 0
     close(found(name).function[learnt], found(name).coefficient[learnt])
     assert (found(name).function[~ROWS[name].rollout.mask] == 0).all()

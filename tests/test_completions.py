@@ -208,7 +208,7 @@ GOOD = '{"answer": "4", "completions": ["4", "5"], "scores": [1, 2]}'
         (GOOD.replace('[1, 2]', '[1, NaN]'), "'scores'[1] is NaN: give a finite number"),
         (GOOD.replace('[1, 2]', '[-1e999, 1]'), "'scores'[0] is -Infinity: give a finite number"),
         (GOOD.replace('[1, 2]', '[1, "2"]'), '\'scores\'[1] is "2": give a finite number'),
-        (GOOD.replace('[1, 2]', 'null'), 'has no scores where line 1 has some'),
+        (GOOD.replace('[1, 2]', 'null'), 'has no scores, but line 1 has some'),
     ],
 )
 def test_a_line_that_is_wrong(tmp_path, capsys, line, message):
@@ -243,7 +243,7 @@ def test_nothing_is_left_of_a_run_that_ends_early(tmp_path, capsys, monkeypatch)
 
 def test_scores_that_begin_late(tmp_path, capsys):
     rows = [{'answer': '4', 'completions': ['4']}, json.loads(GOOD)]
-    with pytest.raises(ValueError, match='line 2: has scores where line 1 has none'):
+    with pytest.raises(ValueError, match='line 2: has scores, but line 1 has none'):
         score(capsys, write(tmp_path / 'a.jsonl', rows))
 
 
@@ -256,7 +256,7 @@ def test_scores_that_begin_late(tmp_path, capsys):
         (['--completions=FILE', '--dataset=gsm8k', '--n=3'], 'unrecognized arguments: --n=3'),
         (
             ['--completions=none.jsonl', '--dataset=gsm8k'],
-            '--completions=none.jsonl: no such file: name one of JSON lines',
+            '--completions=none.jsonl: no such file: name a file of JSON lines',
         ),
         (['--completions=FILE', '--dataset=gsm8k'], 'FILE has no rows'),
     ],

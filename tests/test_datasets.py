@@ -74,7 +74,7 @@ def test_json_and_compressed_lines(tmp_path, cache_dir):
     assert serve('jsonl', 'whatever', folder=tmp_path / 'one', **named) == rows
     whole = (tmp_path / 'zip' / 'dev.jsonl.gz').read_bytes()
     (tmp_path / 'zip' / 'dev.jsonl.gz').write_bytes(whole[:-9])
-    with pytest.raises(ValueError, match=r'dev\.jsonl\.gz: not a whole gzip file'):
+    with pytest.raises(ValueError, match=r'dev\.jsonl\.gz: not a complete gzip file'):
         serve('jsonl', folder=tmp_path / 'zip', cache_dir=cache_dir)
     write(tmp_path / 'one', 'dev.json', '[1]')
     with pytest.raises(ValueError, match=r'dev\.json: row 1: 1 is not a JSON object'):

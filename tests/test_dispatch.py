@@ -30,7 +30,7 @@ def on_cpu(monkeypatch):
 CASES = {
     'prompts of all lengths': ({}, (6, 1), {}),
     'prefill': ({'rows': 1, 'columns': 0}, (0, 0), {'scale': 0.7}),
-    # Several blocks, some of which show nothing to anybody; in a call for each completion,
+    # Several blocks, some of which are fully masked; in a call for each completion,
     'long': ({'rows': 2, 'length': 130, 'columns': 250, 'heads': 2, 'kv_heads': 1}, (9, 200), {}),
     # and in one for the group.
     'longer': ({'rows': 3, 'columns': 300, 'heads': 2, 'kv_heads': 1}, (9, 300), {}),

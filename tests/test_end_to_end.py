@@ -76,7 +76,7 @@ def test_gsm8k_from_folder_to_folder(tmp_path, command, capfd):
     assert found['eval/accuracy'] == heldout['metrics']['eval/accuracy']
     rows = runs.lines(workdir / 'evaluation.jsonl')
     assert [row['completion'] for row in rows] == heldout['completions']
-    assert sum(' #### ' in row['completion'] for row in rows) > len(rows) / 2  # it has learnt that
+    assert sum(' #### ' in row['completion'] for row in rows) > len(rows) / 2  # it has learned that
     assert command(export.run, workdir=workdir, output=out).startswith('grpo/2: ')
     assert same_completions(workdir, out, capfd) == len(rows)
     with pytest.raises(AssertionError):  # before training they are others

@@ -185,7 +185,7 @@ def test_without_the_source_folder(source, tmp_path, capsys):
     ],
 )
 def test_end_tokens_are_those_of_the_run(generation, chat, expected, tmp_path):
-    """A policy that learnt to end its turn is stopped there by whatever generates with it."""
+    """Other programs stop generating where a policy has learned to end its turn."""
     source = folders.write(
         tmp_path / 'source', tokenizer=folders.chat_tokenizer(), generation=generation
     )
@@ -196,7 +196,7 @@ def test_end_tokens_are_those_of_the_run(generation, chat, expected, tmp_path):
 
 
 def test_a_tokenizer_of_the_config(source, tmp_path):
-    """Nothing stays behind of the one it replaces."""
+    """Nothing remains of the folder that it replaces."""
     plain = byte_tokenizer()
     plain.save_pretrained(tmp_path / 'plain')
     config = folders.get_config(source)
@@ -229,7 +229,7 @@ def scratch(rank=0, **options):
 
 @pytest.mark.parametrize('kind', FROM_SCRATCH)
 def test_a_run_from_scratch_becomes_a_checkpoint(kind, tmp_path, caplog):
-    """Also its tokenizer, although transformers chooses the class by the model beside it."""
+    """Also its tokenizer, although transformers chooses the class by the model in the folder."""
     config, prepared, params = make_run(tmp_path / 'run', config=scratch(**FROM_SCRATCH[kind]))
     export.export(config, str(tmp_path / 'run'), str(tmp_path / 'out'))
     assert read(tmp_path / 'out' / 'config.json')['model_type'] == kind
@@ -247,12 +247,12 @@ def test_a_run_from_scratch_becomes_a_checkpoint(kind, tmp_path, caplog):
 
 
 def test_a_tokenizer_that_transformers_reads_otherwise(tmp_path, caplog):
-    """Beside a Qwen2 every tokenizer becomes a Qwen2Tokenizer: other rules, one more token."""
+    """In a Qwen2 folder every tokenizer becomes a Qwen2Tokenizer: other rules, one more token."""
     config, *_ = make_run(tmp_path / 'run', config=scratch(attention_bias=True))
     export.export(config, str(tmp_path / 'run'), str(tmp_path / 'out'))
     assert read(tmp_path / 'out' / 'config.json')['model_type'] == 'qwen2'
-    assert [record.message[:63] for record in caplog.records if record.name == 'grpo_jax'] == [
-        'transformers reads the exported folder with another tokenizer t'
+    assert [record.message[:65] for record in caplog.records if record.name == 'grpo_jax'] == [
+        'transformers loads another tokenizer from the exported folder tha'
     ]
     assert len(load_tokenizer(str(tmp_path / 'out'))) == 259
     faithful = tokenizers.Tokenizer.from_file(str(tmp_path / 'out' / 'tokenizer.json'))

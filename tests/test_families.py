@@ -87,7 +87,7 @@ CASES = {
         FINE_YARN | {'attention_bias': True, 'num_key_value_heads': 1},
     ),
     'mixtral, window': ('mixtral', {'sliding_window': 6}),
-    'qwen3_moe, not normalised': (
+    'qwen3_moe, not normalized': (
         'qwen3_moe',
         {'norm_topk_prob': False, 'num_experts_per_tok': 3, 'attention_bias': True},
     ),

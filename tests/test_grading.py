@@ -55,7 +55,7 @@ SILENT = ({'length': length}, {'length': 0.0})
 
 
 def pieces(prompts, completions, answer, **columns):
-    """Steps end behind each `;` and at the end; the k-th is worth its prompt's answer + k."""
+    """Steps end after each `;` and at the end; the k-th is worth its prompt's answer + k."""
     found = []
     for text, known in zip(completions, answer, strict=True):
         ends = [i + 1 for i, c in enumerate(text) if c == ';' or i + 1 == len(text)]
@@ -63,7 +63,7 @@ def pieces(prompts, completions, answer, **columns):
     return found
 
 
-# [B, G, T]: the token behind which each step of TEXTS ends, EOS for the last one.
+# [B, G, T]: the token at which each step of TEXTS ends, EOS for the last one.
 STEPS = np.zeros((2, 3, LENGTH), np.float32)
 STEPS[0, 0, [2, 5]] = 3, 4  # 'ab;' and 'cd' with EOS
 STEPS[0, 1, [2, 5]] = 3, 4  # 'é;' takes three tokens
@@ -268,7 +268,7 @@ def test_of_ascii_each_character_is_a_token(rows):
 
 @hypothesis.given(rows=st.lists(st.text('aé答😀;', max_size=6), min_size=1, max_size=4))
 def test_characters_of_several_tokens(rows):
-    """Behind a letter of one token the place is exact, otherwise inside that letter."""
+    """After a letter of one token the position is exact, otherwise it is inside that letter."""
     ends = [range(1, len(text)) for text in rows]
     for text, found in zip(rows, places(rows, ends), strict=True):
         for end, place in enumerate(found, 1):

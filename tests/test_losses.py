@@ -199,7 +199,7 @@ def critic(value, old, target):
     [
         # the value was 1 and its return is 2
         (1.25, 0.5, 0.28125, -0.75),  # within the clip: (1.25 - 2)^2 / 2
-        (1.75, 0.5, 0.125, 0.0),  # it moved too far towards the return: (1.5 - 2)^2 / 2
+        (1.75, 0.5, 0.125, 0.0),  # it moved too far toward the return: (1.5 - 2)^2 / 2
         (0.25, 0.5, 1.53125, -1.75),  # too far away from it: not clipped, pulled back
         (3.0, 0.5, 0.5, 1.0),  # beyond it: (3 - 2)^2 = 1 exceeds the clipped 0.25
         (1.75, 0.0, 0.03125, -0.25),  # 0 does not clip

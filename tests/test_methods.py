@@ -244,7 +244,7 @@ def test_sections_that_are_used():
     assert algorithm_of(config).has_critic
 
 
-# Who samples, and what of it is learnt from
+# Which policy samples, and which samples are trained on
 
 
 def test_sources():

@@ -11,7 +11,7 @@ from grpo_jax.algorithm.optimizer import adamw, make_optimizer
 
 
 def adamw_by_hand(params, gradients, rates, *, b1, b2, eps, weight_decay, clip_norm):
-    """Loshchilov and Hutter (1711.05101), algorithm 2, behind a clip of the global norm."""
+    """Loshchilov and Hutter (1711.05101), algorithm 2, after a clip of the global norm."""
     params = {name: np.array(p, np.float64) for name, p in params.items()}
     first = {name: 0.0 for name in params}
     second = dict(first)
@@ -118,7 +118,7 @@ def updates(optimizer, params, gradient, count=3):
 
 @pytest.mark.parametrize('name', ['optax:sgd', 'optax.sgd', optax.sgd])
 def test_any_optax_factory(name):
-    """Behind the same clip and with the same schedule; the gradient's norm is 5."""
+    """With the same clip and schedule; the gradient's norm is 5."""
     optimizer, schedule = make_optimizer(
         name, learning_rate=0.1, steps=8, warmup_steps=3, options={'momentum': 0.5}
     )

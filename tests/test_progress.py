@@ -273,8 +273,8 @@ def test_a_state_whose_memory_is_gone_is_not_saved(events, tmp_path, caplog):
         )  # fmt: skip
     assert not [e for e in events if e[0] == 'save']
     assert [record.message for record in caplog.records] == [
-        'grpo: the state after step 2 is lost, because the update that failed had taken over its '
-        'memory'
+        'grpo: the state after step 2 is lost, because the update that failed had donated its '
+        'buffers'
     ]
 
 

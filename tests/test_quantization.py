@@ -22,7 +22,7 @@ from grpo_jax.models.layers import Projection, multiply
 from grpo_jax.run import collector, report, setup
 from grpo_jax.types import Sampling
 
-# Which axes of a parameter, behind that of layers, are an output channel's own.
+# The axes of a parameter, after that of layers, along which output channels differ.
 CHANNELS = {
     'embedding': 'v.', 'head': '.v', 'query': 'l.hw', 'key': 'l.kw', 'value': 'l.kw',
     'out': 'l..d', 'gate': 'l.m', 'up': 'l.m', 'down': 'l.d',
@@ -45,7 +45,7 @@ def is_quantized(x):
 
 
 def named(params):
-    """(name, leaf) pairs of a tree, the quantised matrices in one piece."""
+    """(name, leaf) pairs of a tree, the quantized matrices in one piece."""
     found = jax.tree_util.tree_leaves_with_path(params, is_leaf=is_quantized)
     return [(path[-1].key, leaf) for path, leaf in found]
 
@@ -156,7 +156,7 @@ def test_what_is_on_the_grid_stays(whole, powers):
 
 @functools.cache
 def pair(name):
-    """A model, its parameters and these quantised."""
+    """A model, its parameters and these quantized."""
     model = tiny.make_model(**MODELS[name])
     params = tiny.make_params(model)
     return model, params, quantize(params)

@@ -190,9 +190,9 @@ def test_picture(written):
     picture = matplotlib.image.imread(path)
     assert picture.shape[:2] == (720, 1080)
     panels = [picture[y : y + 360, x : x + 540, :3] for y in (0, 360) for x in (0, 540)]
-    colours = [len(np.unique(panel.reshape(-1, 3), axis=0)) for panel in panels]
+    colors = [len(np.unique(panel.reshape(-1, 3), axis=0)) for panel in panels]
     blue = [((panel[..., 2] - panel[..., 0]) > 0.5).sum() for panel in panels]
-    assert min(colours) > 20  # letters
+    assert min(colors) > 20  # letters
     # Reward and KL are drawn; there is no sampled accuracy and no length in these records, but
     # held-out accuracy.
     assert blue[0] > 200

@@ -37,7 +37,7 @@ def test_right_steps_of_several_rows():
 
 
 def test_right_steps_need_a_chain():
-    with pytest.raises(ValueError, match="prompt 'What is 2\\+2\\?' is no chain of whole numbers"):
+    with pytest.raises(ValueError, match="prompt 'What is 2\\+2\\?' is not a chain of whole"):
         right_steps(['1+1=', 'What is 2+2?'], ['1+1=2', '4'])
 
 
@@ -89,7 +89,9 @@ def test_a_step_function_that_raises():
 
 @pytest.mark.parametrize('returned', [[[]], [[], [], []], ([], []), None, 1.0])
 def test_one_list_for_each_completion(returned):
-    message = "step rewards 'mine' returned no list with one entry for each of the 2 completions"
+    message = (
+        "step rewards 'mine' did not return a list with one entry for each of the 2 completions"
+    )
     with pytest.raises(RewardError, match=message):
         call(lambda **columns: returned)
 
@@ -97,10 +99,10 @@ def test_one_list_for_each_completion(returned):
 @pytest.mark.parametrize(
     ('row', 'message'),
     [
-        (None, 'is no list of'),
-        ([1.0], 'is no list of'),
-        ([(1,)], 'is no list of'),
-        ([(1, 'high')], 'is no list of'),
+        (None, 'is not a list of'),
+        ([1.0], 'is not a list of'),
+        ([(1,)], 'is not a list of'),
+        ([(1, 'high')], 'is not a list of'),
         ([(2, 1.0), (1, 1.0)], 'ends must grow'),
         ([(1, 1.0), (1, 1.0)], 'ends must grow'),
         ([(0, 1.0)], 'ends must grow'),

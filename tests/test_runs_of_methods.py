@@ -384,7 +384,7 @@ def bigram_logprobs(params, rollout):
 
 @pytest.mark.parametrize('decay', [0.9, 0.25])
 def test_the_moving_reference_by_hand(decay, rollout, rewards):
-    """reference' = d * reference + (1 - d) * policy, read by the KL of the step behind."""
+    """reference' = d * reference + (1 - d) * policy, measured by the KL of the next step."""
     model, optimizer = tiny.Bigram(), optax.sgd(0.5)
     algorithm = Algorithm(beta=0.1, reference_decay=decay)
     compute = Compute(microbatch=4, logprob_chunk=5)

@@ -256,7 +256,7 @@ def test_stopped_runs_end_as_unbroken_ones(kind, request, tmp_path, monkeypatch)
 
 
 def test_weights_that_do_not_fit_leave_no_run_behind(tmp_path):
-    """So the same command works once the folder has been mended."""
+    """So the same command works once the folder has been fixed."""
     source = folders.write(tmp_path / 'source')
     text = (source / 'config.json').read_text()
     (source / 'config.json').write_text(

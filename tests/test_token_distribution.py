@@ -14,7 +14,7 @@ filters = jax.jit(filter_logits)
 
 @pytest.mark.parametrize('name', tiny.FILTERS)
 def test_filters_equal_the_oracle(name):
-    """The order matters: top-p applies to the renormalised distribution that top-k leaves."""
+    """The order matters: top-p applies to the renormalized distribution that top-k leaves."""
     logits = 2 * np.random.default_rng(0).standard_normal((6, tiny.VOCAB)).astype(np.float32)
     ours = jax.nn.softmax(filters(logits, tiny.FILTERS[name]))
     expected = np.stack([oracle.distribution(row, *tiny.FILTERS[name]) for row in logits])

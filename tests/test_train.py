@@ -1,4 +1,4 @@
-"""The training command: what a run leaves behind, and stops of every kind."""
+"""The training command: the files of a run, and every way to interrupt it."""
 
 import json
 import logging
@@ -79,7 +79,7 @@ runs.bonus = lethal
 """
 
 
-# What a run leaves behind
+# The files of a run
 
 
 def test_metrics_have_their_standard_names(finished):

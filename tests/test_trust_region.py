@@ -228,7 +228,7 @@ def test_conjugate_gradient_solves():
 
 @pytest.mark.parametrize('steps', [1, 2, 5])
 def test_few_steps_are_the_best_of_their_krylov_space(steps):
-    """The minimiser of (x - A^-1 b)^T A (x - A^-1 b) in that space, found by a solve too."""
+    """The minimizer of (x - A^-1 b)^T A (x - A^-1 b) in that space, found by a solve too."""
     matrix, b = spd()
     space = np.stack([np.linalg.matrix_power(matrix, k) @ b for k in range(steps)], 1)
     space, _ = np.linalg.qr(space)

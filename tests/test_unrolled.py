@@ -115,7 +115,7 @@ def test_an_update_is_the_same(name, rollout, rewards):
 
 
 def test_an_update_on_a_mesh(model, params, rollout, rewards):
-    """The new state is laid out as that of a scan."""
+    """The new state has the layout of that of a scan."""
     mesh = sharding.make_mesh(fsdp=2, tensor=2)
     optimizer, states = optax.sgd(0.1), []
     for on, unroll in ((None, False), (mesh, True)):

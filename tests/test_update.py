@@ -408,9 +408,9 @@ def test_no_buffer_of_full_logits():
 
 
 def test_a_larger_vocabulary_costs_its_head_and_one_chunk():
-    """Of memory, beside the parameters: the sum of the head's gradient, and a chunk's logits.
+    """Temporary memory is the sum of the head's gradient and a chunk's logits.
 
-    With the few optimisations of tests it is up to 1.4 of that; two chunks would be 1.7.
+    With the reduced optimizations of the tests it is up to 1.4 of that; two chunks would be 1.7.
     """
     groups, group_size, chunk = 2, 8, 32
 

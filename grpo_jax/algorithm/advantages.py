@@ -52,7 +52,7 @@ def group_advantages(
     if baseline == 'critic':
         raise ValueError("baseline='critic' needs values and not rewards alone: use grpo_jax.gae")
     counted = jnp.ones(size, bool)
-    advantages = _relative(rewards, counted, centre=baseline != 'none', scale=scale, eps=eps)
+    advantages = _relative(rewards, counted, center=baseline != 'none', scale=scale, eps=eps)
     return advantages * (size / (size - 1)) if baseline == 'leave_one_out' else advantages
 
 
@@ -67,7 +67,7 @@ def process_advantages(
     """Advantages of one group's tokens from a reward for each step of its completions.
 
     Process supervision (DeepSeekMath, arXiv 2402.03300, section 4.1.3): the rewards of all steps of
-    all G completions are normalised together, and a token's advantage is the sum of those of the
+    all G completions are normalized together, and a token's advantage is the sum of those of the
     steps that end at or after it. With a single step at the end of each completion the result is
     that of `group_advantages`, which has the same options. A single step in the whole group has
     nothing to be compared with: its advantage is 0.
@@ -94,7 +94,7 @@ def process_advantages(
         raise ValueError(
             f"baseline={baseline!r} with a reward for each step: {reason}; use 'mean' or 'none'"
         )
-    steps = _relative(rewards, ends, centre=baseline == 'mean', scale=scale, eps=eps)
+    steps = _relative(rewards, ends, center=baseline == 'mean', scale=scale, eps=eps)
     return jax.lax.cumsum(steps, axis=1, reverse=True)
 
 
@@ -116,11 +116,11 @@ def normalize_batch(
     """
     count = jnp.maximum(mask.sum(), 1)
     mean = jnp.where(mask, advantages, 0.0).sum() / count
-    centred = jnp.where(mask, advantages - mean, 0.0)
-    std = jnp.sqrt(jnp.square(centred).sum() / count)
+    centered = jnp.where(mask, advantages - mean, 0.0)
+    std = jnp.sqrt(jnp.square(centered).sum() / count)
     most = jnp.where(mask, advantages, -jnp.inf).max()
     least = jnp.where(mask, advantages, jnp.inf).min()
-    return jnp.where(most == least, 0.0, centred / (std + eps))
+    return jnp.where(most == least, 0.0, centered / (std + eps))
 
 
 def estimate(
@@ -193,9 +193,9 @@ def _check_known(baseline: str, scale: str) -> None:
 
 
 def _relative(
-    rewards: Array, counted: Array, *, centre: bool, scale: str, eps: Scalar
+    rewards: Array, counted: Array, *, center: bool, scale: str, eps: Scalar
 ) -> jax.Array:
-    """Rewards where `counted`, centred and scaled together; 0 elsewhere.
+    """Rewards where `counted`, centered and scaled together; 0 elsewhere.
 
     Exact zeros where all rewards are equal, unless the reward itself is the advantage.
     """
@@ -203,13 +203,13 @@ def _relative(
     rewards = jnp.where(counted, rewards, 0.0)
     # Sum rows first, so that [G, 1] is summed in the same order as [G].
     mean = rewards.sum(-1).sum() / jnp.maximum(count, 1)
-    centred = jnp.where(counted, rewards - mean, 0.0)
-    relative = centred if centre else rewards
+    centered = jnp.where(counted, rewards - mean, 0.0)
+    relative = centered if center else rewards
     in_group = scale in ('std', 'population_std')
     if in_group:
         freedom = jnp.maximum(count - int(scale == 'std'), 1)
-        relative = relative / (jnp.sqrt(jnp.square(centred).sum(-1).sum() / freedom) + eps)
-    if not centre and not in_group:
+        relative = relative / (jnp.sqrt(jnp.square(centered).sum(-1).sum() / freedom) + eps)
+    if not center and not in_group:
         return relative
     least = jnp.where(counted, rewards, jnp.inf).min()
     most = jnp.where(counted, rewards, -jnp.inf).max()

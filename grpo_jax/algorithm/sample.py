@@ -73,8 +73,8 @@ def sample_blocks(
       stops: [states, V] from `data.stop_table`, for strings that end a completion.
       mesh: the devices; if given, prompts are sharded as `sharding.groups`.
       block: columns of a block; 0: chosen by `decode.block_size`.
-      weights: 'model', or 'int8': matrices are quantised first (`models.quantize`), and tokens and
-        log-probs are those of the quantised model. A decode step reads half the bytes of bfloat16.
+      weights: 'model', or 'int8': matrices are quantized first (`models.quantize`), and tokens and
+        log-probs are those of the quantized model. A decode step reads half the bytes of bfloat16.
       unroll: compile each layer with a copy of its own parameters; None: on NVIDIA GPUs only, which
         would otherwise copy each layer out of its stack for every token.
 

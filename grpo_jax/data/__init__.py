@@ -1,4 +1,4 @@
-"""Data sets, prompts and tokens: from rows of text to batches of token ids."""
+"""Data sets, prompts and tokenization: from rows of text to batches of token ids."""
 
 from grpo_jax.data.batching import BatchSequence, batches, in_order
 from grpo_jax.data.chat import turn_end

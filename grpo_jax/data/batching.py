@@ -38,8 +38,8 @@ def batches(
     time for any k, so there is no iterator whose state would have to be saved: a run resumes, or
     draws more prompts, by a counter of the batches used so far.
 
-    Batches pass through the table in epochs. Each epoch holds every row once, in an order of its
-    own. A batch may extend over the end of an epoch and can then hold a row twice; every batch is
+    Batches pass through the table in epochs. Each epoch has every row once, in its own random
+    order. A batch may extend over the end of an epoch and can then have a row twice; every batch is
     full, and no row is left out.
 
     Args:
@@ -79,7 +79,7 @@ def in_order(table: Table[BatchT], batch_size: int) -> Iterator[tuple[BatchT, in
       batch_size: rows in a batch.
 
     Yields:
-      A batch of the type that `batches` returns, and the number of its rows that are no copies.
+      A batch of the type that `batches` returns, and the number of its rows before the copies.
     """
     size = len(table)
     for start in range(0, size, batch_size):

@@ -1,4 +1,4 @@
-"""Chat templates: prompts in a model's chat format, and how it ends the assistant's messages."""
+"""Chat templates: render prompts, and find how a template ends the assistant's messages."""
 
 import re
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ def chat_prompts(tokenizer: Tokenizer, user_messages: Sequence[str], system: str
         without_system = _render(tokenizer, [conversations[0][1:]], add_generation_prompt=True)
         if prompts[0] == without_system[0]:
             raise ValueError(
-                f'the chat template leaves the system message {system!r} out: write it into the '
+                f'the chat template ignores the system message {system!r}: write it into the '
                 'prompt template'
             )
     return prompts
@@ -44,7 +44,7 @@ def turn_end(tokenizer: Tokenizer) -> tuple[str, int]:
       token if the template writes none.
 
     Raises:
-      ValueError: there is no chat template, or it fails or leaves the assistant's message out.
+      ValueError: there is no chat template, or it fails or ignores the assistant's message.
     """
     conversation = [
         {'role': 'user', 'content': 'x'},
@@ -53,7 +53,7 @@ def turn_end(tokenizer: Tokenizer) -> tuple[str, int]:
     (text,) = _render(tokenizer, [conversation], add_generation_prompt=False)
     _, placeholder, ending = text.rpartition(_PLACEHOLDER)
     if not placeholder:
-        raise ValueError("the chat template leaves the assistant's words out: use another one")
+        raise ValueError("the chat template ignores the assistant's message: use another one")
     special = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
     longest_first = sorted(special, key=len, reverse=True)
     match = re.search('|'.join(map(re.escape, longest_first)), ending) if special else None
@@ -81,10 +81,10 @@ def _render(
     except jinja2.TemplateError as error:
         if conversations[0][0]['role'] != 'system':
             raise ValueError(f'the chat template fails: {error}') from error
-        # Where the template fails without a system message too, this reports that failure.
+        # If the template also fails without a system message, this call reports that failure.
         _render(tokenizer, [conversations[0][1:]], add_generation_prompt=add_generation_prompt)
         raise ValueError(
-            f'the chat template takes no system message ({error}): remove it, or move its text '
+            f'the chat template rejects the system message ({error}): remove it, or move its text '
             'into the prompt template'
         ) from error
     return cast(list[str], texts)

@@ -1,4 +1,4 @@
-"""Make the text of a prompt from a row: worked examples, the question, and the frame around it."""
+"""Render prompts from rows: worked examples, the question, and the frame around them."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -78,6 +78,6 @@ def _examples_before(row: Row, worked: Mapping[str, str], template: str, count: 
     if len(examples) < count:
         raise ValueError(
             f'prompt {template!r} shows {count} worked examples, but there are {len(examples)} '
-            'beside the question that is asked: provide more rows as examples'
+            'other than the question itself: provide more rows as examples'
         )
     return ''.join(f'{text}\n\n' for text in examples)

@@ -1,4 +1,4 @@
-"""Equality of questions: which questions are held out, and which training rows leak them."""
+"""Compare questions: select those to hold out, and drop training rows that leak them."""
 
 import hashlib
 import re

@@ -14,10 +14,10 @@ def stop_table(
     """Make the table by which a sampler detects that a completion contains a stop string.
 
     This is the automaton of Aho and Corasick (1975) with whole tokens as its input symbols. A state
-    stands for the longest prefix of a stop string with which the text so far ends, and
+    stands for the longest prefix of a stop string that is a suffix of the text so far, and
     `table[state, token]` is the state after one more token. Sampling starts in state 0. The last
-    state means that a stop string is complete, and is never left. Incomplete UTF-8 characters of a
-    token count as a character that no stop string contains.
+    state means that a stop string is complete; all its transitions lead to itself. An incomplete
+    UTF-8 character in a token counts as a character that no stop string contains.
 
     Args:
       tokenizer: tokenizer of the model, whose whole vocabulary is decoded once.
@@ -34,7 +34,7 @@ def stop_table(
         return None
     if not all(stop_strings):
         raise ValueError(
-            f'stop strings {tuple(stop_strings)}: an empty one would end every completion: remove '
+            f'stop strings {tuple(stop_strings)}: an empty one would end every completion; remove '
             'it'
         )
     transitions, char_ids = _automaton(stop_strings)

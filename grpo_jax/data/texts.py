@@ -1,4 +1,4 @@
-"""The texts of completions, and the positions of characters in their tokens."""
+"""Decode completions, and map positions in their texts to tokens."""
 
 from collections.abc import Sequence
 
@@ -38,7 +38,7 @@ def char_to_token(
     texts: Sequence[str],
     char_counts: Sequence[Sequence[int]],
 ) -> list[list[int]]:
-    """Find the token that completes the first n characters of a completion.
+    """Find the token that completes the first n characters of each completion.
 
     Args:
       tokenizer: tokenizer of the model.

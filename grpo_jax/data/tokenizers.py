@@ -1,4 +1,4 @@
-"""Load tokenizers, and the token ids that end a completion."""
+"""Load tokenizers, and find the token ids that end a completion."""
 
 import os
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     Tokenizer = PreTrainedTokenizerBase
 else:
-    Tokenizer = Any  # importing transformers takes seconds, so only type checkers do it here
+    Tokenizer = Any  # only type checkers import transformers here, because that takes seconds
 
 # Stops transformers from advising to install PyTorch, which tokenizers do not need.
 os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')

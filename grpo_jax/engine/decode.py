@@ -45,7 +45,7 @@ def sampling_params(params: Params, dtype: str, weights: str, unroll: bool) -> P
     Args:
       params: of the model.
       dtype: of its computation.
-      weights: 'model', or 'int8' for quantised matrices.
+      weights: 'model', or 'int8' for quantized matrices.
       unroll: take each layer's parameters out of their stack.
     """
     convert = functools.partial(_convert, dtype=dtype, weights=weights, unroll=unroll)

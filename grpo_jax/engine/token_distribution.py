@@ -32,7 +32,7 @@ def filter_logits(
         the sampled token, which must not get probability 0 when the policy has moved since.
 
     Returns:
-      f32[..., V], -inf outside the support; not normalised.
+      f32[..., V], -inf outside the support; not normalized.
     """
     return filter_with_peak(logits, sampling, keep)[0]
 

@@ -36,7 +36,7 @@ def check_sampling(sampling: Sampling, *, greedy: bool = False) -> None:
 
 
 def _inverse_cdf(mass: jax.Array, u: jax.Array) -> jax.Array:
-    """Index i32[N] drawn by mass f32[N, n] (unnormalised) and uniforms f32[N]; never of mass 0."""
+    """Index i32[N] drawn by mass f32[N, n] (unnormalized) and uniforms f32[N]; never of mass 0."""
     cumulative = jnp.cumsum(mass, axis=-1)
     hit = (cumulative > (u * cumulative[:, -1])[:, None]) & (mass > 0)
     return jnp.where(hit.any(-1), hit.argmax(-1), mass.argmax(-1))

@@ -101,7 +101,7 @@ class Block(nn.Module):
         return anchor(x + self._norm('mlp_post_norm', y, 'pre')), own
 
     def _norm(self, name: str, x: Float[Array, 'B G S D'], absent: str) -> Float[Array, 'B G S D']:
-        """Normalises x, unless the model's norms are only at the other place, `absent`."""
+        """Normalizes x, unless the model's norms are only at the other place, `absent`."""
         c = self.config
         if c.norms == absent:
             return x

@@ -1,4 +1,4 @@
-"""Parts of a layer: normalisation, projections with their adapters, the MLP and its experts.
+"""Parts of a layer: normalization, projections with their adapters, the MLP and its experts.
 
 The functions create their parameters in the module that they are called with, a `Block`, and read
 its config.
@@ -54,8 +54,8 @@ def _normalize(
 class Projection(NamedTuple):
     """The matrices of a projection, in the computation's dtype."""
 
-    kernel: Shaped[Array, 'fan_in fan_out']  # int8 if quantised
-    scale: Float[Array, ' fan_out'] | None  # f32, of the product with a quantised kernel
+    kernel: Shaped[Array, 'fan_in fan_out']  # int8 if quantized
+    scale: Float[Array, ' fan_out'] | None  # f32, of the product with a quantized kernel
     adapter: tuple[Float[Array, 'fan_in r'], Float[Array, 'r fan_out']] | None
     bias: Float[Array, ' fan_out'] | None
 

@@ -1,6 +1,6 @@
 """Matrices as one-byte integers, for sampling only.
 
-Symmetric absmax quantisation of the weights (not of what they are multiplied with), with a scale
+Symmetric absmax quantization of the weights (not of what they are multiplied with), with a scale
 for each output channel (Dettmers et al., LLM.int8(), arXiv 2208.07339, section 2.1): for channel j,
 scale_j = max_i |W_ij| / 127 and values_ij = round(W_ij / scale_j). The scale multiplies the
 product, x W ~ (x values) * scale, so it costs nothing per weight. The error of a weight is at most

@@ -1,8 +1,8 @@
 """Rewards: functions from texts to numbers, their lookup by name, and their weighted sum.
 
 A reward function is `reward(prompts, completions, **columns) -> list[float | None]`: one number for
-each completion, None where it does not apply. `columns` are the other columns of the data set;
-`completion_ids` are the tokens. Parameters after a `*` are options that the config sets.
+each completion, or None where it does not apply. `columns` are the columns of the data set and
+`completion_ids`, the tokens of the completions. Parameters after a `*` are options for the config.
 
 `builtin` has the functions that come with the package, `verify` extracts and compares answers,
 `registry` finds functions by name, and `scoring` calls them.

@@ -1,4 +1,4 @@
-"""Calls of reward functions, each with lists of its own; async functions run concurrently."""
+"""Call reward functions, each with its own copies of the lists; async ones run concurrently."""
 
 import functools
 import inspect
@@ -10,13 +10,24 @@ RewardFunction: TypeAlias = Callable[..., object]
 
 
 class RewardError(ValueError):
-    """A reward function, or its use, is wrong; the message names the function and the row."""
+    """A reward function is wrong or wrongly used; the message names the function and the row."""
 
 
 def call_functions(
     functions: Mapping[str, RewardFunction], arguments: Mapping[str, Sequence[object]]
 ) -> dict[str, object]:
-    """Call each function with lists of its own, all async functions concurrently."""
+    """Call each function with its own copies of the lists, all async functions concurrently.
+
+    Args:
+        functions: name -> function.
+        arguments: name -> N values, the keyword arguments of every function.
+
+    Returns:
+        name -> the result of the function, unchecked.
+
+    Raises:
+        RewardError: a function raises.
+    """
     returned: dict[str, object] = {}
     concurrent = {name: f for name, f in functions.items() if _is_async(f)}
     for name, function in functions.items():
@@ -46,7 +57,7 @@ def _call_async(
     async def call_all() -> list[object]:
         return await asyncio.gather(*map(call, functions.values()), return_exceptions=True)
 
-    # A thread of its own, because the caller's may already run an event loop, as notebooks do.
+    # In a new thread, because the caller's may already run an event loop, as in notebooks.
     with ThreadPoolExecutor(max_workers=1) as thread:
         results = thread.submit(lambda: asyncio.run(call_all())).result()
     return dict(zip(functions, results, strict=True))

@@ -1,4 +1,4 @@
-"""Reward functions, step functions and extractors by name, with the options of a config.
+"""Find reward functions, step functions and extractors by name, and bind their options.
 
 A name is that of a built-in, or the path `package.module:function` of the user's own.
 """
@@ -51,7 +51,7 @@ _ARGUMENTS = ('prompts', 'completions', 'completion_ids')
 
 @runtime_checkable
 class Table(Protocol):
-    """A mapping from names, or a `ConfigDict`, which is not a `Mapping`."""
+    """A mapping with string keys, or a `ConfigDict`, which is not a `Mapping`."""
 
     def __len__(self) -> int: ...
 
@@ -69,7 +69,7 @@ def resolve(name: str) -> RewardFunction:
 
 
 def extractor(name: str) -> Callable[[str], str | None]:
-    """Return the function called `name` from a completion to its answer, None without one.
+    """Return the extractor called `name`, a function from a completion to its answer or None.
 
     Built in are 'final_result' (arithmetic chains), 'extract_answer' (worked solutions that end in
     a number), 'extract_math' (LaTeX) and 'extract_chinese'. Your own are named by their path.
@@ -157,7 +157,7 @@ def _with_options(
                 f'reward {name!r} has no option {key!r}{plugins.did_you_mean(key, known)}'
                 + ('' if known else ': it has none')
             )
-    # If even the arguments are keyword-only, columns cannot be distinguished from options.
+    # If the arguments are keyword-only too, columns cannot be distinguished from options.
     if all(parameters[key].kind != keyword_only for key in _ARGUMENTS if key in parameters):
         for key, parameter in known.items():
             if parameter.kind == keyword_only:

@@ -27,7 +27,7 @@ class Scores(NamedTuple):
 
     total: NDArray[np.floating]  # f32[N], sum of weight * value over the functions that apply
     parts: dict[str, NDArray[np.floating]]  # name -> f32[N] before weighting, NaN for None
-    timeouts: int = 0  # comparisons of answers that reached their deadline, with reward 0
+    timeouts: int = 0  # comparisons of answers that exceeded their deadline or memory; reward 0
 
 
 class StepReward(NamedTuple):
@@ -49,7 +49,7 @@ def score(
     """Compute the rewards of N completions by every function, and their weighted sum.
 
     Functions run one after another in the order of `functions`; then all `async def` functions run
-    concurrently. Each is called with lists of its own, so it cannot change what another one sees.
+    concurrently. Each gets its own copies of the lists, so it cannot change those of another one.
 
     Args:
         functions: name -> reward function.
@@ -104,7 +104,7 @@ def score_steps(
 
     Args:
         name: of the function, for error messages.
-        function: the step function, called with lists of its own.
+        function: the step function, called with its own copies of the lists.
         prompts: N texts.
         completions: N texts.
         columns: name -> N values, the other columns of the data set.
@@ -127,7 +127,7 @@ def score_steps(
         ) from error
     if not isinstance(returned, list) or len(returned) != len(completions):
         raise RewardError(
-            f'step rewards {name!r} returned no list with one entry for each of the '
+            f'step rewards {name!r} did not return a list with one entry for each of the '
             f'{len(completions)} completions'
         )
     for row, (steps, completion) in enumerate(zip(returned, completions, strict=True)):
@@ -136,7 +136,7 @@ def score_steps(
             finite = all(abs(float(step[1])) < float('inf') for step in steps)
         except (TypeError, IndexError, ValueError) as error:
             raise RewardError(
-                f'step rewards {name!r}, row {row}: {steps!r} is no list of (end, value)'
+                f'step rewards {name!r}, row {row}: {steps!r} is not a list of (end, value)'
             ) from error
         growing = all(a < b for a, b in itertools.pairwise(ends))
         if not growing or ends[-1] > len(completion) or not finite:
@@ -150,9 +150,9 @@ def score_steps(
 def statistics(scores: Scores) -> dict[str, float]:
     """Compute `rewards/<name>/mean` and `rewards/<name>/std` of each function, before weighting.
 
-    Both cover the rows to which the function applies, with the population standard deviation; a
-    function that applies to none has no entry. `rewards/timeouts` counts comparisons
-    of answers that reached their deadline; without any there is no entry.
+    Both cover the rows to which the function applies, with the sample standard deviation (divisor
+    n - 1; 0 for one row). A function that applies to no row has no entry. `rewards/timeouts` counts
+    comparisons of answers that exceeded their deadline or memory; without any it has no entry.
     """
     metrics: dict[str, float] = {}
     for name, part in scores.parts.items():

@@ -42,7 +42,11 @@ def run_command(
 
 
 def parse(arguments: Sequence[str], *, saved: bool = False) -> tuple[ConfigDict, str]:
-    """The config and the workdir from command-line arguments.
+    """Returns the config and the workdir that command-line arguments describe.
+
+    Args:
+      arguments: such as `sys.argv[1:]`.
+      saved: take the config from the workdir.
 
     Raises:
       ValueError: an argument or key that does not exist, a value of the wrong type, a missing file.
@@ -77,24 +81,24 @@ def take(arguments: list[str], name: str) -> str:
         option, equals, text = arguments[i].partition('=')
         if option == f'--{name}':
             after = arguments[i + 1 : i + 2]
-            apart = not equals and after and not after[0].startswith('--')
-            value = value or (after[0] if apart else text)
-            del arguments[i : i + 1 + bool(apart)]
+            separate = not equals and after and not after[0].startswith('--')
+            value = value or (after[0] if separate else text)
+            del arguments[i : i + 1 + bool(separate)]
     return value
 
 
 def _change(config: ConfigDict, key: str, text: str) -> None:
-    """Sets a key to the value of a text, by the type of the key."""
+    """Sets a key to the value that `text` has as the key's type."""
     *parents, name = key.split('.')
     section = next((path for path in FREE if key.startswith(f'{path}.')), '')
     if section:
         entries = functools.reduce(operator.getitem, section.split('.'), config)
         _change_entry(entries, key.removeprefix(f'{section}.'), key, text)
         return
-    usual = flatten(defaults())
-    if key not in usual:
+    default_values = flatten(defaults())
+    if key not in default_values:
         raise ValueError(f'unknown config key {key!r}: {nearest(key)}')
-    if text == 'None' and usual[key] is None:
+    if text == 'None' and default_values[key] is None:
         set_value(config, key, None)
         return
     kind = functools.reduce(operator.getitem, parents, config).get_type(name)
@@ -117,7 +121,7 @@ def _change_entry(entries: ConfigDict, name: str, key: str, text: str) -> None:
 
 
 def _parse(text: str, kind: type, key: str) -> Any:
-    """The value of a type that is written in a text."""
+    """Converts `text` to a value of type `kind`; the error names the key."""
     parsers: dict[type, Callable[[str], Any]] = {
         str: str, int: int, float: float, bool: _boolean, tuple: _tuple, ConfigDict: _dictionary,
     }  # fmt: skip
@@ -149,10 +153,10 @@ def _dictionary(text: str) -> dict[str, Any]:
 
 
 def _literal(text: str) -> Any:
-    """The Python or JSON value that is written in a text, or the text itself."""
-    for read in (ast.literal_eval, json.loads):
+    """Parses a Python or JSON literal; returns the text itself if it is neither."""
+    for parse_text in (ast.literal_eval, json.loads):
         try:
-            return read(text)
+            return parse_text(text)
         except (ValueError, SyntaxError, TypeError):
             continue
     return text

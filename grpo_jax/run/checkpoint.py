@@ -50,14 +50,14 @@ def check_workdir(workdir: str, config: ConfigDict) -> tuple[pathlib.Path, Confi
 
 
 def claim_workdir(path: pathlib.Path, config: ConfigDict) -> None:
-    """Writes the config into the run's folder, once everything in it has been checked."""
+    """Writes the config into the run's folder; call it after all checks of the config."""
     partial = path / 'config.partial'
     partial.write_text(saved_config.to_json(config))
     os.replace(partial, path / 'config.json')
 
 
 def open_manager(path: pathlib.Path, *, keep: int) -> ocp.CheckpointManager:
-    """An Orbax manager for one stage's folder; saves that were interrupted do not count."""
+    """An Orbax manager for one stage's folder; it ignores saves that were interrupted."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
     return ocp.CheckpointManager(path, options=options)
 
@@ -67,7 +67,7 @@ def newest_manager(workdir: pathlib.Path, kinds: Sequence[str]) -> ocp.Checkpoin
 
     Args:
       workdir: the run's folder.
-      kinds: which stages count: 'sft', 'grpo', 'reward'.
+      kinds: kinds of stages to consider: 'sft', 'grpo', 'reward'.
 
     Raises:
       ValueError: no such stage has a checkpoint.
@@ -91,14 +91,14 @@ def save(
 ) -> None:
     """Saves the state after `step` training steps, in the background.
 
-    Parameters are an item of their own, so that they can be read without the optimizer's state.
+    Parameters are a separate item, so that they can be read without the optimizer's state.
 
     Args:
       manager: from `open_manager`.
       step: number of steps.
-      state: it may be donated afterwards.
+      state: the training state; its buffers may be donated afterwards.
       sampled: rollout for the next step that was sampled from an older policy.
-      position: JSON object of how far the stage is in its data, see `rollouts.Position`.
+      position: JSON object with the stage's position in its data, see `rollouts.Position`.
     """
     rest = state._replace(params=None)
     items = {

@@ -27,13 +27,13 @@ from grpo_jax.types import Params, Prompts, Rollout, Sampling, StepRewards
 
 @dataclasses.dataclass(frozen=True)
 class RolloutCollector:
-    """Samples and grades the completions of each step; `sample` and `collect` are a `Stage`'s.
+    """Samples and grades the completions of each step; has `sample` and `collect` of a `Stage`.
 
     Attributes:
       setup: the run.
       algorithm: the algorithm of the `grpo` section.
-      grader: of the completions.
-      prompts: batches of prompts on the devices, by number.
+      grader: computes the rewards of the completions.
+      prompts: returns the batch of prompts with a given number, on the devices.
     """
 
     setup: Setup
@@ -69,7 +69,7 @@ class RolloutCollector:
         return CollectedBatch(rollout, trained_rewards, metrics, records, following)
 
     def _sample_batch(self, number: int, policy: Params, initial: StageParams) -> Iterable[Rollout]:
-        """Sample batch `number` with random numbers of its own; dispatches the first block."""
+        """Sample batch `number`, which seeds its random numbers; dispatch the first block."""
         c = self.setup.config.grpo
         blocks = self.setup.sampler(
             initial.policy if c.source == 'reference' else policy,

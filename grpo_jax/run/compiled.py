@@ -13,7 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 _COMPILED = '/jax/core/compile/backend_compile_duration'  # also for programs from the cache
 _CACHE_HIT = '/jax/compilation_cache/cache_hits'
-_LONG = 0.3  # seconds; after shorter compilations trimming, some 10 ms, does not pay
+_LONG = 0.3  # seconds; not worth trimming (about 10 ms) after shorter compilations
 
 
 @dataclasses.dataclass
@@ -50,8 +50,8 @@ def counted() -> Iterator[Count]:
 def trimmed() -> Iterator[None]:
     """Returns memory that the compiler has freed to the system, after compilations in the block.
 
-    glibc keeps what LLVM's threads free, some 450 MiB on workload W1 (benchmarks/RESULTS.md), which
-    would add to the peak memory of training. Has no effect with other C libraries.
+    glibc keeps the memory that LLVM's threads free, which would add to the peak memory of training:
+    about 450 MiB on workload W1 (benchmarks/RESULTS.md). No effect with other C libraries.
     """
     libc = ctypes.CDLL(None) if sys.platform == 'linux' else None
     trim: Callable[[int], int] | None = getattr(libc, 'malloc_trim', None)
@@ -87,7 +87,7 @@ def kept_in(folder: str | os.PathLike[str]) -> Iterator[None]:
         'jax_compilation_cache_dir': os.fspath(folder),
         'jax_persistent_cache_min_compile_time_secs': 0.0,
         'jax_persistent_cache_min_entry_size_bytes': -1,
-        # Its path would be part of every program's key, so a moved folder would have no effect.
+        # XLA's own caches put their path into every program's key, which fails in a moved folder.
         'jax_persistent_cache_enable_xla_caches': 'none',
     }
     before = {name: getattr(jax.config, name) for name in settings}
@@ -104,4 +104,4 @@ def kept_in(folder: str | os.PathLike[str]) -> Iterator[None]:
 def _configure(settings: dict[str, Any]) -> None:
     for name, value in settings.items():
         jax.config.update(name, value)
-    compilation_cache.reset_cache()  # the open cache still has the folder of before
+    compilation_cache.reset_cache()  # the open cache still uses the previous folder

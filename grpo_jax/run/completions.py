@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
     if output.is_dir():
         raise ValueError(f'--output={output} is a folder: name a file')
     if not source.is_file():
-        raise ValueError(f'--completions={source}: no such file: name one of JSON lines')
+        raise ValueError(f'--completions={source}: no such file: name a file of JSON lines')
     rows = read(source)
     sizes = _sizes(rows, options.k)
     _check_references(source, options.dataset, rows)
@@ -97,8 +97,10 @@ def read(path: pathlib.Path) -> list[Row]:
                 try:
                     row = _row(number, json.loads(line))
                     if rows and (row.scores is None) != (rows[0].scores is None):
-                        has, had = ('no scores', 'some') if rows[0].scores else ('scores', 'none')
-                        raise ValueError(f'has {has} where line {rows[0].line} has {had}')
+                        here, first = (
+                            ('no scores', 'some') if rows[0].scores else ('scores', 'none')
+                        )
+                        raise ValueError(f'has {here}, but line {rows[0].line} has {first}')
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f'{path}, line {number}: {error}') from error
                 rows.append(row)

@@ -33,7 +33,7 @@ FREE = (
     'grpo.step_rewards',
     'model.rope_scaling',
     *(f'{name}.optimizer.options' for name in ('sft', 'grpo', 'critic', 'reward_model')),
-)  # dictionaries with keys of their own; assigning one replaces it as a whole
+)  # dictionaries that accept any key; assigning one replaces it as a whole
 
 DEFAULTS = 'grpo_jax.run.config.defaults()'
 
@@ -66,9 +66,9 @@ def optimizer_fields(learning_rate: float = 1e-6) -> dict[str, Any]:
         'decay': 'constant',  # after warm-up and hold: 'constant', 'linear' or 'cosine'
         'b1': 0.9,  # adamw: decay of the first moment
         'b2': 0.999,  # adamw: decay of the second moment
-        'eps': 1e-8,  # adamw: its epsilon
-        'weight_decay': 0.0,  # adamw: of matrices; norm scales and biases are not decayed
-        'clip_norm': 1.0,  # largest global norm of the gradient; 0: any
+        'eps': 1e-8,  # adamw: added to the root of the second moment
+        'weight_decay': 0.0,  # adamw: decay of matrices; norm scales and biases are not decayed
+        'clip_norm': 1.0,  # largest global norm of the gradient; 0: no clipping
     }  # see `optimizer.make_optimizer`
 
 
@@ -96,22 +96,22 @@ def defaults() -> ConfigDict:
     del model['vocab_size']  # the tokenizer's
     del model['scalar_head']  # that of reward models and critics
     config = ConfigDict()
-    config.seed = 0  # of random parameters, the order of the data and every sampled token
-    config.tokenizer = ''  # folder, hub id or 'bytes'; empty: that of `pretrained`, or bytes
+    config.seed = 0  # seed of random parameters, the order of the data and every sampled token
+    config.tokenizer = ''  # folder, hub id or 'bytes'; empty: that of `pretrained`, or 'bytes'
     config.pretrained = ''  # folder or hub id of a Hugging Face checkpoint; empty: random weights
     config.model = model  # see `models.ModelConfig`; with `pretrained` only dtypes and the like
     config.mesh = {  # see `sharding.make_mesh`
-        'fsdp': 1,  # devices over which groups and parameters are split; -1: all that are left
+        'fsdp': 1,  # devices over which groups and parameters are split; -1: all remaining ones
         'tensor': 1,  # devices over which heads, MLP and vocabulary are split
     }
     config.data = {
-        'name': 'arithmetic',  # of the data set, see `data.load`
+        'name': 'arithmetic',  # name of the data set, see `data.load`
         'options': {},  # keyword arguments of that data set
-        'train_split': 'train',  # of which prompts and demonstrations are taken
-        'heldout_split': 'test',  # of the problems for evaluation
+        'train_split': 'train',  # split with the training prompts and the demonstrations
+        'heldout_split': 'test',  # split with the problems for evaluation
         'prompt': '{question}',  # template over the columns, or a format's name; see `data.prompts`
         'chat': False,  # apply the tokenizer's chat template to the prompt
-        'system': '',  # system message, instead of that of the prompt format
+        'system': '',  # system message that replaces that of the prompt format
         'stops': (),  # strings that end a completion, in addition to those of the format
         'demonstration': '{demonstration}',  # template of the completions that SFT trains on
         'prompt_length': 64,  # P in tokens; longer prompts are dropped and counted
@@ -127,12 +127,12 @@ def defaults() -> ConfigDict:
     grpo = {  # stage 2: GRPO, or another method by its options, see `presets`
         'steps': 100,  # training steps per iteration; 0 skips the stage
         'iterations': 1,  # each updates the reference, and trains the reward model if there is one
-        'source': 'policy',  # sample from the policy, or the 'reference': that of the stage's start
+        'source': 'policy',  # sample from the 'policy', or the 'reference' of the stage's start
         'batch_size': 32,  # B, prompts per step
         'group_size': 8,  # G, completions per prompt
         'ahead': False,  # sample for step k + 1 before update k; needs `algorithm.importance`
-        'weights': 'model',  # sample with these, or with 'int8'; that needs `algorithm.importance`
-        'refill': 0,  # most extra batches per step, to replace groups with equal rewards
+        'weights': 'model',  # weights to sample with; 'int8' needs `algorithm.importance`
+        'refill': 0,  # maximum of extra batches per step, to replace groups with equal rewards
         'drop': (),  # do not train on: 'wrong' (reward <= 0), 'duplicates', 'truncated'
         'algorithm': algorithm_fields() | {'beta': BETA},  # see `algorithm.config.Algorithm`
         'compute': compute_fields(),  # see `engine.compute.Compute`; None: chosen automatically
@@ -150,7 +150,7 @@ def defaults() -> ConfigDict:
         'steps': 0,  # training steps on samples of the policy, before each iteration
         'loss': 'bradley_terry',  # 'bradley_terry' or 'label' (outcome), 'step' (process)
         'batch_size': 32,  # prompts per step
-        'group_size': 8,  # completions per prompt, labelled by `eval.correct` or `step_rewards`
+        'group_size': 8,  # completions per prompt, labeled by `eval.correct` or `step_rewards`
         'microbatch': placeholder(int),  # prompts at a time; None: as many as fit
         'replay': 0.1,  # share of each batch taken from the samples of earlier iterations
         'optimizer': optimizer_fields(learning_rate=2e-5),
@@ -169,7 +169,7 @@ def defaults() -> ConfigDict:
         'every': 50,  # steps between checkpoints
         'keep': 2,  # how many of the newest checkpoints are kept
     }
-    config.grpo.rewards, config.grpo.step_rewards = {}, {}  # which may now have dots in their keys
+    config.grpo.rewards, config.grpo.step_rewards = {}, {}  # `_Section` allows dots in their keys
     config.lock()
     for path in FREE:
         _at(config, path).unlock()
@@ -211,7 +211,7 @@ def _at(config: Any, path: str) -> Any:
 
 def nearest(key: str) -> str:
     """Suggests the key that was most likely meant."""
-    # Of several with the same last name, that of the `grpo` section.
+    # Among keys with the same last name, suggest that of the `grpo` section.
     known = sorted(flatten(defaults()), key=lambda path: path.startswith('grpo.'))
     by_name = {path.rpartition('.')[2]: path for path in known}
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)

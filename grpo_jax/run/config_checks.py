@@ -32,22 +32,22 @@ def check_keys(config: ConfigDict) -> None:
 
 
 def check_values(config: ConfigDict) -> None:
-    """Raises ValueError for a number out of its range, or a run that would train nothing."""
+    """Raises ValueError for a number out of range, or a run without any training steps."""
     if not config.sft.steps and not config.grpo.steps:
         raise ValueError('sft.steps=0 and grpo.steps=0: set one of them to train anything')
-    if not 0 <= config.seed < 2**31:  # an i32
+    if not 0 <= config.seed < 2**31:  # JAX seeds are int32
         raise ValueError(f'seed={config.seed} is out of range: make it at least 0 and below 2^31')
     values = flatten(config.to_dict())
     for least, paths in _AT_LEAST.items():
         for path in paths:
-            if not least <= values[path] < math.inf:  # nor is a NaN
+            if not least <= values[path] < math.inf:  # also rejects NaN
                 raise ValueError(f'{path}={values[path]} is out of range: make it at least {least}')
 
 
 def differing_defaults(
     config: ConfigDict, sections: Mapping[str, str]
 ) -> Iterator[tuple[str, str]]:
-    """Keys in some sections that do not have their default value.
+    """Yields the keys in the named sections whose values differ from the defaults.
 
     Args:
       config: from `defaults()`.
@@ -56,8 +56,8 @@ def differing_defaults(
     Yields:
       (`path=value`, reason) of each such key.
     """
-    values, usual = flatten(config.to_dict()), flatten(defaults().to_dict())
+    values, default_values = flatten(config.to_dict()), flatten(defaults().to_dict())
     for section, reason in sections.items():
         for path, value in values.items():
-            if f'{path}.'.startswith(f'{section}.') and value != usual[path]:
+            if f'{path}.'.startswith(f'{section}.') and value != default_values[path]:
                 yield f'{path}={value!r}', reason

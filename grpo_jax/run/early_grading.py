@@ -1,7 +1,7 @@
 """Grades groups whose completions have all ended while the devices decode the others.
 
-One thread samples: it dispatches blocks of decode steps and does nothing else, so the devices have
-their next block whatever time the rewards take. Grading is in the thread of the caller.
+One thread only dispatches blocks of decode steps, so the devices always have a next block, however
+long the rewards take. The calling thread grades.
 """
 
 import itertools
@@ -28,10 +28,10 @@ def grade_while_sampling(
     grade: Callable[[Rollout, Any], RolloutRewards],
     grade_early: Callable[[Iterable[Rollout]], Any],
 ) -> tuple[Rollout, RolloutRewards, float]:
-    """Sample a rollout in a thread and grade it meanwhile.
+    """Sample a rollout in a thread, and grade it at the same time.
 
-    An error, or an interrupt, of grading ends sampling after the block that is being dispatched. An
-    error of sampling is raised here, once.
+    An error or interrupt while grading ends the sampling after the block that is being dispatched.
+    An error while sampling is raised here, once.
 
     Args:
       blocks: the partial rollout after each block, see `sample.sample_blocks`.
@@ -49,18 +49,18 @@ def grade_while_sampling(
             early = grade_early(growing)
             rollout_rewards = grade(growing.whole.result(), early)
         finally:
-            growing.whole.cancel()  # no effect on a rollout that is whole
+            growing.whole.cancel()  # no effect if the rollout is complete
     return growing.whole.result(), rollout_rewards, sampling.result() - started
 
 
 class GrowingRollout:
-    """A rollout on its way from the thread that samples to the one that grades.
+    """A growing rollout, passed from the thread that samples to the one that grades.
 
-    Iterating over it yields the partial rollout after decoded blocks, each time the newest one, and
-    ends when the last block is dispatched.
+    Iterating over it yields the newest partial rollout whose blocks are decoded, and ends when the
+    last block is dispatched.
 
     Attributes:
-      whole: the rollout after the last block.
+      whole: the complete rollout, after the last block.
     """
 
     def __init__(self) -> None:
@@ -79,7 +79,7 @@ class GrowingRollout:
             jax.block_until_ready(newest)
             return time.perf_counter()
         except BaseException as error:
-            with suppress(InvalidStateError):  # the rollout is whole, or grading has failed
+            with suppress(InvalidStateError):  # the rollout is complete, or grading has failed
                 self.whole.set_exception(error)
             self._decoded.put(None)
             raise
@@ -91,7 +91,7 @@ class GrowingRollout:
                 raise CancelledError
             if previous is not None:  # it is decoded once the next block has been dispatched
                 with suppress(Empty):
-                    self._decoded.get_nowait()  # an older one that nobody has taken
+                    self._decoded.get_nowait()  # replace an older one that was not consumed
                 self._decoded.put(previous)
             previous = rollout
         if previous is None:

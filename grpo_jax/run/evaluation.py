@@ -25,8 +25,8 @@ class Answers(NamedTuple):
     values: dict[str, Float[np.ndarray, ' N']]  # metric -> one estimate per problem
     prompts: list[str]
     completions: list[str]  # greedy
-    extracted: list[str | None]  # the answers in those
-    correct: list[bool]  # whether those are right
+    extracted: list[str | None]  # the answers in the greedy completions
+    correct: list[bool]  # whether the greedy completions are right
     sampled_extracted: list[list[str | None]]  # [N][samples]
     sampled_correct: list[list[bool]]  # [N][samples]
 
@@ -66,17 +66,17 @@ def answer_problems(
 ) -> Answers:
     """Sample one greedy completion of every problem, and `samples` at `temperature`.
 
-    Sampled completions use the same random numbers at every call, so two policies are compared on
-    common noise.
+    Sampled completions use the same random numbers at every call (common random numbers), which
+    reduces the noise when two policies are compared.
 
     Args:
       sampler: `sample.sample` with the model and its other settings bound.
       params: parameters of the policy.
       problems: held-out problems.
       correct: a reward function; a completion is right where it gives at least 1.
-      extract: returns the answer in a completion, which it votes for; None does not vote.
+      extract: returns the answer for which a completion votes, or None if it does not vote.
       batch_size: prompts decoded at a time.
-      samples: completions per problem beside the greedy one.
+      samples: completions per problem in addition to the greedy one.
       k: sizes for pass@k and maj@k, each at most `samples`; see `statistics`.
       temperature: of the samples.
       rank: returns a reward model's scores of B * G completions, for rm@k (best of k).
@@ -122,7 +122,7 @@ def answer_problems(
 
 
 def evaluate(sampler: Sampler, params: Params, problems: Problems, **options: Any) -> Evaluation:
-    """Return the means of `answer_problems`, which has the same arguments."""
+    """Return the mean of each metric; the arguments are those of `answer_problems`."""
     answers = answer_problems(sampler, params, problems, **options)
     metrics = {name: float(column.mean()) for name, column in answers.values.items()}
     return Evaluation(metrics, answers.prompts, answers.completions, answers.correct)

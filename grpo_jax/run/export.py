@@ -26,10 +26,10 @@ def export(config: ConfigDict, workdir: str, output: str, *, dtype: str = '') ->
     """Writes all weights, with the adapters merged in.
 
     Args:
-      config: of the run.
+      config: the config of the run.
       workdir: the run's folder.
       output: a folder that does not exist yet, or is empty.
-      dtype: of the weights; empty for that of the pretrained checkpoint, or of the parameters.
+      dtype: dtype of the weights; if empty, that of the pretrained checkpoint or the parameters.
 
     Raises:
       ValueError: there is no checkpoint, no Hugging Face architecture fits the model, or the
@@ -55,7 +55,7 @@ def export_adapter(config: ConfigDict, workdir: str, output: str) -> None:
     """Writes the adapters alone, as PEFT reads them; arguments as in `export`.
 
     Raises:
-      ValueError: as in `export`; or there are no adapters of the pretrained checkpoint itself.
+      ValueError: as in `export`, or no adapters apply to the unchanged pretrained checkpoint.
     """
     setup = _prepare(config, workdir)
     fields = _fields(setup)
@@ -92,7 +92,7 @@ def _describe(setup: Setup, fields: dict[str, Any], folder: pathlib.Path) -> Non
         _save_tokenizer(setup, folder)
     settings = hf.read_json(generation) if generation.exists() else {}
     settings.setdefault('pad_token_id', fields.get('pad_token_id'))
-    # Other programs have to stop where the policy learnt to stop, as at the end of a chat turn.
+    # Other programs have to stop where the policy learned to stop, as at the end of a chat turn.
     known = settings.get('eos_token_id')
     known = known if isinstance(known, list) else [known]
     ends = [end for end in dict.fromkeys([*known, *setup.ends.tolist()]) if end is not None]
@@ -101,18 +101,18 @@ def _describe(setup: Setup, fields: dict[str, Any], folder: pathlib.Path) -> Non
 
 
 def _save_tokenizer(setup: Setup, folder: pathlib.Path) -> None:
-    """Writes the run's tokenizer; the `config.json` beside it decides how transformers reads it."""
+    """Writes the run's tokenizer; `config.json` in `folder` decides how transformers loads it."""
     setup.tokenizer.save_pretrained(folder)
     again = load_tokenizer(str(folder))
     if again.backend_tokenizer.to_str() != setup.tokenizer.backend_tokenizer.to_str():
         log.warning(
-            'transformers reads the exported folder with another tokenizer than the run had, '
+            'transformers loads another tokenizer from the exported folder than the run used, '
             'because of the architecture: load the tokenizer with PreTrainedTokenizerFast'
         )
 
 
 def _prepare(config: ConfigDict, workdir: str) -> Setup:
-    """The setup without what only training needs: a reward model's folder, a platform's kernel."""
+    """The setup without the reward model and attention kernel, which only training needs."""
     config = config.copy_and_resolve_references()
     config.reward_model.weight = 0.0
     config.model.attention = 'auto'

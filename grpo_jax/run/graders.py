@@ -62,7 +62,7 @@ def _check_kinds(config: ConfigDict, algorithm: Algorithm, *, has_reward_model: 
 
 
 def make_ranker(setup: Setup, problems: Problems) -> Ranker | None:
-    """Make the ranker of the run's newest reward model, for rm@k; None where it has none."""
+    """Make the ranker of the run's newest reward model, for rm@k; None if the run has none."""
     params = newest_reward_params(setup)
     if params is None:
         return None

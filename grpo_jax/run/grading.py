@@ -22,7 +22,7 @@ class GradedTexts(NamedTuple):
     scores: rewards.Scores
 
     def select(self, completions: Int[np.ndarray, ' M']) -> 'GradedTexts':
-        """Return those of the completions with these numbers, in this order."""
+        """Return the entries of these completions, in this order."""
         parts = {name: part[completions] for name, part in self.scores.parts.items()}
         return GradedTexts(
             [self.prompts[i] for i in completions],
@@ -35,12 +35,12 @@ class RolloutRewards(NamedTuple):
     """The rewards of a rollout."""
 
     texts: GradedTexts
-    total: Float[np.ndarray, 'B G']  # the sum over steps, where steps have rewards
+    total: Float[np.ndarray, 'B G']  # with step rewards, their sum over steps
     steps: StepRewards | None
-    model_scores: Float[np.ndarray, ' N'] | None  # of the reward model, the mean over steps
+    model_scores: Float[np.ndarray, ' N'] | None  # of the reward model; with steps, their mean
 
     def informative(self) -> Bool[np.ndarray, ' B']:
-        """Return whether the rewards in a group, of completions or of steps, differ."""
+        """Return which groups have rewards, of completions or of steps, that differ."""
         if self.steps is None:
             return self.total.max(1) > self.total.min(1)
         values, ends = self.steps
@@ -48,7 +48,7 @@ class RolloutRewards(NamedTuple):
         return largest > np.where(ends, values, np.inf).min((1, 2))
 
     def select(self, groups: Int[np.ndarray, ' M']) -> 'RolloutRewards':
-        """Return those of the groups with these numbers, in this order."""
+        """Return the rewards of these groups, in this order."""
         completions = _completions_of(groups, self.total.shape[1])
         steps = self.steps and StepRewards(*(x[groups] for x in self.steps))
         scores = None if self.model_scores is None else self.model_scores[completions]
@@ -58,7 +58,7 @@ class RolloutRewards(NamedTuple):
 class GradedGroups(NamedTuple):
     """Rewards by functions of groups that ended while others were still being decoded."""
 
-    groups: Int[np.ndarray, ' M']  # their numbers in the batch
+    groups: Int[np.ndarray, ' M']  # their indices in the batch
     texts: GradedTexts
 
 
@@ -168,7 +168,9 @@ class Grader:
                 total = total + np.float32(self.score_weight) * scores
             scores = None if scores is None else scores.reshape(-1)
             return RolloutRewards(texts, total, None, scores)
-        values: Any = np.asarray(steps.values)  # host arrays where the type is that of devices
+        values: Any = np.asarray(
+            steps.values
+        )  # NumPy, where StepRewards is annotated with JAX arrays
         ends: Any = np.asarray(steps.ends)
         if scores is not None:
             values = values + np.where(ends, np.float32(self.score_weight) * scores, 0)
@@ -182,7 +184,16 @@ class Grader:
     def score(
         self, rollout: Rollout, texts: GradedTexts, reward_params: Params
     ) -> Float[np.ndarray, ' N']:
-        """Return the reward model's score of each completion; with steps their mean."""
+        """Return the reward model's score of each completion; with steps, the mean over them.
+
+        Args:
+          rollout: [B, G, T] arrays on the devices.
+          texts: its texts, in which the step function finds the steps.
+          reward_params: parameters of the reward model.
+
+        Raises:
+          ValueError: the grader has no reward model.
+        """
         if self.scorer is None:
             raise ValueError('this grader has no reward model: make it with a scorer')
         scores = np.asarray(self.scorer(reward_params, rollout))
@@ -197,6 +208,10 @@ class Grader:
         Args:
           rollout: on the host.
           texts: its texts.
+
+        Raises:
+          ValueError: the grader has no step function.
+          rewards.RewardError: see `rewards.score_steps`.
         """
         if self.step_rewards is None:
             raise ValueError('this grader has no step function: make it with step_rewards')
@@ -275,5 +290,5 @@ def _numbers(graded: Sequence[GradedGroups]) -> Int[np.ndarray, ' M']:
 
 
 def _completions_of(groups: Int[np.ndarray, ' M'], group_size: int) -> Int[np.ndarray, ' N']:
-    """Return the numbers of all completions of these groups."""
+    """Return the indices of all completions of these groups."""
     return (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)

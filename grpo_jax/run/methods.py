@@ -15,7 +15,7 @@ from grpo_jax.run.config import algorithm_fields, optimizer_fields
 from grpo_jax.run.config_checks import differing_defaults
 from grpo_jax.run.selection import DROPS
 
-# What a method sets in the config beside its `Algorithm`.
+# Keys of `grpo` that a method sets in addition to its `Algorithm`.
 _RUN: dict[str, dict[str, Any]] = {
     'rft': {'source': 'reference', 'drop': ('wrong', 'duplicates')},
     'online_rft': {'drop': ('wrong',)},
@@ -29,15 +29,17 @@ _PLAIN = {'source': 'policy', 'refill': 0, 'drop': ()}
 
 
 def apply(config: ConfigDict, name: str) -> ConfigDict:
-    """Sets `grpo.algorithm` and what else makes the method `name`, and returns the config.
+    """Sets `grpo.algorithm` and the other keys of the method `name`, and returns the config.
 
-    Every option of `grpo.algorithm` is set, beta too, so the result does not depend on what was
-    there before: change options afterwards. Model, data, rewards, learning rate and sizes stay.
+    A preset sets every option of `grpo.algorithm`, also beta, so the result does not depend on
+    their previous values: change options afterwards. Model, data, rewards, learning rate and sizes
+    stay as they are.
 
     Args:
       config: from `config.defaults()`.
-      name: of `presets.PRESETS`; or of `presets.CONVENTIONS`, which sets only what it names, where
-        the method in `config` divides by a standard deviation of the group or has a KL term.
+      name: a key of `presets.PRESETS` or of `presets.CONVENTIONS`. A convention sets only the
+        options that it names and that have an effect: those of the standard deviation if the method
+        in `config` divides by one, and the bound on the KL term if it has such a term.
 
     Raises:
       ValueError: unknown name.
@@ -64,7 +66,7 @@ def _follow(config: ConfigDict, convention: Mapping[str, Any]) -> ConfigDict:
 
 
 def algorithm_of(config: ConfigDict) -> Algorithm:
-    """The algorithm of the `grpo` section; functions of your own are loaded.
+    """Returns the algorithm of the `grpo` section; imports functions that it names by their path.
 
     Raises:
       ValueError: an unknown option, or one that is set and has no effect.
@@ -90,7 +92,7 @@ def algorithm_of(config: ConfigDict) -> Algorithm:
 
 
 def compute_of(config: ConfigDict) -> Compute:
-    """How the update of the `grpo` section is computed.
+    """Returns the compute options of the `grpo` section.
 
     Raises:
       ValueError: an option out of its range.
@@ -110,7 +112,7 @@ def _load(key: str, path: str) -> Callable[..., Any]:
 
 
 def _check_sections(config: ConfigDict, algorithm: Algorithm) -> None:
-    """Rejects what is set in a section that has no effect."""
+    """Rejects keys that are set in a section without effect."""
     unused = {}
     if not algorithm.has_critic:
         unused['critic'] = f'baseline={algorithm.baseline!r}'
@@ -130,8 +132,8 @@ def _check_source(c: ConfigDict, algorithm: Algorithm) -> None:
         raise ValueError(f'grpo.source={c.source!r} is unknown: use policy or reference')
     if c.source == 'reference' and algorithm.loss not in ('nll', *PAIRWISE):
         raise ValueError(
-            f"grpo.source='reference' with loss={algorithm.name_of_loss!r}, whose ratio is that to "
-            f"the policy itself: use loss='nll' or one of {', '.join(PAIRWISE)}"
+            f"grpo.source='reference' with loss={algorithm.name_of_loss!r}, which needs samples of "
+            f"the current policy: use loss='nll' or one of {', '.join(PAIRWISE)}"
         )
     if algorithm.pairwise and (c.group_size < 2 or c.drop):
         raise ValueError(
@@ -141,7 +143,7 @@ def _check_source(c: ConfigDict, algorithm: Algorithm) -> None:
     for name in c.drop:
         if name not in DROPS:
             known = ', '.join(DROPS)
-            raise ValueError(f'grpo.drop names {name!r}, which is unknown: use some of {known}')
+            raise ValueError(f'grpo.drop names {name!r}, which is unknown: use any of {known}')
 
 
 def _check_sampler(c: ConfigDict, algorithm: Algorithm) -> None:
@@ -161,6 +163,6 @@ def _check_sampler(c: ConfigDict, algorithm: Algorithm) -> None:
         )
     if c.ahead and c.refill:
         raise ValueError(
-            f'grpo.ahead=True with grpo.refill={c.refill}: a batch is refilled from the policy '
-            'that sampled it, which is gone by then; set one of them to 0'
+            f'grpo.ahead=True with grpo.refill={c.refill}: extra batches need the policy that '
+            'sampled the first one, which has been updated by then; remove one of them'
         )

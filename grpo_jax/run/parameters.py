@@ -41,7 +41,7 @@ def initial_adapters(setup: Setup) -> Params:
 
 
 def merged(setup: Setup, base: Params, adapters: Params) -> Params:
-    """The base with the adapters merged in, on the mesh; takes over the base's memory."""
+    """The base with the adapters merged in, on the mesh; the base's buffers are donated."""
     merge = functools.partial(models.merge_adapters, setup.model.config)
     where = sharding.shardings(base, setup.mesh)
     return jax.jit(merge, donate_argnums=0, out_shardings=where)(base, adapters)
@@ -65,7 +65,7 @@ def newest_policy(setup: Setup) -> Policy:
     """Reads the newest checkpoint of a run onto the mesh.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is no checkpoint.
     """
     base, adapters = models.split_adapters(_shapes(setup.model))
     with checkpoint.newest_manager(setup.workdir, ('sft', 'grpo')) as manager:
@@ -96,7 +96,7 @@ def newest_reward_params(setup: Setup) -> Params | None:
       The parameters on the mesh, or None for a run without a reward model.
 
     Raises:
-      ValueError: it is trained and has no checkpoint yet.
+      ValueError: the run trains the reward model, but has no checkpoint of it yet.
     """
     if setup.reward_model is None:
         return None

@@ -24,14 +24,14 @@ _SHOWN = {
 class Progress:
     """Writes the metrics of the steps that were dispatched, in their order.
 
-    `step_time` is the time from the end of one step to that of the next, without evaluations and
-    saves; a step ends when its metrics arrive on the host. `timing/update` is what remains of it
-    beside sampling and rewards.
+    `step_time` is the time from the end of one step to the end of the next, without evaluations and
+    saves; a step ends when its metrics arrive on the host. `timing/update` is the rest of it, after
+    subtracting sampling and rewards.
 
     Args:
       stage: the stage.
-      records: where to write.
-      bar: where to show some of the metrics.
+      records: the files to write to.
+      bar: the progress bar, which shows some of the metrics.
       skipped: optimizer updates that were skipped before the first step.
     """
 
@@ -42,7 +42,7 @@ class Progress:
             counts = np.arange(stage.steps * stage.updates, dtype=np.int32)
             self.rates = jax.device_get(jax.jit(jax.vmap(stage.schedule))(counts))
         self.waiting: collections.deque[Any] = collections.deque()
-        self.partly_written = False  # the first of them
+        self.partly_written = False  # whether the first waiting step is
         self.restart()
 
     def restart(self) -> None:
@@ -51,7 +51,7 @@ class Progress:
 
     def add(self, step: int, metrics: dict[str, jax.Array], batch: CollectedBatch) -> None:
         """Adds a step that was dispatched, to be written later."""
-        # Without the rollout, whose memory is needed.
+        # Do not keep the rollout: the devices need its memory.
         self.waiting.append((step, metrics, batch.metrics, batch.completions))
 
     def write(self, *, keep: int = 0) -> None:
@@ -62,12 +62,12 @@ class Progress:
         """
         while len(self.waiting) > keep:
             step, device_metrics, host_metrics, completions = self.waiting[0]
-            arrived = jax.device_get(device_metrics)
+            fetched = jax.device_get(device_metrics)
             if self.partly_written:
                 self.records.remove_from(step)
             self.partly_written = True
-            arrived = {name: float(value) for name, value in arrived.items()}
-            metrics = self._complete(step, arrived, host_metrics)
+            values = {name: float(value) for name, value in fetched.items()}
+            metrics = self._complete(step, values, host_metrics)
             self.records.metrics(step, metrics)
             self.records.completions(step, completions)
             self.waiting.popleft()

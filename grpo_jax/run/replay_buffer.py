@@ -18,14 +18,14 @@ class ReplayBuffer:
     iteration and the step, so a resumed run replays the same as an unbroken one.
 
     Args:
-      folder: the files are here, in a folder for each iteration.
-      iteration: from 1, the one that samples now.
-      share: share of the groups of a batch that is taken from earlier iterations; rounded to whole
-        groups, at least one where it is not 0.
+      folder: folder of the files, with one subfolder for each iteration.
+      iteration: the current iteration, counted from 1.
+      share: share of the groups of a batch that come from earlier iterations, from 0 to 1; rounded
+        to whole groups, and to at least one group unless it is 0.
       seed: seed of the choice.
 
     Raises:
-      ValueError: a share out of its range.
+      ValueError: `share` is out of range.
     """
 
     def __init__(self, folder: pathlib.Path, iteration: int, share: float, seed: int) -> None:
@@ -39,6 +39,9 @@ class ReplayBuffer:
         Args:
           step: of this iteration.
           batch: a tree of host arrays with a leading B axis.
+
+        Returns:
+          A tree of the same shapes, whose last groups are replaced.
         """
         leaves, structure = jax.tree.flatten(batch)
         self._write(step, leaves)

@@ -1,7 +1,7 @@
-"""The records in a run's folder: metrics, completions, held-out answers, a picture.
+"""The records in a run's folder: metrics, completions, held-out answers and a plot.
 
 Lines of the `.jsonl` files hold the stage and the step. A resumed run first removes the lines after
-its checkpoint, so that the files of a run that was killed equal those of one that was not.
+its checkpoint, so that the files of an interrupted run equal those of an uninterrupted one.
 """
 
 import functools
@@ -32,14 +32,14 @@ class Records:
 
     @functools.cached_property
     def events(self) -> Any:
-        """Created for the first point: where PyTorch is installed the import takes seconds."""
+        """The event writer, created on first use: with PyTorch installed, its import is slow."""
         from tensorboardX import SummaryWriter
 
         folder = str(self.workdir / 'tensorboard' / self.stage)
         return SummaryWriter(folder, purge_step=self.step, flush_secs=10)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """One line and one point per curve. A value that is not finite is written as null."""
+        """Writes one line, and a point per curve. A value that is not finite is written as null."""
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._line('metrics', step, finite)
         for name, value in finite.items():
@@ -47,12 +47,12 @@ class Records:
                 self.events.add_scalar(name, value, step)
 
     def completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
-        """One line for each sampled completion."""
+        """Writes one line for each sampled completion."""
         for row in rows:
             self._line('completions', step, row)
 
     def heldout(self, step: int, evaluation: Any) -> None:
-        """All greedy answers to the held-out problems in one line, and a point per curve."""
+        """Writes all greedy answers to the held-out problems in one line, and a point per curve."""
         self._line('heldout', step, evaluation._asdict())
         for name, value in evaluation.metrics.items():
             self.events.add_scalar(name, value, step)
@@ -88,10 +88,10 @@ def read(path: pathlib.Path, stage: str) -> list[dict[str, Any]]:
 def read_policy(path: pathlib.Path, steps: int) -> list[dict[str, Any]]:
     """The rows of all GRPO iterations, oldest first, with steps counted over iterations.
 
-    Without any the rows of SFT.
+    If there are none, the rows of SFT.
 
     Args:
-      path: one of the files.
+      path: one of the `.jsonl` files.
       steps: number of steps of an iteration.
     """
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -102,7 +102,7 @@ def read_policy(path: pathlib.Path, steps: int) -> list[dict[str, Any]]:
 
 
 def has_heldout(workdir: pathlib.Path, stage: str, step: int) -> bool:
-    """Whether the evaluation at a step of a stage is there, with its whole line."""
+    """Whether `heldout.jsonl` has a complete line for a step of a stage."""
     path = workdir / 'heldout.jsonl'
     if not path.exists():
         return False

@@ -1,4 +1,4 @@
-"""Collects what a training step learns from: samples and grades, with dynamic sampling."""
+"""Samples and grades the batch of a training step, with dynamic sampling."""
 
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +16,7 @@ BatchT = TypeVar('BatchT')
 
 
 class Position(NamedTuple):
-    """How far a stage is, with what its next step depends on beside the training state.
+    """The progress of a stage: what its next step depends on, apart from the training state.
 
     Checkpoints hold it, so a resumed run draws the same prompts as an unbroken one.
     """
@@ -36,10 +36,10 @@ class Position(NamedTuple):
 
 
 class CollectedBatch(NamedTuple):
-    """What one training step learns from, and the position after that step."""
+    """The batch of one training step, and the position after that step."""
 
     rollout: Rollout
-    rewards: np.ndarray | StepRewards  # f32[B, G], or one for each step
+    rewards: np.ndarray | StepRewards  # f32[B, G], or a reward for each step of a completion
     metrics: dict[str, float]
     completions: list[dict[str, Any]]  # for completions.jsonl
     position: Position
@@ -71,7 +71,7 @@ class GradedRollout(NamedTuple):
 
     rollout: Rollout
     rewards: RolloutRewards
-    batches: int  # how many batches of prompts were sampled for it
+    batches: int  # number of batches of prompts that were sampled
     metrics: dict[str, float]
 
 
@@ -87,7 +87,7 @@ def collect_rollout(
 
     Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) with a bound: further batches are sampled
     until B groups are informative or `refill` batches are used. Informative groups come first, in
-    the order of sampling; where there are fewer than B, the first of the others follow.
+    the order of sampling; if there are fewer than B, the first of the other groups follow.
 
     Args:
       sampled: the partial rollouts of the first batch of B prompts, see `sample.sample_blocks`.
@@ -97,8 +97,8 @@ def collect_rollout(
       refill: largest number of further batches.
 
     Returns:
-      The rollout with its rewards. Its metrics are the seconds of sampling and of the grading after
-      it and, with `refill`, how many batches were sampled and the share of informative groups.
+      The rollout with its rewards. Its metrics are the seconds of sampling and of the remaining
+      grading and, with `refill`, the number of batches and the share of informative groups.
     """
     started, sampling = time.perf_counter(), 0.0
     rollouts: list[Rollout] = []
@@ -125,10 +125,10 @@ def collect_rollout(
 
 
 def reward_metrics(rollout_rewards: RolloutRewards, correct: str) -> dict[str, float]:
-    """Return statistics of the rewards, and the accuracy where `correct` is one of them.
+    """Return statistics of the rewards, and the accuracy if `correct` is one of them.
 
     Args:
-      rollout_rewards: of a step.
+      rollout_rewards: the rewards of a step's rollout.
       correct: name of the reward that is at least 1 for a right answer.
     """
     scores = rollout_rewards.texts.scores

@@ -1,7 +1,7 @@
-"""The config of a run as it is saved in the run's folder, also by an earlier version.
+"""The config that is saved in a run's folder, by this version or an earlier one.
 
-The saved text has a schema number. `from_json` migrates an older layout and fills in keys added
-since with their defaults, so that older runs can be evaluated, exported and resumed.
+The saved text has a schema number. `from_json` migrates an older layout and sets keys that were
+added since to their defaults, so that older runs can be evaluated, exported and resumed.
 """
 
 import json
@@ -18,7 +18,7 @@ log = logging.getLogger('grpo_jax')
 
 SCHEMA = 2  # 1, without a number: `grpo.objective`, and in `grpo.algorithm` what `compute` is now
 
-# Keys that no longer exist: whether a value can be dropped, since it changed no number.
+# Keys that no longer exist -> whether a value can be dropped because it did not affect results.
 _REMOVED: dict[str, Callable[[Any], bool]] = {
     'grpo.algorithm.entropy_mask': lambda value: value is False,
     'grpo.sample_batch': lambda value: True,  # how many prompts were sampled at a time
@@ -35,7 +35,7 @@ def from_json(text: str) -> ConfigDict:
     """A locked config from the text that a run saved; logs what differs from this version's keys.
 
     Raises:
-      ValueError: not JSON, written by a later version, or a key that does not exist any more.
+      ValueError: the text is not JSON, was written by a later version, or has an unknown key.
     """
     try:
         values = json.loads(text)
@@ -94,9 +94,10 @@ def differing_keys(config: ConfigDict, saved: ConfigDict) -> list[str]:
 
 
 def with_saved_choices(config: ConfigDict, saved: ConfigDict) -> ConfigDict:
-    """The config with the saved values of keys that are None in it, so that a resumed run goes on.
+    """Sets keys that are None in `config` to their saved values, for a resumed run.
 
-    Without such keys it is `config` itself.
+    Returns:
+      A copy of the config, or `config` itself if there are no such keys.
     """
     theirs = flatten(saved.to_dict())
     missing = [path for path, value in flatten(config.to_dict()).items() if value is None]

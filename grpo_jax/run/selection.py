@@ -1,4 +1,4 @@
-"""Which sampled completions are trained on: rejection, and pairs of preferences."""
+"""Selects the completions to train on: rejection sampling, and preference pairs."""
 
 import hashlib
 from collections.abc import Sequence
@@ -24,14 +24,14 @@ def select_completions(
       rollout: on the host.
       completions: B * G texts.
       rewards: of the completions.
-      drop: 'wrong': drop those whose reward is not above 0. 'truncated': those without an end
-        (overlong filtering of DAPO, arXiv 2503.14476). 'duplicates': those whose prompt has been
-        trained on an equal text before, in this batch or an earlier one (RFT, arXiv 2308.01825,
-        keeps distinct completions only).
+      drop: any of 'wrong', which drops completions whose reward is not above 0; 'truncated',
+        which drops those without an end token (overlong filtering of DAPO, arXiv 2503.14476); and
+        'duplicates', which drops those that equal an earlier completion of the same prompt that
+        was trained on, in this batch or another (RFT, arXiv 2308.01825, keeps distinct ones only).
       trained: digests of the completions that earlier batches trained on.
 
     Returns:
-      Which completions are kept, and `trained` with their digests where 'duplicates' are dropped.
+      Which completions are kept, and `trained`, with their digests added for 'duplicates'.
     """
     kept = np.ones(rewards.shape, bool)
     if 'wrong' in drop:
@@ -59,15 +59,18 @@ def _digest(prompt: int, completion: str) -> str:
 def select_pairs(
     rollout: Rollout, rewards: Float[np.ndarray, 'B G']
 ) -> tuple[Rollout, Float[np.ndarray, 'B 2']]:
-    """Select the first completion of the largest and the last of the smallest reward of each group.
+    """Select the best and the worst completion of each group.
+
+    Of several with the largest reward the first is the best; of several with the smallest reward
+    the last is the worst.
 
     Args:
       rollout: [B, G, ...] on the host.
       rewards: of the completions.
 
     Returns:
-      The rollout and the rewards of these G = 2. Where all rewards of a group are equal the pair
-      has no preference, and a preference loss no gradient.
+      The rollout with G = 2, best first, and its rewards. If all rewards of a group are equal, the
+      pair has no preference, and a preference loss has no gradient for it.
     """
     size = rewards.shape[1]
     best, worst = rewards.argmax(1), size - 1 - rewards[:, ::-1].argmin(1)

@@ -1,4 +1,4 @@
-"""What every command starts from: config, mesh, tokenizer, models and sampler."""
+"""The setup that all commands share: config, mesh, tokenizer, models and sampler."""
 
 import dataclasses
 import pathlib
@@ -28,7 +28,7 @@ _COMPUTED = ('dtype', 'param_dtype', 'attention', 'remat', 'lora')
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What it takes to sample from a policy; checked before anything is computed."""
+    """The objects needed to sample from a policy; their options are already checked."""
 
     config: ConfigDict
     workdir: pathlib.Path
@@ -49,7 +49,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
       workdir: the run's folder.
 
     Raises:
-      ValueError: a value or combination that is wrong, or a checkpoint that cannot be used.
+      ValueError: a wrong value or combination of values, or a checkpoint that cannot be used.
     """
     check_values(config)
     mesh = sharding.make_mesh(**config.mesh)
@@ -73,7 +73,7 @@ def _check_platform(attention: str, platform: str) -> None:
 
 
 def _source(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path | None:
-    """Folder of the pretrained checkpoint's description: the run's copy, once there is one."""
+    """Folder of the pretrained checkpoint's description: the run's copy if it exists."""
     if not config.pretrained:
         return None
     copied = workdir / 'pretrained'
@@ -103,9 +103,9 @@ def _model_config(
     }
     if source is None:
         return models.ModelConfig(vocab_size=tokens, **options)
-    usual = defaults().model.to_dict()
+    default_options = defaults().model.to_dict()
     for name in options:
-        if name not in _COMPUTED and options[name] != usual[name]:
+        if name not in _COMPUTED and options[name] != default_options[name]:
             raise ValueError(
                 f'model.{name}={options[name]} has no effect with pretrained='
                 f'{config.pretrained!r}, which determines the model: remove it'
@@ -144,7 +144,7 @@ def _reward_model(
     if load_tokenizer(str(folder)).get_vocab() != tokenizer.get_vocab():
         raise ValueError(
             f'reward_model.pretrained={c.pretrained!r} has another tokenizer than the '
-            'policy, whose tokens it gets: use one of the same family'
+            "policy, but it scores the policy's tokens: use a model of the same family"
         )
     return models.Transformer(model_config)
 
@@ -169,7 +169,7 @@ def _make_sampler(
     base = models.Transformer(model.config.base)
 
     def sampler(params: Params, prompts: Prompts, draw: Any = sample, **rest: Any) -> Any:
-        adapted = models.split_adapters(params)[1]  # not so the initial policy of a stage
+        adapted = models.split_adapters(params)[1]  # the initial policy of a stage has none
         return draw(
             model if adapted else base,
             params,

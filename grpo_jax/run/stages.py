@@ -1,4 +1,4 @@
-"""A stage of a training run: what it starts with, learns from, and leaves to the next stage."""
+"""The interface of a training stage, and helpers that all stages share."""
 
 import dataclasses
 from collections.abc import Callable, Iterable
@@ -18,7 +18,7 @@ from grpo_jax.types import Params, Rollout, TrainState
 
 
 class StageParams(NamedTuple):
-    """The parameters that a stage starts with, or leaves to the next."""
+    """The parameters that a stage starts with, or passes on to the next stage."""
 
     policy: Params  # without adapters
     adapters: Params = None  # of the policy, if they are not yet merged into it
@@ -36,17 +36,18 @@ class Stage:
       name: of its checkpoints and records.
       steps: number of training steps.
       updates: updates of the optimizer per step.
-      schedule: of the learning rate; None: there is none.
-      start: from `initial` to the training state; may take the memory of the policy over.
+      schedule: schedule of the learning rate, or None.
+      start: makes the training state from `initial`; may donate the buffers of the policy.
       step: the training step, (state, initial, batch) -> (state, metrics).
       sample: dispatches the sampling of a step, (position, policy, initial) -> partial rollouts, of
-        which the last is whole. Only the first of them has to be dispatched at once; all of them
-        where the stage is `ahead`.
-      collect: waits for these and grades them, (position, samples, policy, initial) -> batch.
+        which the last is complete. It dispatches the first one at once, and all of them if the
+        stage is `ahead`.
+      collect: waits for the samples and grades them,
+        (position, samples, policy, initial) -> batch.
       policy: the parameters that sample and are evaluated, (state, initial) -> parameters.
       finish: (initial, state) -> parameters for the next stage.
       heldout: evaluates a policy on held-out problems, every `eval_every` steps.
-      eval_every: see there.
+      eval_every: steps between these evaluations.
       algorithm: the algorithm of a policy's stage.
       compute: how its updates are computed.
       ahead: whether step k + 1 is sampled before the update of step k.
@@ -99,13 +100,16 @@ def make_optimizer(
 
 
 def check_batch_size(setup: Setup, section: str, name: str, microbatch: int | None) -> None:
-    """Raise ValueError where a section's batch does not divide over the mesh or the microbatch.
+    """Check that a section's batch divides into microbatches and over the mesh.
 
     Args:
       setup: the run.
       section: name of the section.
       name: key of the microbatch in that section, for error messages.
       microbatch: groups per microbatch; None: chosen automatically.
+
+    Raises:
+      ValueError: it does not.
     """
     batch_size = setup.config[section].batch_size
     sharding.check_batch(

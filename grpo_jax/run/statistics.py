@@ -37,7 +37,7 @@ def maj_at_k(votes: Sequence[int | None], correct: Sequence[bool], k: int, seed:
     """Estimate the probability that the most frequent answer of k samples is right.
 
     The mean over all subsets of size k if there are at most `SUBSETS` of them, as for k = 1 and
-    k = n, and else over that many random ones. The first k samples alone would leave the noise of a
+    k = n, else over `SUBSETS` random ones. The first k samples alone would leave the noise of a
     single draw in the estimate, which matters if there are few problems. A subset keeps the order
     of the samples; of equally frequent answers the one that comes first in it wins.
 
@@ -73,7 +73,7 @@ def rm_at_k(scores: Sequence[float], correct: Sequence[bool], k: int) -> float:
     subsets. Among equal highest scores one sample is drawn at random, so they count by their mean.
 
     Args:
-      scores: n numbers.
+      scores: scores of the n samples.
       correct: whether each of the n samples is right.
       k: at most n.
 
@@ -145,6 +145,9 @@ def with_intervals(
     Args:
       values: name -> N estimates.
       weights: name -> N weights, for the names whose mean is weighted.
+
+    Raises:
+      ValueError: no problems.
     """
     weights = weights or {}
     table = np.array([*values.values()], np.float64).T

@@ -40,8 +40,8 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
       The metrics of the last held-out evaluation.
 
     Raises:
-      ValueError: config, data or workdir need a change by the user. Raised before training.
-      rewards.RewardError: a reward function failed. The steps before are saved.
+      ValueError: the user has to fix the config, the data or the workdir. Raised before training.
+      rewards.RewardError: a reward function failed. A checkpoint of the finished steps is saved.
     """
     path, config = checkpoint.check_workdir(workdir, config)
     setup = prepare(config, path)
@@ -63,7 +63,7 @@ def train(config: ConfigDict, workdir: str) -> dict[str, float]:
 
 
 def _make_stages(setup: Setup, training: Problems, heldout: Problems) -> list[Stage]:
-    """SFT, then for each iteration the reward model and the policy; those that have steps."""
+    """Makes the stages that have steps: SFT, then reward model and policy for each iteration."""
     config, stages = setup.config, []
     if config.sft.steps:
         stages.append(sft_stage(setup, training, None if config.grpo.steps else heldout))
@@ -95,7 +95,7 @@ def _run_stage(
     Args:
       setup: the run.
       stage: the stage.
-      initial: the parameters that earlier stages left; the policy's memory may be taken over.
+      initial: the parameters from earlier stages; the policy's buffers may be donated.
       position: where the stage starts.
 
     Returns:
@@ -124,7 +124,7 @@ def _restore_position(setup: Setup, stage: Stage, manager: ocp.CheckpointManager
     saved = checkpoint.restore_position(manager)
     if saved is not None:
         return Position.from_json(saved)
-    # An earlier version saved none, and used 1 + refill batches in each step.
+    # An earlier version saved no position, and used 1 + refill batches in each step.
     kind, _, iteration = stage.name.partition('-')
     c, step = setup.config.grpo, manager.latest_step() or 0
     steps = (int(iteration or 1) - 1) * c.steps + (step if kind == 'grpo' else 0)
@@ -132,7 +132,7 @@ def _restore_position(setup: Setup, stage: Stage, manager: ocp.CheckpointManager
 
 
 class Snapshot(NamedTuple):
-    """All that a stage needs to go on from a step, and that a checkpoint holds."""
+    """All that a stage needs to continue from a step; this is what a checkpoint holds."""
 
     state: TrainState
     position: Position
@@ -190,7 +190,7 @@ class StageLoop:
         return self.snapshot
 
     def _step(self, records: report.Records) -> None:
-        """Samples, grades, updates, and saves where it is time to."""
+        """Evaluates if it is due, samples, grades, updates, and saves if it is due."""
         stage, progress, initial = self.stage, self.progress, self.initial
         state, position, sampled = self.snapshot
         policy = stage.policy(state, initial)
@@ -200,7 +200,7 @@ class StageLoop:
             progress.restart()
         if sampled is None:
             sampled = stage.sample(position, policy, initial)
-        if not stage.ahead:  # else the step before may still run
+        if not stage.ahead:  # otherwise the previous step may still be running
             progress.write()
         batch = stage.collect(position, sampled, policy, initial)
         sampled = None
@@ -216,10 +216,10 @@ class StageLoop:
             progress.restart()
 
     def _update(self, batch: CollectedBatch, sampled: Iterable[Rollout] | None) -> None:
-        """Dispatches the update, which takes over the memory of the state before it."""
+        """Dispatches the update, which donates the buffers of the old state."""
         step = self.snapshot.position.step
-        # Once the old state is gone, an interrupt must not lose the new one. The first update is
-        # compiled, for minutes perhaps, and there is nothing to lose yet.
+        # The update donates the old state, so an interrupt must not lose the new one. The first
+        # update can be interrupted: it may compile for minutes, and there is nothing to lose yet.
         delay = _delayed_interrupt() if step > self.start else contextlib.nullcontext()
         with delay:
             state, metrics = self.stage.step(self.snapshot.state, self.initial, batch)
@@ -237,14 +237,14 @@ class StageLoop:
 
     def _save(self) -> None:
         state, position, sampled = self.snapshot
-        # Other samples can be drawn again.
+        # Samples that are not stale can be drawn again.
         rollout = last_block(sampled) if self.stage.stale and sampled is not None else None
         checkpoint.save(self.manager, position.step, state, rollout, position.to_json())
 
     def _save_after_failure(self) -> None:
-        """Writes the metrics of finished steps and saves the newest state, where that can be done.
+        """Writes the metrics of finished steps and saves the newest state, if possible.
 
-        The error that ended the run is what the user has to see, not another one from here.
+        Errors here are logged, so that the user sees the error that ended the run.
         """
         step = self.snapshot.position.step
         try:
@@ -254,8 +254,8 @@ class StageLoop:
             leaves = jax.tree.leaves(self.snapshot.state)
             if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
                 log.warning(
-                    '%s: the state after step %d is lost, because the update that failed had taken '
-                    'over its memory', self.stage.name, step,
+                    '%s: the state after step %d is lost, because the update that failed had '
+                    'donated its buffers', self.stage.name, step,
                 )  # fmt: skip
                 return
             self._save()

@@ -1,7 +1,7 @@
 """TFDS builders that work without TensorFlow: ArrayRecord files, read by `as_data_source`.
 
-`grpo_jax.data.load` prepares and opens them. Use the classes: `tfds.load` does not find a builder
-by name without TensorFlow. TFDS locates a builder by the folder of its package.
+`grpo_jax.data.load` prepares and opens them. Use the classes, because without TensorFlow
+`tfds.load` does not find a builder by its name.
 """
 
 from grpo_jax.data.datasets.arithmetic import Arithmetic, ArithmeticConfig

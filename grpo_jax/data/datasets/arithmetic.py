@@ -6,7 +6,7 @@ operation per step: `37+58=95;95+21=116`. The running value is never negative.
 The mistake is carryless arithmetic (Applegate, LeBrun and Sloane, "Carryless Arithmetic Mod 10",
 2011): every decimal place is computed modulo 10 and nothing is carried or borrowed, so 37+58=85,
 95+21=16, 52-37=25 and 12*34=308. A carry step is a step for which this differs from the correct
-result. A policy that is fine-tuned on the demonstrations has these mistakes to unlearn.
+result. A policy that is fine-tuned on the demonstrations learns these mistakes.
 """
 
 import dataclasses

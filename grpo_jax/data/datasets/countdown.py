@@ -1,8 +1,8 @@
 """Countdown: reach a target number from a few numbers, each used once.
 
-The task of the television game show, in the form that made it a test of reinforcement learning
-from rule-based rewards (TinyZero, 2025): three or four numbers below 100 and a target of at most
-100.
+The task of the television game show, in the form in which TinyZero (2025) used it to test
+reinforcement learning with rule-based rewards: three or four numbers below 100 and a target of at
+most 100.
 """
 
 import dataclasses

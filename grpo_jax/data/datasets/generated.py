@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 class GeneratedConfig(tfds.core.BuilderConfig):
     """Options of a generated data set.
 
-    The config's name is a digest of all options, so each set of options has data of its own.
+    The config's name is a digest of all options, so each set of options has its own data.
 
     Attributes:
       train_size: problems in the train split.

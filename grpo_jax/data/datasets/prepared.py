@@ -80,7 +80,7 @@ def _locked(folder: pathlib.Path) -> filelock.BaseFileLock:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep TFDS from printing, and from warning that it does not know the config."""
+    """Suppress the output of TFDS and its warning about an unknown config."""
     verbosity = logging.get_verbosity()
     logging.set_verbosity(logging.ERROR)
     try:

@@ -64,7 +64,7 @@ def _lines(path: pathlib.Path) -> Iterator[tuple[str, object]]:
                     yield f'{path}:{number}', _parse(line, f'{path}:{number}')
         except (EOFError, gzip.BadGzipFile, zlib.error) as error:
             raise ValueError(
-                f'{path}: not a whole gzip file ({error}): download it again'
+                f'{path}: not a complete gzip file ({error}): download it again'
             ) from error
 
 

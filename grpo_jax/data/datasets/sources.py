@@ -1,7 +1,7 @@
-"""The data sets that are read from files: where each is stored, and what its columns mean.
+"""The data sets that are read from files: their locations, and the meaning of their columns.
 
 The common text columns are `question`, `answer` (the final answer alone) and `solution` (worked
-text). A data set has those that its files provide; other columns of the files keep their names.
+text). A data set has those that its files provide; the files' other columns keep their names.
 """
 
 import glob
@@ -79,7 +79,7 @@ def find_files(
       file: a pattern that replaces `source.files`.
 
     Raises:
-      ValueError: there are none.
+      ValueError: no file matches, or GRPO_JAX_DATA_DIR is needed and not set.
     """
     root = os.environ.get('GRPO_JAX_DATA_DIR', '')
     folder = pathlib.Path(source.folder if folder is None else folder)

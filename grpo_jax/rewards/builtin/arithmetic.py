@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# Every spelling of a number but the shortest is malformed (`007`, `+5`, `-0`), so numbers are equal
-# if their texts are. Possessive quantifiers (`*+`) never backtrack: matching is linear.
+# Only the shortest spelling of a number is valid (not `007`, `+5` or `-0`), so numbers are equal if
+# and only if their texts are. Possessive quantifiers (`*+`) never backtrack: matching is linear.
 _INTEGER = r'(0|-?[1-9][0-9]*+)'
 _WHOLE = re.compile(_INTEGER)
 _PROBLEM = re.compile(rf'{_INTEGER}(?:[+*-]{_INTEGER})++=')

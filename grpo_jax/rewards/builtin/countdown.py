@@ -22,8 +22,12 @@ def countdown_answer(
     """1.0 if the equation uses each of `numbers` exactly once and equals `target`, else 0.0.
 
     The equation is the content of the last `<answer>…</answer>`. It consists of whole numbers,
-    `+ - * /` (also × ÷) and parentheses, and is evaluated in fractions. ` = 24` may follow it if 24
-    is the target. `numbers` holds lists of whole numbers, or their text such as `[3, 7, 25]`.
+    `+ - * /` (also × · ÷ −) and parentheses, and is evaluated in exact fractions. ` = 24` may
+    follow it if 24 is the target. `numbers` holds lists of whole numbers, or their text such as
+    `[3, 7, 25]`.
+
+    Raises:
+        ValueError: an entry of `target` is not a whole number.
     """
     rows = zip(completions, numbers, target, strict=True)
     return [

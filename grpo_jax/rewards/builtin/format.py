@@ -1,4 +1,4 @@
-"""Rewards for the form of a completion, whatever its content: 1.0 in form, else 0.0.
+"""Rewards for the format of a completion, regardless of its content: 1.0 if right, else 0.0.
 
 `tag_count` also has values in between.
 """
@@ -46,7 +46,7 @@ def tag_count(
 ) -> list[float | None]:
     """A quarter for each of `<think>`, `</think>`, `<answer>`, `</answer>` that occurs just once.
 
-    A denser signal towards `think_format`; a prompt that ends in `<think>` counts likewise.
+    A denser signal than `think_format`. If the prompt ends in `<think>`, that tag counts as well.
     """
     texts = [_with_opening_tag(*pair) for pair in zip(prompts, completions, strict=True)]
     return [sum(text.count(tag) == 1 for tag in _TAGS) / len(_TAGS) for text in texts]

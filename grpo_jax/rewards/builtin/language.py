@@ -1,4 +1,4 @@
-"""Penalty for completions in another language than the question, or in several."""
+"""Penalty for completions in another language than that of the question, or in several."""
 
 import re
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Rewards for the final answer: word problems such as GSM8K, mathematics in LaTeX, Chinese text."""
+"""Rewards for final answers: word problems such as GSM8K, mathematics in LaTeX, Chinese text."""
 
 from collections.abc import Callable, Sequence
 
@@ -37,7 +37,7 @@ def math_answer(
 
     `answer` is the reference alone (`\frac{1}{2}`) or a solution that has it in `\boxed{…}`. An
     answer that takes more than `seconds` to compare counts as wrong. None where the reference is
-    empty. For what is equivalent see `verify.equivalence`.
+    empty. `verify.equivalence` defines which answers are equivalent.
     """
     references = [reference_answer(text) for text in answer]
     extracted = [extract_math(text) or '' for text in completions]

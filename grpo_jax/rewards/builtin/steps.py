@@ -13,9 +13,9 @@ from grpo_jax.rewards.scoring import StepReward
 def right_steps(
     prompts: Sequence[str], completions: Sequence[str], **columns: object
 ) -> list[list[StepReward]]:
-    """1 for each right step of a chain of arithmetic (see `check_steps`), 0 for a wrong one.
+    """1 for each right step of an arithmetic chain (see `check_steps`), 0 for a wrong one.
 
-    A step includes the `;` after it, and the last step everything that follows.
+    A step includes the `;` after it, and the last step includes everything that follows.
 
     Raises:
         ValueError: a prompt is not a chain problem.
@@ -24,7 +24,7 @@ def right_steps(
     for prompt, completion in zip(prompts, completions, strict=True):
         steps = check_steps(prompt, completion)
         if steps is None:
-            raise ValueError(f'prompt {prompt!r} is no chain of whole numbers like 37+58-21=')
+            raise ValueError(f'prompt {prompt!r} is not a chain of whole numbers like 37+58-21=')
         ends = [*(step.start for step in steps[1:]), len(completion)]
         rewards.append([
             StepReward(end, float(step.right)) for end, step in zip(ends, steps, strict=False)

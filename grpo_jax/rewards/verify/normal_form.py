@@ -1,4 +1,4 @@
-r"""One spelling for what LaTeX writes in many ways, such as `\dfrac 12` and `\frac{1}{2}`."""
+r"""Rewrite equal LaTeX answers in one spelling, such as `\dfrac 12` and `\frac{1}{2}`."""
 
 import re
 
@@ -105,7 +105,7 @@ def normal_form(text: str) -> str:
 
 
 def strip_name(text: str) -> str:
-    r"""Return the value without its name or derivation, as written if it has none.
+    r"""Return the value without its name or derivation; unchanged if it has neither.
 
     `5` for `x=5`, `5=x` and `x=10/2=5`, `(1,2)` for `(x,y)=(1,2)`, `[0,1)` for `x\in[0,1)`.
     """

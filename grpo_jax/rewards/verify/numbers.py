@@ -73,8 +73,8 @@ def parse_number(text: str) -> Number | None:
 def same_number(a: Number, b: Number) -> bool:
     """Return whether two written numbers are the same answer.
 
-    Equal numbers are. In addition, a decimal is the same answer as a number that is not whole if it
-    is that number, rounded or truncated to the decimal's places, with a relative error of at most
+    Equal numbers are the same answer. So are a decimal and a number that is not whole, if the
+    decimal is that number rounded or truncated to its places, with a relative error of at most
     1e-3: 3.14 is the same as 3.1416 and 0.333 as 1/3, but not 0.33 as 1/3, 105.26 as 105.25 or
     116.01 as 116.
 

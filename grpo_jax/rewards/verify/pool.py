@@ -82,7 +82,7 @@ class Worker:
         self.process.kill()
         self.process.wait()
         self._results.close()
-        with contextlib.suppress(OSError):  # the buffer may hold a request that nobody can read
+        with contextlib.suppress(OSError):  # the buffer may hold a request that cannot be sent
             self._requests.close()
 
 
@@ -118,7 +118,7 @@ class Pool:
             deadline or the memory of a worker.
 
         Raises:
-            ChildProcessError: workers do not start.
+            ChildProcessError: workers do not start, or math-verify is not installed.
         """
         with self._lock:
             try:

@@ -87,7 +87,7 @@ def same(a: str, b: str) -> bool:
         return bool(verify(x, y, timeout_seconds=None, allow_set_relation_comp=True))
     except MemoryError:
         os._exit(1)  # the state of the process is unknown
-    except Exception:  # what the libraries cannot handle is not an equal answer
+    except Exception:  # an answer that the libraries cannot handle counts as not equal
         return False
 
 
