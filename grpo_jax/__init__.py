@@ -1,9 +1,9 @@
 """Group relative policy optimization (GRPO) in JAX: sample, score, update.
 
-What research code needs is imported from here; the packages below hold the rest: `algorithm` (the
-paper), `engine` (the same numbers, faster), `models`, `rewards`, `data` and `run` (a training run).
+Research code imports what it needs from here. The rest is in the packages `algorithm` (the paper),
+`engine` (the same numbers, faster), `models`, `rewards`, `data` and `run` (a training run).
 
-Names are imported when they are first used, so that `grpo_jax.rewards` needs no JAX.
+Names are imported when first used, so that `grpo_jax.rewards` can be imported without JAX.
 """
 
 import importlib

@@ -1,8 +1,8 @@
 """The device mesh, and the table by which parameters are sharded over it.
 
 The mesh has two axes. `fsdp` splits the batch's groups and the parameters (as in ZeRO-3, gathered
-where they are used); `tensor` splits heads, the MLP and the vocabulary. One device is a mesh of 1 x
-1.
+where they are used); `tensor` splits heads, the MLP and the vocabulary. One device is
+a mesh of size 1 x 1.
 """
 
 import contextlib
@@ -54,27 +54,27 @@ TABLE: dict[str, tuple[str | None, ...]] = {
 
 
 def make_mesh(*, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh of fsdp x tensor devices; fsdp=-1: as many as there are.
+    """A mesh of fsdp x tensor devices; fsdp=-1: use all devices.
 
     Raises:
       ValueError: the sizes do not fit the devices that exist.
     """
     devices = jax.devices()
     if tensor < 1 or (fsdp < 1 and fsdp != -1):
-        raise ValueError(f'mesh fsdp={fsdp}, tensor={tensor}: sizes are at least 1 (or fsdp=-1)')
+        raise ValueError(f'mesh fsdp={fsdp}, tensor={tensor}: make each at least 1 (or fsdp=-1)')
     if fsdp == -1:
         fsdp = len(devices) // tensor
     if fsdp < 1 or fsdp * tensor > len(devices):
         raise ValueError(
             f'mesh fsdp={fsdp} x tensor={tensor} needs {max(fsdp, 1) * tensor} devices, but '
-            f'JAX sees {len(devices)}: make the mesh smaller, or fsdp=-1 to take what tensor leaves'
+            f'JAX sees {len(devices)}: make the mesh smaller, or set fsdp=-1 to use all devices'
         )
     grid = np.asarray(devices[: fsdp * tensor]).reshape(fsdp, tensor)
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def _spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """The table's entry for a leaf. An axis that a mesh size does not divide is not split."""
+    """The table's entry for a leaf. An axis is not split if the mesh size does not divide it."""
     name = next((k.key for k in reversed(path) if isinstance(k, jax.tree_util.DictKey)), None)
     axes = TABLE.get(name, ()) if isinstance(name, str) else ()
     if len(shape) < len(axes):
@@ -166,11 +166,11 @@ def check_batch(
       batch: B.
       microbatch: groups per microbatch, over all devices.
       mesh: each microbatch is spread over its fsdp axis.
-      of: what an error calls the batch.
-      name: what it calls the microbatch.
+      of: the batch's name in error messages.
+      name: the microbatch's name in error messages.
 
     Raises:
-      ValueError: they cannot; the message has the sizes that work.
+      ValueError: they cannot; the message lists the sizes that work.
     """
     devices = data_devices(mesh)
     if batch % devices:

@@ -36,21 +36,21 @@ class Rollout(NamedTuple):
 
     prompts: Prompts
     tokens: Int[Array, 'B G T']
-    mask: Bool[Array, 'B G T']  # true up to and including the end-of-sequence token
+    mask: Bool[Array, 'B G T']  # true up to and including the token that ends the completion
     logprobs: Float[Array, 'B G T']  # under the sampling policy; zeros for demonstrations
-    ended: Bool[Array, 'B G']  # with an end-of-sequence token; false where cut off at T
+    ended: Bool[Array, 'B G']  # by an end-of-sequence token or stop string; false: cut off at T
     kept: Bool[Array, 'B G'] | None = None  # completions to train on; None: all
 
 
 class StepRewards(NamedTuple):
     """A reward for each step of a completion (process supervision) instead of one for the whole."""
 
-    values: Float[Array, 'B G T']  # used where a step ends
-    ends: Bool[Array, 'B G T']  # the last token of each step
+    values: Float[Array, 'B G T']  # read only where `ends` is true
+    ends: Bool[Array, 'B G T']  # true at the last token of each step
 
 
 class Batch(NamedTuple):
-    """A rollout with everything a per-token loss needs. A field that no loss uses is None."""
+    """A rollout with everything a per-token loss needs. Fields that are not needed are None."""
 
     rollout: Rollout
     advantages: Float[Array, 'B G T']
@@ -76,14 +76,14 @@ class TrainState(NamedTuple):
     skipped: Int[Array, '']  # optimizer updates skipped because the gradient was not finite
     value_params: Params = None  # of the critic, if there is one
     value_opt_state: Any = None
-    reference: Params = None  # a reference that follows the policy; None: a fixed one
+    reference: Params = None  # a reference that follows the policy; None: it is fixed, or absent
 
 
 class Sampling(NamedTuple):
     """The distribution of the next token. Traced scalars: changing one never recompiles.
 
-    The log-softmax of `logits / temperature` is restricted to the tokens that pass every filter and
-    renormalized. Temperature 0 is greedy decoding.
+    It is softmax(logits / temperature), restricted to the tokens that pass every filter and
+    renormalized.
     """
 
     temperature: Array | float = 1.0  # the logits are divided by it; 0: greedy decoding

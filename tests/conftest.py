@@ -3,6 +3,7 @@
 import gc
 import os
 import shutil
+import signal
 import tempfile
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
@@ -45,6 +46,14 @@ def no_programs_of_other_files():
     """XLA has crashed while compiling in a process that held all the suite's programs."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture
+def interruptible():
+    """SIGINT raises KeyboardInterrupt; shells start background jobs with SIGINT ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope='session')

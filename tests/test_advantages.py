@@ -220,7 +220,7 @@ def test_a_step_without_a_reward_is_not_hidden():
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'baseline': 'leave_one_out'}, "process supervision has no leave-one-out; use 'mean' or"),
+        ({'baseline': 'leave_one_out'}, "process supervision does not define it; use 'mean' or"),
         ({'baseline': 'critic'}, "baseline='critic' .* grpo_jax.gae; use 'mean' or 'none'"),
         ({'baseline': 'median'}, "baseline='median' is unknown"),
         ({'scale': 'range'}, "scale='range' is unknown"),

@@ -218,7 +218,7 @@ def test_a_folder_after_an_equals_sign_or_a_space(form):
 def test_help(monkeypatch, capsys):
     monkeypatch.setattr('sys.argv', ['train', '--help'])
     train.run()
-    assert '--config=configs/arithmetic.py --workdir=FOLDER' in capsys.readouterr().out
+    assert '--config=FILE.py --workdir=FOLDER' in capsys.readouterr().out
 
 
 def test_run_command(monkeypatch, capsys):

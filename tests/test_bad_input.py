@@ -138,7 +138,7 @@ BAD = [
     ),
     (
         {'grpo.optimizer.name': 'optax:sgd', 'grpo.optimizer.b2': 0.5},
-        "grpo.optimizer: b2=0.5 has no effect with name='optax:sgd': set its own in options",
+        "grpo.optimizer: b2=0.5 has no effect with name='optax:sgd': use options instead",
     ),
     ({'grpo.optimizer.decay': 'cosin'}, "decay='cosin' is unknown: use one of constant, linear"),
     (
@@ -173,23 +173,23 @@ BAD = [
     ({'eval.every': 0}, r'eval.every=0 is out of range: make it at least 1$'),
     (
         {'grpo.algorithm.importance_cap': 0.5},
-        r'importance_cap=0.5 is out of range: it has to be at least 1',
+        r'importance_cap=0.5 is out of range: make it at least 1',
     ),
     (
         {'grpo.algorithm.tau_positive': 0.0},
-        r'tau_positive=0.0 is out of range: it has to be above 0',
+        r'tau_positive=0.0 is out of range: make it above 0',
     ),
     (
         {'grpo.algorithm.top_entropy': 1.5},
-        r'top_entropy=1.5 is out of range: it has to be above 0 and at most 1',
+        r'top_entropy=1.5 is out of range: make it above 0 and at most 1',
     ),
     (
         {'grpo.algorithm.reference_decay': 1.5},
-        r'reference_decay=1.5 is out of range: it has to be within 0 and 1',
+        r'reference_decay=1.5 is out of range: make it between 0 and 1',
     ),
     (
         {'grpo.algorithm.label_smoothing': 0.5},
-        r'label_smoothing=0.5 is out of range: it has to be at least 0, below 0.5$',
+        r'label_smoothing=0.5 is out of range: make it at least 0 and below 0.5$',
     ),
     (
         {'grpo.optimizer.clip_norm': -1.0},
@@ -199,7 +199,7 @@ BAD = [
         {'sft.steps': 0, 'sft.optimizer.learning_rate': -1.0},
         r'sft.optimizer.learning_rate=-1.0 is out of range: make it at least 0$',
     ),
-    ({'sft.optimizer.warmup_steps': 9}, 'sft.optimizer: warmup_steps=9 and hold_steps=0 are more'),
+    ({'sft.optimizer.warmup_steps': 9}, 'sft.optimizer: warmup_steps=9 and hold_steps=0 add up to more'),
     ({'checkpoint.every': 0}, r'checkpoint.every=0 is out of range: make it at least 1$'),
     ({'log.completions': -1}, r'log.completions=-1 is out of range: make it at least 0$'),
     ({'model.kv_heads': 3}, 'model heads=4 is not a multiple of kv_heads=3'),

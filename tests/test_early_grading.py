@@ -342,6 +342,7 @@ def test_a_sampler_that_fails(where):
     assert set(threading.enumerate()) == before
 
 
+@pytest.mark.usefixtures('interruptible')
 def test_an_interrupt_while_the_sampler_is_busy():
     """It reaches the main thread, which waits for the rollout, and ends sampling."""
     yielded = []

@@ -245,6 +245,7 @@ def test_an_interrupt_while_saving(events, tmp_path, monkeypatch):
     assert [e[:3] for e in events if e[0] == 'save'] == [('save', 2, 2), ('save', 4, 4)]
 
 
+@pytest.mark.usefixtures('interruptible')
 @pytest.mark.parametrize('step', [0, 2])
 def test_ctrl_c_during_an_update_comes_after_it(events, tmp_path, step):
     """The old state is gone then; before the first update there is nothing to lose."""

@@ -152,13 +152,19 @@ def without_reference(logprobs, ref_logprobs, advantages):
     ('loss', 'message'),
     [
         (one_number, r"'one_number' returned shape \(\): .* \[G, T\] = \(8, 6\)"),
-        (unknown_name, r"'unknown_name' has a parameter 'temperature', which is unknown: use some"),
+        (unknown_name, r"'unknown_name' has a parameter 'temperature', which is unknown: choose"),
         (without_reference, r"ref_params=None with loss='without_reference', which needs a refer"),
     ],
 )
 def test_a_loss_that_does_not_fit(loss, message):
     with pytest.raises(ValueError, match=message):
         train(grpo_jax.Algorithm(loss=loss))
+
+
+def test_a_loss_of_the_wrong_shape_is_not_broadcast_by_other_terms():
+    """Adding the KL term would make [G, T] of it."""
+    with pytest.raises(ValueError, match=r"'one_number' returned shape \(\)"):
+        train(grpo_jax.Algorithm(loss=one_number, beta=0.1), with_reference=True)
 
 
 def test_a_kl_term_needs_a_reference():

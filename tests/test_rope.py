@@ -243,7 +243,7 @@ def test_tables_of_transformers(scaling, seen, theta):
         (YARN | {'factor': None}, r"rope_scaling of type 'yarn' lacks 'factor'"),
         (
             stretch('linear', factor=2.0, beta_fast=1),
-            r"type 'linear' has no setting 'beta_fast': it has factor$",
+            r"type 'linear' has no setting 'beta_fast': use some of factor$",
         ),
     ],
 )

@@ -117,9 +117,9 @@ def test_make_mesh():
 @pytest.mark.parametrize(
     ('sizes', 'message'),
     [
-        ({'fsdp': 0}, r'mesh fsdp=0, tensor=1: sizes are at least 1'),
-        ({'fsdp': -2}, r'mesh fsdp=-2, tensor=1: sizes are at least 1'),
-        ({'tensor': 0}, r'mesh fsdp=1, tensor=0: sizes are at least 1'),
+        ({'fsdp': 0}, r'mesh fsdp=0, tensor=1: make each at least 1'),
+        ({'fsdp': -2}, r'mesh fsdp=-2, tensor=1: make each at least 1'),
+        ({'tensor': 0}, r'mesh fsdp=1, tensor=0: make each at least 1'),
         (
             {'fsdp': 16},
             r'fsdp=16 x tensor=1 needs 16 devices, but JAX sees 8: make the mesh smaller',

@@ -160,7 +160,7 @@ def test_init():
     ('options', 'message'),
     [
         ({'heads': 4, 'kv_heads': 3}, r'heads=4 is not a multiple of kv_heads=3'),
-        ({'head_dim': 7}, r'head_dim=7 is odd: rotary positions need pairs'),
+        ({'head_dim': 7}, r'head_dim=7 is odd: make it even'),
     ],
 )
 def test_bad_sizes(options, message):
@@ -219,7 +219,7 @@ def test_the_trunk_of_a_policy():
     assert made['embedding'] is params['embedding']
     assert 'head' in params
     adapted = tiny.make_params(tiny.make_model(lora=lora))
-    with pytest.raises(ValueError, match=r'parameters with adapters: `merge_adapters` first'):
+    with pytest.raises(ValueError, match=r'parameters with adapters: call `merge_adapters`'):
         models.scalar_params(adapted, config)
 
 

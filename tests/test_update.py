@@ -485,7 +485,7 @@ def test_a_parameter_that_is_not_finite_skips_the_update(rollout, rewards):
         ({'aggregation': 'sum'}, r"aggregation='sum' is unknown: use one of sequence_mean, "),
         ({'kl': 'k4'}, r"kl='k4' is unknown: use one of k1, k2, k3"),
         ({'kl_place': 'both'}, r"kl_place='both' is unknown: use one of loss, reward"),
-        ({'inner_updates': 0}, r'inner_updates=0 is out of range: it is at least 1'),
+        ({'inner_updates': 0}, r'inner_updates=0 is out of range: make it at least 1'),
         ({'kl': 'k1'}, r"kl='k1' with kl_place='loss' .*use kl='k2' or 'k3', or kl_place='reward'"),
     ],
 )
@@ -497,8 +497,8 @@ def test_bad_algorithm(options, message):
 @pytest.mark.parametrize(
     ('options', 'message'),
     [
-        ({'microbatch': 0}, r'microbatch=0 is out of range: it is at least 1'),
-        ({'logprob_chunk': -1}, r'logprob_chunk=-1 is out of range: it is at least 1'),
+        ({'microbatch': 0}, r'microbatch=0 is out of range: make it at least 1'),
+        ({'logprob_chunk': -1}, r'logprob_chunk=-1 is out of range: make it at least 1'),
         ({'packed': True}, r'packed=True with rows=None: set how many sequences'),
         ({'packed': True, 'rows': 2, 'widths': 4}, r'widths=4 has no effect with packed=True'),
     ],

@@ -1,7 +1,7 @@
 """One group's rewards -> advantages. Callers `vmap` over groups.
 
-From outcomes (`group_advantages`), from steps (`process_advantages`), or by an estimator of your
-own: `Algorithm(advantage_estimator=my_estimator)`. For a critic's values see `critic.gae`.
+One reward per completion: `group_advantages`; one per step: `process_advantages`; an estimator of
+your own: `Algorithm(advantage_estimator=my_estimator)`; a critic (PPO): `critic.gae`.
 """
 
 from typing import TYPE_CHECKING
@@ -30,9 +30,9 @@ def group_advantages(
     RLOO (arXiv 2402.14740), the mean of the other G - 1 rewards. Without baseline and scale the
     advantage is the reward (SFT, RFT and online RFT in the paper's table 10: 1 if correct, else 0).
 
-    The standard deviation is the sample's (divisor G - 1) and eps defaults to 1e-4, as in TRL; verl
-    uses 1e-6, and open-instruct the population's with 1e-8. A group whose rewards are all equal
-    gets exact zeros. `scale='batch'` is applied by `normalize_batch`.
+    By default std is the sample standard deviation (divisor G - 1) and eps is 1e-4, as in TRL; verl
+    uses eps=1e-6, and open-instruct 'population_std' with 1e-8. Equal rewards give advantages of
+    exactly 0. 'batch' scales nothing here: `normalize_batch` does it later.
 
     Args:
       rewards: f32[G].
@@ -44,7 +44,7 @@ def group_advantages(
       f32[G].
 
     Raises:
-      ValueError: an unknown option, G < 2 where the group is its own baseline or scale, or
+      ValueError: an unknown option, G < 2 with a baseline or scale that needs other completions, or
         `baseline='critic'`.
     """
     size = rewards.shape[0]
@@ -67,10 +67,10 @@ def process_advantages(
     """Advantages of one group's tokens from a reward for each step of its completions.
 
     Process supervision (DeepSeekMath, arXiv 2402.03300, section 4.1.3): the rewards of all steps of
-    all G completions are normalized together, and a token's advantage is the sum of those of the
-    steps that end at or after it. With a single step at the end of each completion the result is
-    that of `group_advantages`, which has the same options. A single step in the whole group has
-    nothing to be compared with: its advantage is 0.
+    all G completions are normalized together, and a token's advantage is the sum of the
+    normalized rewards of the steps that end at or after it. With a single step, at the end of each
+    completion, the result equals that of `group_advantages`. A single step in the whole group has
+    nothing to be compared with, so its advantage is 0.
 
     Args:
       rewards: f32[G, T], used at the last token of each step.
@@ -83,13 +83,13 @@ def process_advantages(
       f32[G, T], 0 after a completion's last step.
 
     Raises:
-      ValueError: an unknown option, or a baseline that steps do not have.
+      ValueError: an unknown option, or a baseline that process supervision does not define.
     """
     _check_known(baseline, scale)
     if baseline not in ('mean', 'none'):
         reason = {
-            'leave_one_out': 'process supervision has no leave-one-out',
-            'critic': 'its advantages are those of grpo_jax.gae',
+            'leave_one_out': 'process supervision does not define it',
+            'critic': 'its advantages are computed by grpo_jax.gae',
         }[baseline]
         raise ValueError(
             f"baseline={baseline!r} with a reward for each step: {reason}; use 'mean' or 'none'"
@@ -101,10 +101,10 @@ def process_advantages(
 def normalize_batch(
     advantages: Float[Array, 'B G T'], mask: Bool[Array, 'B G T'], *, eps: Scalar
 ) -> Float[Array, 'B G T']:
-    """Shifts and scales the advantages of all completion tokens of a batch to mean 0 and std 1.
+    """Shifts and scales the advantages of all tokens in the mask to mean 0 and std 1.
 
-    REINFORCE++ (Hu, arXiv 2501.03262, eq. 7), with the population's standard deviation. The
-    result is 0 where all are equal, and outside the mask.
+    REINFORCE++ (Hu, arXiv 2501.03262, eq. 7), with the population standard deviation. The
+    result is 0 outside the mask, and everywhere if all advantages are equal.
 
     Args:
       advantages: f32[B, G, T].
@@ -129,18 +129,18 @@ def estimate(
     mask: Bool[Array, 'B G T'],
     penalty: Float[Array, 'B G T'] | None,
 ) -> Float[Array, 'B G T']:
-    """Advantages of all groups by the algorithm's baseline and scale, or by its own estimator.
+    """Advantages f32[B, G, T] by baseline and scale, or by `Algorithm.advantage_estimator`.
 
-    An estimator gets what its signature names, of one group: `rewards` f32[G], `mask` bool[G, T]
-    and coefficients of `Algorithm`. It returns f32[G] or f32[G, T].
+    That estimator gets the arguments that its signature names: `rewards` f32[G] and `mask`
+    bool[G, T] of one group, and coefficients of `Algorithm`. It returns f32[G] or f32[G, T].
 
     Args:
-      algorithm: the options.
+      algorithm: baseline, scale and advantage_eps, or the estimator.
       rewards: one for each completion or step.
       mask: the completion tokens.
-      penalty: beta * KL of each token, where the KL is part of the reward. It is subtracted from
-        the completion's reward; without a group to compare with, a token's advantage is reduced by
-        the KL from that token on (REINFORCE++, arXiv 2501.03262: r - beta * sum of KL_i, i >= t).
+      penalty: beta * KL of each token, if the KL is part of the reward. Its sum is subtracted from
+        the completion's reward. Without a baseline and a scale of the group, advantages are per
+        token: r - beta * (sum of KL_i, i >= t), as in REINFORCE++ (arXiv 2501.03262).
     """
     a = algorithm
     options = {'baseline': a.baseline, 'scale': a.scale, 'eps': a.advantage_eps}
@@ -177,8 +177,8 @@ def check_group_options(group_size: int, *, baseline: str, scale: str) -> None:
             f"scale={scale!r} with baseline='critic', whose advantages are not those of a group: "
             "use scale='none' or 'batch'"
         )
-    alone = baseline in ('none', 'critic') and scale in ('none', 'batch')
-    if group_size < 2 and not alone:
+    needs_group = baseline not in ('none', 'critic') or scale not in ('none', 'batch')
+    if group_size < 2 and needs_group:
         raise ValueError(
             f'group_size={group_size} with baseline={baseline!r}, scale={scale!r}: a group of '
             'one is its own mean and has no spread; use group_size >= 2, or '

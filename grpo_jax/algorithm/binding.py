@@ -1,6 +1,6 @@
-"""Calling a loss or an advantage estimator with the arrays and coefficients that it names.
+"""Passing a loss or advantage estimator the arrays and coefficients that its signature names.
 
-So your own function needs no registration and no fixed signature: `Algorithm(loss=my_loss)`.
+So a function of your own needs no registration and no fixed signature: `Algorithm(loss=my_loss)`.
 """
 
 import functools
@@ -17,15 +17,18 @@ def names_of(function: Callable[..., Any]) -> frozenset[str]:
 def bind(
     function: Callable[..., Any], arrays: Mapping[str, Any], coefficients: Mapping[str, Any]
 ) -> Callable[[], Any]:
-    """The function with the arrays and coefficients that its signature names.
+    """Binds the arrays and coefficients that a function's signature names.
 
     Args:
       function: a loss or an advantage estimator.
-      arrays: by name; None for an array that this update does not have.
+      arrays: by name; None for an array that is absent from this update.
       coefficients: of `Algorithm`, by name.
 
+    Returns:
+      The function of no arguments that calls `function` with them.
+
     Raises:
-      ValueError: it names something else, or an array that this update does not have.
+      ValueError: a parameter without default is neither, or is an array that is absent.
     """
     arguments = {}
     for name, parameter in inspect.signature(function).parameters.items():
@@ -37,7 +40,7 @@ def bind(
             reason = 'is absent from this update' if name in arrays else 'is unknown'
             raise ValueError(
                 f'{getattr(function, "__name__", function)!r} has a parameter {name!r}, which '
-                f'{reason}: use some of the arrays {", ".join(arrays)} and the coefficients '
+                f'{reason}: choose from the arrays {", ".join(arrays)} and the coefficients '
                 f'{", ".join(coefficients)}'
             )
     return functools.partial(function, **arguments)

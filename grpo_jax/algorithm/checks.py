@@ -36,13 +36,13 @@ def check_inputs(
     """Checks that rewards, reference and group size are what the algorithm needs.
 
     Raises:
-      ValueError: they are not.
+      ValueError: one of them is missing or does not fit.
     """
     a = algorithm
     _check_rewards(a, rollout, rewards)
     check_group_options(rollout.tokens.shape[1], baseline=a.baseline, scale=a.scale)
     if model.config.lora.rank and ref_params is None:
-        raise ValueError('ref_params=None with adapters: pass the parameters of their base')
+        raise ValueError('ref_params=None with adapters: pass the parameters of the base model')
     if a.uses_reference and ref_params is None and state.reference is None:
         use = f'loss={a.name_of_loss!r}' if a.pairwise or not a.has_kl else f'beta={a.beta}'
         raise ValueError(
@@ -52,7 +52,7 @@ def check_inputs(
     if a.moves_reference and state.reference is None:
         raise ValueError(
             f'reference_decay={a.reference_decay} with a state that has no reference of its own: '
-            'make it by init_state(..., moving_reference=True), or set reference_decay=1'
+            'create it with init_state(..., moving_reference=True), or set reference_decay=1'
         )
 
 
@@ -78,7 +78,7 @@ def check_loss(algorithm: Algorithm, rollout: Rollout) -> None:
     """Traces the loss of one group, so that a mistake in a loss of your own is reported early.
 
     Raises:
-      ValueError: it names what this update does not have, or its shape is not [G, T].
+      ValueError: it has a parameter that nothing provides, or its shape is not [G, T].
     """
     shape = rollout.tokens.shape[1:]
     array: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -103,10 +103,10 @@ def check_loss(algorithm: Algorithm, rollout: Rollout) -> None:
 def check_plan(
     algorithm: Algorithm, plan: ComputePlan, rollout: Rollout, mesh: Mesh | None
 ) -> None:
-    """Checks that the batch can be cut as asked, and that the algorithm allows it.
+    """Checks that the batch can be cut as planned, and that the algorithm allows it.
 
     Raises:
-      ValueError: the batch does not divide, or the options do not fit the algorithm.
+      ValueError: the batch is not divisible, or the plan does not fit the algorithm.
     """
     groups, group_size, *_ = shape_of(rollout)
     check_batch(groups, plan.microbatch, mesh)
@@ -127,8 +127,8 @@ def check_plan(
         )
     if plan.unroll and algorithm.step == 'trust_region':
         raise ValueError(
-            "unroll=True with step='trust_region', whose products scan over the layers: use "
-            'unroll=False'
+            "unroll=True with step='trust_region', whose Fisher products scan over the layers: "
+            'use unroll=False'
         )
 
 

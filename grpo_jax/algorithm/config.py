@@ -1,7 +1,8 @@
 """What an update computes: one frozen options object, `Algorithm`.
 
-Every row of DeepSeekMath's unified table (arXiv 2402.03300, table 10) and every variant in
-`presets` is a value of it, together with who samples. How it is computed is `engine.Compute`.
+Every method in DeepSeekMath's unified table (arXiv 2402.03300, table 10) and every variant in
+`presets` is an `Algorithm`, together with the choice of the policy that samples. Options of speed
+and memory are in `engine.compute.Compute`.
 """
 
 import dataclasses
@@ -19,8 +20,7 @@ from grpo_jax.algorithm.preferences import PAIRWISE
 
 _TOKENWISE_IMPORTANCES = ('none', 'token', 'token_mask')
 
-
-Coef = Any  # a number or an array; JAX rebuilds pytrees with any leaf
+Coef = Any  # a number or an array; `Any`, because JAX rebuilds pytrees with leaves of any kind
 
 
 def _choice(default: Any) -> Any:
@@ -49,7 +49,7 @@ def _equals(value: Any, number: float) -> bool:
 _NOT_NEGATIVE: Any = (lambda x: 0 <= x < float('inf'), 'at least 0')
 _ONE_OR_MORE: Any = (lambda x: 1 <= x < float('inf'), 'at least 1')
 _POSITIVE: Any = (lambda x: 0 < x < float('inf'), 'above 0')
-_SHARE: Any = (lambda x: 0 <= x <= 1, 'within 0 and 1')
+_SHARE: Any = (lambda x: 0 <= x <= 1, 'between 0 and 1')
 
 
 @jax.tree_util.register_dataclass
@@ -61,11 +61,11 @@ class Algorithm:
     ordinary argument of a jitted function. The constructor checks it.
 
     Raises:
-      ValueError: an unknown choice, a coefficient out of its range, a combination that is wrong,
-        or an option that would have no effect. The message begins with the option's name.
+      ValueError: an unknown choice, a coefficient out of its range, a combination that computes the
+        wrong thing, or an option without effect. The message begins with the option's name.
     """
 
-    loss: str | Callable[..., jax.Array] = _choice('clipped')  # see `losses`, or your own
+    loss: str | Callable[..., jax.Array] = _choice('clipped')  # of `losses.LOSSES`, or your own
     ratio: str = _choice('token')  # see `losses.sequence_level`
     importance: str = _choice('none')  # sampler correction, see `losses.importance_weights`
     supervision: str = _choice('outcome')  # a reward per completion, or per step: 'process'
@@ -80,31 +80,31 @@ class Algorithm:
     entropy: bool = _choice(False)  # report the policy's entropy
     step: str = _choice('optimizer')  # 'trust_region': TRPO's natural gradient step
     cg_steps: int = _choice(10)  # TRPO: iterations of the conjugate gradient
-    backtracks: int = _choice(10)  # TRPO: trials of the line search; each halves the step
+    backtracks: int = _choice(10)  # TRPO: most step sizes to try, each half the previous one
 
     advantage_eps: Coef = _coef(1e-4, *_NOT_NEGATIVE)  # added to a standard deviation
     clip_low: Coef = _coef(0.2, *_NOT_NEGATIVE)  # the ratio's lower bound: 1 - clip_low
     clip_high: Coef = _coef(0.2, *_NOT_NEGATIVE)  # the ratio's upper bound: 1 + clip_high
     dual_clip: Coef = _coef(0.0, *_NOT_NEGATIVE)  # A < 0: loss <= dual_clip * |A|; 0: off
     beta: Coef = _coef(0.0, *_NOT_NEGATIVE)  # weight of the KL term, or of DPO's margin
-    kl_clamp: Coef = _coef(0.0, *_NOT_NEGATIVE)  # bound of the KL term of a token; 0: none
+    kl_clamp: Coef = _coef(0.0, *_NOT_NEGATIVE)  # bound on the KL of a token; 0: none
     tau_positive: Coef = _coef(1.0, *_POSITIVE)  # SAPO's temperature where A > 0
     tau_negative: Coef = _coef(1.05, *_POSITIVE)  # SAPO's temperature where A <= 0
     importance_cap: Coef = _coef(2.0, *_ONE_OR_MORE)  # C of `importance_weights`
-    entropy_bonus: Coef = _coef(0.0, *_NOT_NEGATIVE)  # weight of the entropy to maximise
-    # Share of the tokens, those of highest entropy, that are trained.
+    entropy_bonus: Coef = _coef(0.0, *_NOT_NEGATIVE)  # weight of the entropy, which is maximized
+    # Fraction of the tokens that are trained, those of the highest entropy; 1: all.
     top_entropy: Coef = _coef(1.0, lambda x: 0 < x <= 1, 'above 0 and at most 1')
     reference_decay: Coef = _coef(1.0, *_SHARE)  # d: ref <- d * ref + (1 - d) * policy
-    # DPO: probability that a preference is the wrong way round.
-    label_smoothing: Coef = _coef(0.0, lambda x: 0 <= x < 0.5, 'at least 0, below 0.5')
+    # DPO: probability that a preference label is wrong.
+    label_smoothing: Coef = _coef(0.0, lambda x: 0 <= x < 0.5, 'at least 0 and below 0.5')
     gamma: Coef = _coef(1.0, *_SHARE)  # PPO's discount per token
     lam: Coef = _coef(0.95, *_SHARE)  # PPO's lambda, see `critic.gae`
     value_clip: Coef = _coef(0.2, *_NOT_NEGATIVE)  # see `critic.value_loss`; 0: no clip
     max_kl: Coef = _coef(0.01, *_POSITIVE)  # TRPO's bound on the mean KL of a step
     damping: Coef = _coef(0.1, *_NOT_NEGATIVE)  # TRPO: added to the Fisher diagonal
 
-    # Coefficients of `_NEUTRAL` with another value, such as 'beta'; static, so that a program
-    # computes only the terms that are switched on. An array counts as another value.
+    # Names of the coefficients that differ from their value in `_NEUTRAL`, such as 'beta'; static,
+    # so that a program computes only the terms that are switched on. An array always differs.
     terms: frozenset[str] | None = dataclasses.field(
         default=None, repr=False, metadata={'static': True}
     )
@@ -113,7 +113,7 @@ class Algorithm:
         coefficients = self.coefficients
         rebuilt = self.terms is not None and not any(map(_is_number, coefficients.values()))
         if rebuilt or not all(_is_number(x) or _is_array(x) for x in coefficients.values()):
-            return  # rebuilt by a transformation of JAX, from leaves of any kind
+            return  # JAX rebuilds the object around leaves of any kind, which cannot be checked
         terms = frozenset(
             name for name, x in _NEUTRAL.items() if not _equals(coefficients[name], x)
         )
@@ -123,7 +123,7 @@ class Algorithm:
         for name, value in coefficients.items():
             valid, requirement = _FIELDS[name].metadata['range']
             if _is_number(value) and not valid(value):
-                raise ValueError(f'{name}={value} is out of range: it has to be {requirement}')
+                raise ValueError(f'{name}={value} is out of range: make it {requirement}')
         options.check_effects(self)
 
     @property
@@ -142,12 +142,12 @@ class Algorithm:
 
     @property
     def loss_function(self) -> Callable[..., jax.Array]:
-        """The loss, a function of arrays and coefficients."""
+        """The loss as a function of arrays and coefficients."""
         return LOSSES[self.loss] if isinstance(self.loss, str) else self.loss
 
     @property
     def name_of_loss(self) -> str:
-        """The loss's name, or that of the function."""
+        """The name of the loss, or of its function."""
         return self.loss if isinstance(self.loss, str) else getattr(self.loss, '__name__', 'loss')
 
     @property
@@ -159,8 +159,8 @@ class Algorithm:
     def tokenwise(self) -> bool:
         """Whether the loss of a token depends on that token alone.
 
-        Then it is computed from a chunk of logits at a time, in any order. A loss of your own gets
-        whole completions.
+        Then it is computed from one chunk of logits at a time, in any order. A loss of your own is
+        never treated as tokenwise: it gets whole completions.
         """
         builtin = isinstance(self.loss, str) and not self.pairwise
         return builtin and self.ratio == 'token' and self.importance in _TOKENWISE_IMPORTANCES
@@ -212,7 +212,7 @@ class Algorithm:
         return self.baseline == 'critic'
 
 
-# Coefficients that switch a term off, and the value that does.
+# Coefficient -> the value that switches its term off.
 _NEUTRAL = {'beta': 0.0, 'entropy_bonus': 0.0, 'top_entropy': 1.0, 'reference_decay': 1.0}
 _FIELDS = {field.name: field for field in dataclasses.fields(Algorithm)}
 COEFFICIENTS = tuple(name for name, field in _FIELDS.items() if 'range' in field.metadata)

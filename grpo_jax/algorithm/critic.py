@@ -1,4 +1,4 @@
-"""PPO's critic: generalized advantage estimation, its loss, and the advantages of a batch."""
+"""PPO's critic: its loss, generalized advantage estimation, and the advantages of a batch."""
 
 import functools
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Critic(NamedTuple):
     """A value function that is trained along with the policy."""
 
-    model: models.Transformer  # with a scalar head
+    model: models.Transformer  # with `scalar_head=True`
     optimizer: optax.GradientTransformation
 
 
@@ -37,11 +37,11 @@ def gae(
     A + V.
 
     Args:
-      rewards: f32[G, T], of each token.
-      values: f32[G, T], V of the state before token t.
+      rewards: f32[G, T], one for each token.
+      values: f32[G, T], V_t of the state before token t.
       mask: bool[G, T], true up to a completion's last token.
       gamma: f32[], discount per token.
-      lam: f32[], 0: one reward and then the critic's value; 1: rewards alone, minus the baseline V.
+      lam: f32[]; 0: the one-step error d_t; 1: the discounted sum of rewards minus V_t.
 
     Returns:
       f32[G, T], 0 outside the mask.
@@ -67,8 +67,8 @@ def value_loss(
 ) -> Float[Array, 'G T']:
     """max((v - R)^2, (clip(v, old - value_clip, old + value_clip) - R)^2) / 2.
 
-    PPO's critic loss as in OpenAI's baselines: a value that moved more than value_clip towards
-    its return has no gradient. value_clip = 0 is the unclipped square. All arrays are f32[G, T].
+    PPO's critic loss as in OpenAI's baselines: a value that has moved toward its return by more
+    than value_clip has no gradient. value_clip = 0: no clip. All arrays are f32[G, T].
     """
     clip = jnp.asarray(value_clip)
     near = old_values + jnp.clip(values - old_values, -clip, clip)
@@ -83,14 +83,14 @@ def estimate(
     mask: Bool[Array, 'B G T'],
     penalty: Float[Array, 'B G T'] | None,
 ) -> Float[Array, 'B G T']:
-    """Advantages of all groups by `gae`; a completion's reward is that of its last token.
+    """Advantages f32[B, G, T] by `gae`; a completion's reward is given to its last token.
 
     Args:
       algorithm: gamma and lam.
       rewards: one for each completion or step.
-      values: of the critic.
+      values: the critic's values before the inner updates.
       mask: the completion tokens.
-      penalty: beta * KL of each token, where the KL is part of the reward.
+      penalty: beta * KL of each token, if the KL is part of the reward.
     """
     if isinstance(rewards, StepRewards):
         per_token = jnp.where(rewards.ends, rewards.values, 0.0)

@@ -22,20 +22,20 @@ def completion_logprobs(
 ) -> tuple[Float[Array, 'B G T'], Float[Array, 'B G T'] | None]:
     """Log-probs of a rollout's completion tokens under the distribution that `sampling` describes.
 
-    Every prompt is processed once for its group. Logits exist for `chunk` positions of each
-    completion at a time and are recomputed in the backward pass, so no [B, G, T, V] array is made.
+    Every prompt is processed once for its group. Only the logits of `chunk` positions exist at a
+    time, and the backward pass recomputes them, so no [B, G, T, V] array is ever in memory.
 
     Args:
       model: the decoder.
       params: its parameters.
       rollout: prompts and completions [B, G, T].
-      sampling: temperature and filters, as in sampling. A sampled token always counts as inside the
-        filters' support, so its log-prob is finite however far the policy has moved.
+      sampling: the temperature and filters that tokens were sampled with. The filters never remove
+        a sampled token, so its log-prob is finite however far the policy has moved since.
       chunk: positions whose logits exist at a time.
       entropy: also return the entropy of each token's distribution.
 
     Returns:
-      log-probs f32[B, G, T], and entropies f32[B, G, T] in nats or None. Values outside the mask
+      Log-probs f32[B, G, T], and entropies f32[B, G, T] in nats, or None. Values outside the mask
       are finite but meaningless.
     """
     prompts = rollout.prompts
@@ -51,10 +51,10 @@ def completion_logprobs(
 def token_weights(
     mask: Bool[Array, 'B G T'], *, aggregation: str, microbatch: int = 1
 ) -> Float[Array, 'B G T']:
-    """Weights that turn a sum over tokens into the chosen mean; each set sums to at most 1.
+    """Weights that turn a sum over the batch's tokens into the chosen mean; they sum to at most 1.
 
-    They are computed over the whole batch before it is cut into microbatches or spread over
-    devices, so neither changes the loss.
+    They are computed before the batch is cut into microbatches or spread over devices, so neither
+    changes the loss.
 
     Args:
       mask: bool[B, G, T], the completion tokens.
@@ -63,7 +63,7 @@ def token_weights(
         'microbatch_token_mean', the mean over microbatches of their token means: BNPO as in TRL,
         the only one that depends on how the batch is cut;
         'constant', 1 / (B G T): Dr. GRPO (arXiv 2503.20783).
-      microbatch: groups per microbatch, used by 'microbatch_token_mean' alone.
+      microbatch: groups per microbatch, used only by 'microbatch_token_mean'.
 
     Returns:
       f32[B, G, T], 0 outside the mask.
@@ -91,9 +91,9 @@ def token_weights(
 def highest_entropy(
     entropy: Float[Array, 'B G T'], mask: Bool[Array, 'B G T'], share: Scalar
 ) -> Bool[Array, 'B G T']:
-    """The completion tokens among the `share` (0 to 1) of highest entropy in the whole batch.
+    """A mask of the fraction `share` (0 to 1) of the batch's tokens with the highest entropy.
 
-    Wang et al., arXiv 2506.01939, eq. 6: the "forking tokens".
+    Wang et al., arXiv 2506.01939, eq. 6: the "forking tokens". Ties with the last are included.
     """
     ordered = jnp.sort(jnp.where(mask, entropy, -jnp.inf).reshape(-1))[::-1]
     count = jnp.clip(jnp.ceil(share * mask.sum()).astype(jnp.int32), 1, ordered.size)

@@ -1,12 +1,12 @@
 """One group's log-probs -> a loss per token, and estimators of the KL to the reference.
 
 A loss is a function of arrays and keyword coefficients, such as
-`clipped(logprobs, old_logprobs, advantages, *, clip_low, clip_high)`. The update passes what its
-signature names: arrays of one group (`ARRAYS`) and coefficients of `Algorithm`. So a loss of your
-own needs no registration: `Algorithm(loss=my_loss)`.
+`clipped(logprobs, old_logprobs, advantages, *, clip_low, clip_high)`. The update passes the
+arguments that its signature names: arrays of one group (`ARRAYS`) and coefficients of `Algorithm`.
+So a loss of your own needs no registration: `Algorithm(loss=my_loss)`.
 
 `old_logprobs` are those of the policy before the inner updates. In the first inner update they
-equal the current ones: the ratio is 1, and still has its gradient.
+equal the current ones: the ratio is 1, but its gradient is not 0.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from grpo_jax.types import Array, Batch, Scalar
 if TYPE_CHECKING:
     from grpo_jax.algorithm.config import Algorithm
 
-PerToken = Float[Array, '*G T']  # of a group, or of any tokens
+PerToken = Float[Array, '*G T']  # the tokens of a group, or any tokens
 
 RATIOS = ('token', 'sequence', 'sequence_token')
 IMPORTANCES = ('none', 'token', 'sequence', 'token_mask', 'sequence_mask')
@@ -64,8 +64,8 @@ def clipped(
       advantages: f32[G, T].
       clip_low: f32[], distance of the lower bound from 1.
       clip_high: f32[], distance of the upper bound from 1.
-      dual_clip: f32[], c > 0 bounds the loss by c * |A| where A < 0, which otherwise grows with the
-        ratio without limit (Ye et al., arXiv 1912.09729, eq. 5); 0 sets no bound.
+      dual_clip: f32[], c > 0: where A < 0 the loss, which would grow with the ratio without limit,
+        is at most c * |A| (Ye et al., arXiv 1912.09729, eq. 5); 0: no such bound.
 
     Returns:
       f32[G, T].
@@ -81,9 +81,9 @@ def clipped(
 
 
 def surrogate(logprobs: PerToken, old_logprobs: PerToken, advantages: PerToken) -> PerToken:
-    """-ratio * A without a clip, for a step that bounds the KL itself.
+    """-ratio * A without a clip, for a trust-region step, which bounds the KL instead.
 
-    Trust region policy optimization (arXiv 1502.05477), eq. 14.
+    Trust region policy optimization (arXiv 1502.05477), eq. 14. Arrays and result are f32[G, T].
     """
     return -jnp.exp(logprobs - old_logprobs) * advantages
 
@@ -136,11 +136,11 @@ LOSSES: dict[str, Callable[..., Array]] = {
 def sequence_level(
     logprobs: PerToken, old_logprobs: PerToken, mask: Bool[Array, '*G T'], ratio: str
 ) -> PerToken:
-    """Log-probs whose ratio to the old ones is that of a token or of its whole completion.
+    """Log-probs whose ratio to the old ones is per token or per completion, as `ratio` says.
 
-    GSPO (arXiv 2507.18071): 'sequence' gives each token its completion's ratio
-    s = exp(mean_t log ratio_t) (eq. 7), 'sequence_token' the value sg(s) with the token's own
-    gradient (eq. 14); 'token' changes nothing.
+    'token' changes nothing. GSPO (arXiv 2507.18071): with 'sequence' each token has its
+    completion's ratio s = exp(mean_t log ratio_t) (eq. 7), with 'sequence_token' the value of s but
+    the gradient of the token's own log-prob (eq. 14).
 
     Returns:
       f32[G, T], to pass to a loss in place of `logprobs`.
@@ -165,11 +165,11 @@ def importance_weights(
     """Weights that correct for a sampler whose log-probs differ from the trainer's.
 
     With w = old / sampled probability, truncated importance sampling is min(w, C) (Yao et al.,
-    2025); masking is w where it lies within [1/C, C] and 0 elsewhere (IcePop).
+    2025); masked importance sampling is w within [1/C, C] and 0 elsewhere (IcePop).
 
     Args:
-      old_logprobs: f32[G, T] by the trainer.
-      sampled_logprobs: f32[G, T] by the sampler.
+      old_logprobs: f32[G, T], computed by the trainer.
+      sampled_logprobs: f32[G, T], computed by the sampler.
       mask: bool[G, T], the completion tokens.
       kind: 'token' or 'sequence' (w is the product over the completion), or either with '_mask'.
       cap: C.
@@ -192,10 +192,10 @@ def importance_weights(
 def kl_divergence(
     logprobs: PerToken, ref_logprobs: PerToken, estimator: str, kl_clamp: Scalar = 0.0
 ) -> PerToken:
-    """The KL of each token, clipped to +- kl_clamp unless that is 0 (verl and OpenRLHF use 10).
+    """An estimate of each token's KL, clipped to +-kl_clamp unless that is 0 (verl, OpenRLHF: 10).
 
-    'k1' = log(pi / ref) is unbiased and of either sign; as a loss its expected on-policy gradient
-    is zero. 'k2' = log(pi / ref)^2 / 2 is biased, and its on-policy gradient is that of the KL.
+    'k1' = log(pi / ref) is unbiased and of either sign; as a loss, its expected on-policy gradient
+    is 0. 'k2' = log(pi / ref)^2 / 2 is biased, but its on-policy gradient is that of the KL.
     'k3' = ref / pi - log(ref / pi) - 1 is unbiased and never negative (DeepSeekMath, arXiv
     2402.03300, eq. 4).
     """
@@ -216,12 +216,12 @@ def kl_divergence(
 def policy_loss(
     algorithm: 'Algorithm', logprobs: PerToken, group: Batch, entropy: PerToken | None = None
 ) -> tuple[PerToken, PerToken | None]:
-    """The loss per token with all its terms, before weights, and the KL per token.
+    """The loss per token with all its terms, not yet weighted, and the KL per token.
 
     Args:
       algorithm: choices and coefficients.
       logprobs: f32[G, T] of the policy that is trained.
-      group: a `Batch` without its B axis; `old_logprobs=None`: the policy has not moved yet.
+      group: a `Batch` without its B axis; old_logprobs is None if they equal `logprobs`.
       entropy: f32[G, T] of the policy, where the algorithm has an entropy bonus.
 
     Returns:
@@ -229,8 +229,8 @@ def policy_loss(
     """
     arrays = arrays_of(logprobs, group, entropy)
     old, mask = arrays['old_logprobs'], arrays['mask']
-    level = arrays | {'logprobs': sequence_level(logprobs, old, mask, algorithm.ratio)}
-    loss = bind(algorithm.loss_function, level, algorithm.coefficients)()
+    of_loss = arrays | {'logprobs': sequence_level(logprobs, old, mask, algorithm.ratio)}
+    loss = bind(algorithm.loss_function, of_loss, algorithm.coefficients)()
     if algorithm.importance != 'none':
         loss *= importance_weights(
             old, arrays['sampled_logprobs'], mask,
@@ -247,7 +247,7 @@ def policy_loss(
 
 
 def arrays_of(logprobs: PerToken, group: Batch, entropy: PerToken | None) -> dict[str, Any]:
-    """The arrays that a loss may name, of one group; those that are absent are None."""
+    """The arrays of one group that a loss may name in its signature; absent ones are None."""
     old = group.old_logprobs
     old = jax.lax.stop_gradient(logprobs) if old is None else old
     values = (
@@ -262,16 +262,16 @@ def gradient_coefficient(
 ) -> Float[Array, 'G T']:
     """The factor of each token's grad log pi in the ascent direction, by automatic differentiation.
 
-    DeepSeekMath's unified view of SFT, RFT, DPO, PPO and GRPO (arXiv 2402.03300, eq. 5) with unit
-    weights: minus the derivative of the sum of the group's losses, or of the one loss that a pair's
-    tokens share. For DPO it is beta * sigmoid(-beta * m) at every token of the preferred completion
-    and minus that at the other's (table 10). Arguments as in `policy_loss`; 0 outside the mask.
+    DeepSeekMath's unified view (arXiv 2402.03300, eq. 5) with unit weights: minus the derivative of
+    the sum of the group's losses, or of the one loss that a pair's tokens share. For DPO it is
+    beta * sigmoid(-beta * m) at every token of the preferred completion and its negative at those
+    of the other (table 10). Arguments as in `policy_loss`; the result is 0 outside the mask.
     """
 
     def total(x: Array) -> Array:
         loss, _ = policy_loss(algorithm, x, group)
         if algorithm.pairwise:
-            return loss.mean()  # of equal values
+            return loss.mean()  # all its values are equal
         return jnp.where(group.rollout.mask, loss, 0.0).sum()
 
     return -jax.grad(total)(logprobs)

@@ -20,23 +20,23 @@ def rollout_metrics(rollout: Rollout, rewards: Float[Array, 'B G'] | StepRewards
     """Scalars about completions and rewards.
 
     `reward_std` is the sample standard deviation of all rewards of the step, as in TRL;
-    `reward_std_in_group` the mean over groups of the population standard deviation. Terminated
-    completions contain their end token; the others count as clipped.
+    `reward_std_in_group` is the mean over groups of the population standard deviation. Completions
+    that ended by themselves are "terminated"; those cut off at T are "clipped".
 
     Args:
       rollout: [B, G, T] arrays.
-      rewards: of completions, or of steps, whose sum is then a completion's reward.
+      rewards: of completions; or of steps, which are summed to the rewards of completions.
     """
-    steps = {}
+    optional = {}
     if isinstance(rewards, StepRewards):
-        steps['completions/mean_steps'] = rewards.ends.sum(-1).mean()
+        optional['completions/mean_steps'] = rewards.ends.sum(-1).mean()
         rewards = jnp.where(rewards.ends, rewards.values, 0.0).sum(-1)
     if rollout.kept is not None:
-        steps['completions/kept_ratio'] = rollout.kept.mean()
+        optional['completions/kept_ratio'] = rollout.kept.mean()
     length, ended = rollout.mask.sum(-1), rollout.ended
     terminated = jnp.where(ended, length, 0)
     shortest = jnp.where(ended, length, rollout.mask.shape[-1]).min()
-    return steps | {
+    return optional | {
         'reward': rewards.mean(),
         'reward_std': jnp.std(rewards, ddof=1) if rewards.size > 1 else jnp.float32(0),
         'reward_std_in_group': jnp.std(rewards, axis=1).mean(),
@@ -58,7 +58,7 @@ def policy_terms(
     entropy: Float[Array, 'B G T'] | None,
     batch: Batch,
 ) -> Terms:
-    """Sums and extremes over each group's tokens, [B], from which `reduce_terms` makes metrics."""
+    """Sums and extremes over each group's tokens, [B]; `reduce_terms` makes metrics of them."""
 
     def of_group(logprobs: Array, entropy: Array | None, group: Batch) -> Terms:
         return _group_terms(algorithm, logprobs, entropy, group)
@@ -88,10 +88,10 @@ def _group_terms(
     }
     if a.has_clip_bounds:
         level = losses.sequence_level(logprobs, old, mask, a.ratio)
-        for name, cut in zip(
+        for name, clipped in zip(
             ('clip_low', 'clip_high'), _clip_masks(a, level, old, group.advantages), strict=True
         ):
-            terms[name] = (cut & mask).sum()
+            terms[name] = (clipped & mask).sum()
     if kl is not None:
         terms['kl_sum'] = jnp.where(mask, kl, 0.0).sum()
     if entropy is not None:
@@ -116,8 +116,8 @@ def _clip_masks(
 ) -> tuple[Bool[Array, 'G T'], Bool[Array, 'G T']]:
     """Where the lower and where the upper clip bound takes effect.
 
-    `losses.clipped` has no gradient there. `losses.cispo` bounds its weights whatever the sign
-    of the advantage.
+    `losses.clipped` has no gradient there. `losses.cispo` bounds its weights regardless of the
+    advantage's sign.
     """
     ratio = jnp.exp(logprobs - old_logprobs)
     low, high = ratio < 1 - a.clip_low, ratio > 1 + a.clip_high
@@ -147,7 +147,7 @@ def critic_terms(algorithm: 'Algorithm', values: Float[Array, 'B G T'], batch: B
 
 
 def reduce_terms(terms: Terms) -> Terms:
-    """Metrics from terms [inner updates, B]: means over tokens, groups or updates."""
+    """Metrics from terms [inner updates, B] or [inner updates]: means, minima and maxima."""
     updates = terms['loss'].shape[0]
     tokens = jnp.maximum(terms['count'].sum(), 1)
     metrics = {
@@ -177,7 +177,7 @@ def reduce_terms(terms: Terms) -> Terms:
 
 
 def _clip_metrics(low: Array, high: Array, count: Array) -> Terms:
-    """Clipped tokens [inner updates, B] as shares: means over tokens, extremes over groups."""
+    """Fractions of clipped tokens [inner updates, B]: means over tokens, extremes over groups."""
     tokens, in_group = jnp.maximum(count.sum(), 1), jnp.maximum(count, 1)
     return {
         'clip_ratio/low_mean': low.sum() / tokens,
@@ -189,7 +189,7 @@ def _clip_metrics(low: Array, high: Array, count: Array) -> Terms:
 
 
 def _critic_metrics(terms: Terms, tokens: Array, updates: int) -> Terms:
-    """`critic/explained_variance` is the share of the returns' variance explained by the values."""
+    """Means over tokens; the explained variance is 1 - var(returns - values) / var(returns)."""
 
     def variance(name: str) -> Array:
         mean = terms[f'{name}_sum'].sum() / tokens

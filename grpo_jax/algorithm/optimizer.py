@@ -32,14 +32,14 @@ def adamw(
 
     Args:
       learning_rate: the peak.
-      steps: optimizer updates in all, where the decay ends.
-      warmup_steps: updates over which the rate rises linearly; it is above 0 from the first one on.
+      steps: total number of optimizer updates; the decay ends there.
+      warmup_steps: updates over which the rate rises linearly; it is above 0 at the first update.
       hold_steps: updates at the peak between warm-up and decay.
       decay: 'constant', 'linear' or 'cosine' (both to zero at `steps`).
       b1: decay of the first moment.
       b2: decay of the second moment.
       eps: Adam's epsilon.
-      weight_decay: of matrices, not of norm scales and biases.
+      weight_decay: applied to all parameters but norm scales and biases.
       clip_norm: largest global norm of the gradient; 0: no clipping.
 
     Returns:
@@ -47,7 +47,7 @@ def adamw(
 
     Raises:
       ValueError: unknown decay, a number that is out of its range, or a warm-up and hold that are
-        longer than the run.
+        longer than `steps` together.
     """
     _check_ranges(
         b1=(b1, 1.0), b2=(b2, 1.0), eps=(eps, math.inf), weight_decay=(weight_decay, math.inf)
@@ -87,14 +87,14 @@ def make_optimizer(
       name: 'adamw'; or an optax factory, called as `factory(learning_rate=schedule, **options)`; or
         the path of one, such as 'optax.contrib:muon'.
       learning_rate: the peak.
-      steps: optimizer updates in all, where the decay ends.
-      warmup_steps: see `adamw`, like the next three.
-      hold_steps: updates at the peak.
-      decay: shape of the schedule.
+      steps: total number of optimizer updates; the decay ends there.
+      warmup_steps: as in `adamw`.
+      hold_steps: as in `adamw`.
+      decay: as in `adamw`.
       clip_norm: largest global norm of the gradient; 0: no clipping.
       options: keyword arguments of the factory.
-      **adamw_options: `b1`, `b2`, `eps` and `weight_decay` of `adamw`. A factory takes its own from
-        `options`.
+      **adamw_options: `b1`, `b2`, `eps` and `weight_decay` of `adamw`. Other optimizers take
+        theirs from `options`.
 
     Returns:
       The transformation, and its schedule from the number of updates made to the learning rate.
@@ -121,7 +121,7 @@ def make_optimizer(
     for option, value in adamw_options.items():
         if option not in usual or value != usual[option].default:
             raise ValueError(
-                f'{option}={value} has no effect with name={label!r}: set its own in options'
+                f'{option}={value} has no effect with name={label!r}: use options instead'
             )
     schedule = warmup_schedule(**schedule_options)
     return _with_clipping(clip_norm, _call_factory(factory, label, schedule, options)), schedule
@@ -150,7 +150,13 @@ def warmup_schedule(
     *, learning_rate: float, steps: int, warmup_steps: int = 0, hold_steps: int = 0,
     decay: str = 'constant',
 ) -> optax.Schedule:  # fmt: skip
-    """The learning rate as a function of the number of updates made; arguments as in `adamw`."""
+    """The learning rate as a function of the number of updates made.
+
+    Arguments as in `adamw`.
+
+    Raises:
+      ValueError: unknown decay, a number out of its range, or a schedule longer than `steps`.
+    """
     _check_ranges(
         learning_rate=(learning_rate, math.inf),
         warmup_steps=(warmup_steps, math.inf),
@@ -159,8 +165,8 @@ def warmup_schedule(
     start = warmup_steps + hold_steps
     if start > steps:
         raise ValueError(
-            f'warmup_steps={warmup_steps} and hold_steps={hold_steps} are more than steps={steps}: '
-            'shorten them'
+            f'warmup_steps={warmup_steps} and hold_steps={hold_steps} add up to more than '
+            f'steps={steps}: shorten them'
         )
     shapes: dict[str, Callable[[Any], Any]] = {
         'constant': lambda x: 1.0,
@@ -204,7 +210,7 @@ def apply_gradient(
 
     Args:
       optimizer: any optax transformation.
-      state: parameters and moments, of a policy or of a reward model.
+      state: parameters and moments of a policy or a reward model.
       gradient: of the loss.
       finite: bool[], whether to update.
 
@@ -239,7 +245,7 @@ def _updated(
 ) -> tuple[Params, optax.OptState]:
     """Parameters and moments after one update, or unchanged where `finite` is false.
 
-    A branch updates its operands in place; `where` would need memory for both results.
+    `cond` updates its operands in place; `where` would need memory for both results.
     """
 
     def step(params: Params, moments: optax.OptState) -> tuple[Params, optax.OptState]:

@@ -1,6 +1,6 @@
 """Checks of an `Algorithm`: unknown choices, wrong combinations, options without effect.
 
-Each error begins with the name of the option.
+Each check raises a ValueError whose message begins with the name of the option.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ def check_choices(algorithm: 'Algorithm') -> None:
             raise ValueError(f'{name}={value!r} is unknown: use one of {", ".join(known)}')
     for name in ('inner_updates', 'cg_steps', 'backtracks'):
         if getattr(a, name) < 1:
-            raise ValueError(f'{name}={getattr(a, name)} is out of range: it is at least 1')
+            raise ValueError(f'{name}={getattr(a, name)} is out of range: make it at least 1')
 
 
 def check_combinations(algorithm: 'Algorithm') -> None:
@@ -62,8 +62,8 @@ def check_combinations(algorithm: 'Algorithm') -> None:
         _check_pairs(a)
     if a.step == 'trust_region' and (a.loss != 'surrogate' or a.inner_updates > 1):
         raise ValueError(
-            f"step='trust_region' with loss={a.loss!r}, inner_updates={a.inner_updates}: "
-            "its line search bounds the step itself, so use loss='surrogate' and one update"
+            f"step='trust_region' with loss={a.loss!r}, inner_updates={a.inner_updates}: its line "
+            "search replaces the clip; use loss='surrogate' and inner_updates=1"
         )
     if a.advantage_estimator is not None:
         for name, value in (('baseline', 'mean'), ('scale', 'std'), ('supervision', 'outcome')):
@@ -100,7 +100,7 @@ def _check_pairs(algorithm: 'Algorithm') -> None:
 
 
 def check_effects(algorithm: 'Algorithm') -> None:
-    """Rejects a coefficient or choice that is set but that nothing uses."""
+    """Rejects coefficients and choices that are set but that nothing uses."""
     a = algorithm
     defaults = {field.name: field.default for field in dataclasses.fields(a)}
     used = names_of(a.loss_function) | {'entropy_bonus', 'top_entropy'}
@@ -117,6 +117,8 @@ def check_effects(algorithm: 'Algorithm') -> None:
     ):
         used |= set(names) if active else set()
         reasons |= dict.fromkeys(names, reason)
+    if a.kl == 'none' and a.kl_place != 'loss':
+        raise ValueError(f"kl_place={a.kl_place!r} has no effect with kl='none': remove it")
     if a.loss == 'nll' and a.ratio != 'token':
         raise ValueError(f"ratio={a.ratio!r} has no effect with loss='nll': remove it")
     for name in (*a.coefficients, 'cg_steps', 'backtracks'):

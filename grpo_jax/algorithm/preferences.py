@@ -42,8 +42,8 @@ def dpo(
       'sequence_mean' the sum over all tokens is the mean over pairs.
     """
     scaled = beta * margin(logprobs, ref_logprobs, advantages, mask)
-    kept, swapped = jax.nn.log_sigmoid(scaled), jax.nn.log_sigmoid(-scaled)
-    loss = -(1 - label_smoothing) * kept - label_smoothing * swapped
+    correct, flipped = jax.nn.log_sigmoid(scaled), jax.nn.log_sigmoid(-scaled)
+    loss = -(1 - label_smoothing) * correct - label_smoothing * flipped
     return jnp.broadcast_to(loss, logprobs.shape)
 
 
@@ -52,8 +52,8 @@ def ipo(
 ) -> Pair:
     """(m - 1 / (2 beta))^2 of a pair with the `margin` m.
 
-    A general theoretical paradigm (Azar et al., arXiv 2310.12036), eq. 17. Arguments and result as
-    in `dpo`.
+    Identity preference optimization (Azar et al., arXiv 2310.12036), eq. 17. Arguments and result
+    as in `dpo`.
     """
     loss = jnp.square(margin(logprobs, ref_logprobs, advantages, mask) - 0.5 / beta)
     return jnp.broadcast_to(loss, logprobs.shape)
@@ -64,7 +64,8 @@ def hinge(
 ) -> Pair:
     """max(0, 1 - beta * m) of a pair with the `margin` m.
 
-    SLiC-HF (arXiv 2305.10425), of log-ratios to the reference. Arguments and result as in `dpo`.
+    The hinge loss of SLiC-HF (arXiv 2305.10425), applied to log-ratios to the reference. Arguments
+    and result as in `dpo`.
     """
     loss = jax.nn.relu(1 - beta * margin(logprobs, ref_logprobs, advantages, mask))
     return jnp.broadcast_to(loss, logprobs.shape)
@@ -76,8 +77,8 @@ def margin(
     """How much further the preferred completion has moved from the reference than the other.
 
     m = log-ratio(preferred) - log-ratio(other), where a completion's log-ratio is the sum of
-    log(pi / ref) over its tokens. The completion with the larger advantage is preferred; without a
-    preference m and its gradient are 0. Arguments as in `dpo`.
+    log(pi / ref) over its tokens. The completion with the larger advantage is preferred; if both
+    advantages are equal, m and its gradient are 0. Arguments as in `dpo`.
 
     Raises:
       ValueError: the group is not a pair.

@@ -1,8 +1,8 @@
 """Methods by name, each a value of `Algorithm`.
 
-`preset('dapo')` is DAPO with the paper's coefficients; `preset('dapo', clip_high=0.3)` differs from
-it. Where papers and code bases differ, a preset follows the paper; `CONVENTIONS` has the options by
-which code bases standardise rewards and bound the KL term. Options of a run rather than of the
+`preset('dapo')` is DAPO with the paper's coefficients; `preset('dapo', clip_high=0.3)` changes one.
+Where papers and code bases differ, a preset follows the paper; `CONVENTIONS` lists how code bases
+normalize rewards and bound the KL term. Options of a run rather than of the
 update, such as which policy samples, are set by `run.methods.apply`.
 """
 
@@ -28,7 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     'dpo': {'loss': 'dpo', **_PREFERENCE},  # Rafailov et al., arXiv 2305.18290
     'ipo': {'loss': 'ipo', **_PREFERENCE},  # Azar et al., arXiv 2310.12036
     'dpo_hinge': {'loss': 'hinge', **_PREFERENCE},  # SLiC, arXiv 2305.10425
-    # Conservative DPO: a share of the preferences is the wrong way round.
+    # Conservative DPO: a fraction of the preference labels is assumed to be wrong.
     'dpo_smoothed': {'loss': 'dpo', 'label_smoothing': 0.1, **_PREFERENCE},
     'ppo': {  # Ouyang et al., arXiv 2203.02155: GAE, whitened advantages, KL in the reward
         'baseline': 'critic', 'scale': 'batch', 'aggregation': 'token_mean', **_KL_IN_REWARD,
@@ -61,13 +61,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     'tis_sequence': {'importance': 'sequence', **_KL},  # w of the whole completion
     'masked_is': {'importance': 'token_mask', **_KL},  # w outside [1/2, 2] counts as 0
     'masked_is_sequence': {'importance': 'sequence_mask', **_KL},  # w of the whole completion
-    'entropy_bonus': {'entropy_bonus': 1e-3, **_KL},  # the mean entropy is maximised too
+    'entropy_bonus': {'entropy_bonus': 1e-3, **_KL},  # also maximizes the mean entropy
     'top_entropy': {'top_entropy': 0.2, **_KL},  # Wang et al., arXiv 2506.01939
 }  # fmt: skip
 
 SFT = Algorithm(**_IMITATION)  # on demonstrations, with reward 1
 
-# How code bases standardise rewards in a group and bound the KL term.
+# How code bases normalize the rewards of a group and bound the KL term.
 CONVENTIONS: dict[str, dict[str, Any]] = {
     'trl': {'scale': 'std', 'advantage_eps': 1e-4, 'kl_clamp': 0.0},
     'verl': {'scale': 'std', 'advantage_eps': 1e-6, 'kl_clamp': 10.0},
@@ -76,7 +76,11 @@ CONVENTIONS: dict[str, dict[str, Any]] = {
 
 
 def preset(name: str, **changes: Any) -> Algorithm:
-    """The method `name` of `PRESETS`, with some options changed.
+    """The `Algorithm` of a preset, with some options changed.
+
+    Args:
+      name: a key of `PRESETS`.
+      **changes: options of `Algorithm`.
 
     Raises:
       ValueError: unknown name, or options that `Algorithm` rejects.

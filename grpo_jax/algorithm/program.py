@@ -36,22 +36,27 @@ def init_state(
     Args:
       model: the decoder.
       optimizer: any optax transformation.
-      params: what is trained, all parameters or the adapters, or a random key to make them from.
+      params: what is trained (all parameters, or the adapters), or a random key to make them from.
         They are copied, since the training step donates its state.
-      mesh: the devices; without one the default device.
+      mesh: the devices; None: the default device.
       donate: donate `params` instead of copying them.
-      critic: its model and optimizer, if there is one.
-      value_params: its parameters (copied), or a random key; by default the key of `params`.
-      moving_reference: keep a reference in the state, at first a copy of `params`, that follows the
-        policy by `Algorithm.reference_decay`.
+      critic: the critic's model and optimizer, if there is one.
+      value_params: the critic's parameters (copied), or a random key; None: the key in `params`.
+      moving_reference: keep a reference in the state that starts as a copy of `params` and follows
+        the policy by `Algorithm.reference_decay`.
 
     Raises:
-      ValueError: a moving reference with adapters, whose reference is their base.
+      ValueError: a moving reference with adapters, for which the reference is the fixed base.
     """
     if moving_reference and model.config.lora.rank:
         raise ValueError(
-            'a moving reference with adapters, whose reference is their fixed base: use '
-            'reference_decay=1 or train all parameters'
+            'moving_reference=True with adapters, whose reference is their fixed base: use '
+            'reference_decay=1, or train all parameters'
+        )
+    if critic is not None and value_params is None and not isinstance(params, jax.Array):
+        raise ValueError(
+            'a critic without value_params: pass its parameters, such as models.scalar_params of '
+            "the policy's, or a random key"
         )
 
     def make(params: Any, value_params: Any) -> TrainState:
@@ -69,7 +74,7 @@ def init_state(
             moments = critic.optimizer.init(value_params)
             state = state._replace(value_params=value_params, value_opt_state=moments)
         if moving_reference:
-            # In float32 whatever the policy's dtype: bfloat16 would round most of its steps away.
+            # At least float32: bfloat16 would round most of its small steps to 0.
             wide = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params)
             state = state._replace(reference=jax.tree.map(jnp.copy, wide))
         return state
@@ -94,22 +99,22 @@ def make_train_step(
 
     Args:
       model: the decoder.
-      optimizer: any optax transformation; a trust region uses none.
-      algorithm: what to compute.
+      optimizer: any optax transformation; step='trust_region' does not use it.
+      algorithm: what the step computes.
       mesh: the devices; with one, rollout and rewards are sharded as `sharding.groups` and the new
         state as `sharding.shardings`.
-      compute: how; by default chosen from shapes and platform.
-      critic: for baseline 'critic'.
+      compute: how the step computes it; None: chosen from shapes and platform.
+      critic: the critic's model and optimizer, for baseline='critic'.
 
     Returns:
       `step(state, ref_params, rollout, rewards, sampling=Sampling(), algorithm=algorithm)`, which
       returns (state, metrics) and donates the old state. ref_params: the reference's parameters, or
       with adapters the base that policy and reference share; None without a reference. rewards:
-      f32[B, G], or `StepRewards` for process supervision. algorithm: the same one with other
-      coefficients, for a schedule. metrics: scalars by name.
+      f32[B, G], or `StepRewards` for process supervision. algorithm: pass one with other
+      coefficients but the same choices for a schedule. metrics: f32[] scalars by name.
 
     Raises:
-      ValueError: a critic is missing, or has no effect.
+      ValueError: the critic is missing, or has no effect.
     """
     check_critic(algorithm, critic)
     settings = {

@@ -1,4 +1,4 @@
-"""Reward models: a decoder's scores of completions, and the losses and the step that train it.
+"""Reward models: scoring completions with a decoder, and the losses and step that train it.
 
 An outcome model gives a completion one score, at its last token; a process model gives one at the
 end of each step of the solution. Both are a `Transformer` with `scalar_head` and process each
@@ -42,7 +42,7 @@ def outcome_scores(model: models.Transformer, params: Params, rollout: Rollout) 
     Raises:
       ValueError: the model has no scalar head.
     """
-    hidden = _read(model, params, rollout)
+    hidden = _hidden_states(model, params, rollout)
     last = jnp.maximum(rollout.mask.sum(-1) - 1, 0)
     hidden = jnp.take_along_axis(hidden, last[..., None, None], axis=2)[:, :, 0]
     return models.apply(model, params, hidden, method='scores')
@@ -53,12 +53,12 @@ def token_scores(model: models.Transformer, params: Params, rollout: Rollout) ->
 
     Arguments and errors are those of `outcome_scores`.
     """
-    hidden = _read(model, params, rollout)
+    hidden = _hidden_states(model, params, rollout)
     scores = models.apply(model, params, hidden, method='scores')
     return jnp.where(rollout.mask, scores, 0.0)
 
 
-def _read(model: models.Transformer, params: Params, rollout: Rollout) -> jax.Array:
+def _hidden_states(model: models.Transformer, params: Params, rollout: Rollout) -> jax.Array:
     prompts = rollout.prompts
     return models.hidden_at_tokens(model, params, prompts.tokens, prompts.length, rollout.tokens)
 
@@ -75,7 +75,7 @@ def make_scorer(
 
     Returns:
       `scorer(params, rollout)`: f32[B, G] of `outcome_scores` or f32[B, G, T] of `token_scores`. It
-      raises ValueError where B does not divide over the mesh.
+      raises ValueError if B is not divisible by the mesh's fsdp axis.
 
     Raises:
       ValueError: unknown kind.
@@ -118,8 +118,8 @@ def label_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """One group's mean cross-entropy of sigmoid(score) as the probability of being correct.
 
-    Over completions it trains a verifier (Cobbe et al., arXiv 2110.14168), over the ends of steps
-    a process reward model (Lightman et al., arXiv 2305.20050).
+    With a label per completion it trains a verifier (Cobbe et al., arXiv 2110.14168), with a label
+    per step a process reward model (Lightman et al., arXiv 2305.20050).
 
     Args:
       scores: f32[...].
@@ -157,7 +157,7 @@ def make_step(
     """Makes a jitted optimizer update of a reward model.
 
     The loss is the mean over all pairs, completions or steps of the batch. They are counted before
-    the batch is cut, so neither microbatches nor devices change the loss.
+    the batch is cut into microbatches or spread over devices, so neither changes the loss.
 
     Args:
       model: with `scalar_head`.
@@ -174,8 +174,8 @@ def make_step(
       ends, bool[B, G, T], is true. metrics: the scalars 'loss', 'accuracy' (share of the pairs
       scored in the right order, or of the labels whose score has the right sign), 'grad_norm' and
       'skipped_updates' (updates skipped because the gradient was not finite). It raises ValueError
-      for labels or ends of another shape, and for a batch that does not divide by microbatch or
-      mesh.
+      for labels or ends of another shape, and for a batch that is not divisible by microbatch
+      or mesh.
 
     Raises:
       ValueError: unknown loss.
@@ -199,10 +199,10 @@ def make_step(
                 like=state.params,
             )
             finite = jnp.isfinite(optax.tree.norm(gradient))
-            state, applied = apply_gradient(optimizer, state, gradient, finite)
+            state, step_metrics = apply_gradient(optimizer, state, gradient, finite)
             state = state._replace(step=state.step + 1)
-        applied['skipped_updates'] = state.skipped
-        return state, jax.tree.map(jnp.sum, terms) | applied
+        step_metrics['skipped_updates'] = state.skipped
+        return state, jax.tree.map(jnp.sum, terms) | step_metrics
 
     if mesh is None:
         return jax.jit(step, donate_argnums=0)

@@ -1,9 +1,9 @@
 """Sampling a group of completions for each prompt: prefill each prompt once, then decode.
 
-Completions are decoded in blocks of columns; before each block the cache grows, so that no step
-attends to columns that are still empty. A block ends early once the unfinished completions fit a
-smaller program; the batch is then compacted, so finished completions cost next to nothing. The
-compiled programs are in `engine.decode`, compaction in `engine.compaction`.
+A column is one position of all completions. They are decoded in blocks of columns, and the cache
+grows before each block, so that few of the columns that a step attends to are still empty. A block
+ends early once the unfinished completions fit a smaller program; the batch is then compacted. The
+compiled programs are in `engine.decode`, compaction is in `engine.compaction`.
 """
 
 import collections
@@ -57,34 +57,34 @@ def sample_blocks(
 ) -> Iterator[Rollout]:
     """Samples `group_size` completions per prompt, yielding the rollout so far after each block.
 
-    Tokens depend on (seed, step, prompt index, completion index, position) alone: not on the batch,
-    the mesh or the block size. With T <= block this is one program, which may be traced by `jit`.
+    A token's random key depends only on (seed, step, prompt index, completion index, position), not
+    on the batch, mesh or block size. With T <= block this is one program, which `jit` may trace.
 
     Args:
       model: the decoder.
       params: its parameters.
-      prompts: tokens [B, P], lengths and data-set rows.
-      seed: i32[], the run's seed.
+      prompts: tokens [B, P], their lengths [B] and data-set rows [B].
+      seed: i32[], the seed of the run.
       step: i32[], the training step.
-      sampling: the distribution of the next token; all its values are traced.
+      sampling: temperature and filters; all its values are traced.
       eos_ids: i32[E], tokens that end a completion.
       group_size: G.
       max_tokens: T.
-      stops: [states, V] from `data.stop_table`, for strings that end a completion.
-      mesh: the devices; if given, prompts are sharded as `sharding.groups`.
-      block: columns of a block; 0: chosen by `decode.block_size`.
+      stops: i32[states, V] from `data.stop_table`, for strings that end a completion.
+      mesh: the devices; with one, prompts are sharded as `sharding.groups`.
+      block: columns per block; 0: chosen by `decode.block_size`.
       weights: 'model', or 'int8': matrices are quantized first (`models.quantize`), and tokens and
         log-probs are those of the quantized model. A decode step reads half the bytes of bfloat16.
-      unroll: compile each layer with a copy of its own parameters; None: on NVIDIA GPUs only, which
-        would otherwise copy each layer out of its stack for every token.
+      unroll: compile each layer with its own copy of its parameters, which saves copying them out
+        of their stack for every token; None: where `models.caches_in_place` (NVIDIA GPUs).
 
     Yields:
       A Rollout of [B, G, T] arrays after each block is dispatched; the last one is complete. The
-      block before has been decoded by then, so reading its completions does not stall the devices.
-      Tokens after the end token are 0 and masked.
+      previous block is decoded by then, so reading its completions does not stall the devices.
+      Tokens after a completion's end are 0 and outside the mask.
 
     Raises:
-      ValueError: unknown weights, or a number (arrays are not checked) out of its range.
+      ValueError: unknown weights, or a size or sampling option (unless an array) out of range.
     """
     _check_options(sampling, weights, group_size=group_size, max_tokens=max_tokens, block=block)
     in_place = models.caches_in_place(model.config)
@@ -102,7 +102,7 @@ def sample_blocks(
     )  # fmt: skip
     yield _rollout(prompts, state)
     if width == max_tokens:
-        return  # before values are read, which a trace does not have
+        return  # under `jit`, the values read below would not exist
     while True:
         t, (most, total) = jax.device_get((state.t, state.live))
         if not most or t == max_tokens:
@@ -129,7 +129,7 @@ def _whole(blocks: Callable[_P, Iterator[Rollout]]) -> Callable[_P, Rollout]:
     return sample
 
 
-sample = _whole(sample_blocks)  # the complete rollout; arguments as in `sample_blocks`
+sample = _whole(sample_blocks)  # returns the complete rollout; arguments as in `sample_blocks`
 
 
 def _rollout(prompts: Prompts, state: DecodeState) -> Rollout:

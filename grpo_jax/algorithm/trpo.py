@@ -38,14 +38,14 @@ def step(
 
     Args:
       algorithm: max_kl, damping, cg_steps and backtracks.
-      policy: its model and sampling distribution.
-      loss_fn: `update.loss_fn`.
-      params: the policy before the step.
-      gradient: of the loss.
-      batch: what the loss uses.
+      policy: the model and its sampling distribution.
+      loss_fn: `update.loss_fn`, the surrogate loss of a batch.
+      params: the policy's parameters before the step.
+      gradient: of the loss at `params`.
+      batch: the rollout, advantages and weights.
 
     Returns:
-      The new parameters, and metrics.
+      The new parameters (unchanged if no step is accepted), and f32[] metrics by name.
     """
     a, rollout = algorithm, batch.rollout
     plan = policy.plan
@@ -107,16 +107,16 @@ def completion_kl(
     """KL(old || new) of each completion token's distribution, summed over the vocabulary.
 
     Both distributions are those that `sampling` describes. With filters, the KL would be infinite
-    as soon as the new policy filtered out a token of the old one, so a token of the old support
-    counts as inside the new one, as the sampled token does in both; a token outside the old support
-    adds nothing. The supports are the same at `params = old_params`.
+    if the new policy filtered out a token of the old support. So the new support includes all of
+    the old one (and both include the sampled token); a token outside the old support adds nothing.
+    The supports are the same at `params = old_params`.
 
     Logits exist for `chunk` positions at a time, as in `logprobs.completion_logprobs`.
 
     Args:
       model: the decoder.
       old_params: of the policy under which the expectation is taken; they get no gradient.
-      params: of the other policy; the KL is twice differentiable in them, by jvp of grad too.
+      params: of the other policy; the KL is twice differentiable in them, by `jvp` of `grad` too.
       rollout: prompts and completions [B, G, T].
       sampling: temperature and filters.
       chunk: positions whose logits exist at a time.
@@ -147,7 +147,7 @@ def completion_kl(
 
 
 def _twice_differentiable(model: Transformer) -> Transformer:
-    """The model with einsum attention: gradients of attention kernels have no derivative."""
+    """The model with einsum attention, the only one whose gradient can be differentiated again."""
     if getattr(model.config, 'attention', 'einsum') == 'einsum':
         return model
     return model.clone(config=dataclasses.replace(model.config, attention='einsum'))

@@ -1,7 +1,7 @@
 """The update: new parameters from a rollout and its rewards, in one program.
 
-In order: `make_batch` (advantages, weights, reference and old log-probs, from the whole batch
-at once), `loss_fn` (from log-probs to the loss) and `train_step` (gradient and optimizer step).
+In order: `make_batch` (advantages, weights, reference and old log-probs, once per rollout),
+`loss_fn` (from log-probs to the loss) and `train_step` (gradient and optimizer step).
 `program.make_train_step` compiles it. SFT is the same program with one demonstration per group,
 reward 1 and the loss 'nll'; DPO has two completions and a preference loss; PPO has a critic.
 """
@@ -35,18 +35,18 @@ def make_batch(
     rollout: Rollout,
     rewards: Rewards,
 ) -> Batch:
-    """The batch of all inner updates, with the fields that the algorithm uses.
+    """Computes what all inner updates share; fields that the algorithm does not use are None.
 
     Args:
-      algorithm: what to compute.
-      policy: its model, sampling distribution and reference.
-      value_model: the critic's; None unless baseline='critic'.
-      state: the parameters of policy and critic.
+      algorithm: the options.
+      policy: the model, its sampling distribution and its reference.
+      value_model: the critic; None unless baseline='critic'.
+      state: parameters of the policy and the critic.
       rollout: the completions.
       rewards: f32[B, G], or one for each step.
     """
     a, mask = algorithm, rollout.mask
-    absent: Any = None
+    absent: Any = None  # a field that is not computed, or not yet
     batch = Batch(rollout, advantages=absent, weights=absent)
     old = ref = entropy = penalty = values = returns = absent
     if a.needs_old_logprobs:  # otherwise they equal the current ones
@@ -82,7 +82,7 @@ def loss_fn(
 ) -> Float[Array, '']:
     """The loss of a batch: the weighted sum over tokens of `losses.policy_loss`.
 
-    With a tokenwise loss the batch may hold any tokens, as groups of one.
+    A sum, so `Policy.gradient` may add up parts: groups, or any tokens if the loss is tokenwise.
     """
 
     def group_loss(logprobs: Array, entropy: Array | None, group: Batch) -> Array:
@@ -106,12 +106,12 @@ def train_step(
     mesh: Mesh | None = None,
     critic_model: critic.Critic | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One training step, not jitted. For arguments and result see `program.make_train_step`.
+    """One training step, not jitted; for arguments and result see `program.make_train_step`.
 
     Raises:
-      ValueError: the batch does not divide by the microbatch or the mesh, the group is too small,
-        the loss names what this update does not have, or rewards, critic, reference or options of
-        `compute` do not fit the algorithm.
+      ValueError: the batch is not divisible by the microbatch or the mesh, the group is too small,
+        the loss has a parameter that nothing provides, or rewards, critic, reference or `compute`
+        do not fit the algorithm.
     """
     a = algorithm
     checks.check_critic(a, critic_model)
@@ -120,9 +120,10 @@ def train_step(
     plan = choose(compute or Compute(), model.config, checks.shape_of(rollout), mesh)
     checks.check_plan(a, plan, rollout, mesh)
     policy = Policy(model, ref_params, sampling, plan, mesh)
-    value_model = critic_model and ValueModel(critic_model.model, plan, mesh)
+    value_model = None if critic_model is None else ValueModel(critic_model.model, plan, mesh)
 
     def inner_update(state: TrainState, _: None) -> tuple[TrainState, dict[str, jax.Array]]:
+        # The gradient of loss_fn, and the log-probs f32[B, G, T] (and entropies) it came from.
         gradient, outputs = policy.gradient(
             functools.partial(loss_fn, a), state.params, batch,
             tokenwise=a.tokenwise, entropy=a.needs_entropy,
@@ -130,7 +131,7 @@ def train_step(
         terms = metrics.policy_terms(a, outputs['logprobs'], outputs.get('entropy'), batch)
         value_gradient = None
         if value_model is not None:
-            # Policy, then critic: the activations of only one are in memory at a time.
+            # Policy first, then critic: never the activations of both in memory.
             gradient, params = jax.lax.optimization_barrier((gradient, state.value_params))
             value_loss = functools.partial(critic.loss_fn, a)
             value_gradient, outputs = value_model.gradient(value_loss, params, batch)
@@ -138,15 +139,15 @@ def train_step(
 
         finite = jnp.isfinite(optax.tree.norm((gradient, value_gradient)))
         if a.step == 'trust_region':
-            params, applied = trpo.step(a, policy, loss_fn, state.params, gradient, batch)
+            params, step_terms = trpo.step(a, policy, loss_fn, state.params, gradient, batch)
             state = accept_params(state, params, finite)
         else:
-            state, applied = apply_gradient(optimizer, state, gradient, finite)
+            state, step_terms = apply_gradient(optimizer, state, gradient, finite)
         if critic_model is not None:
-            optimizer_of_critic = critic_model.optimizer
-            state, more = apply_value_gradient(optimizer_of_critic, state, value_gradient, finite)
-            applied |= more
-        return state, terms | applied | {'skipped_updates': state.skipped}
+            critic_optimizer = critic_model.optimizer
+            state, norm = apply_value_gradient(critic_optimizer, state, value_gradient, finite)
+            step_terms |= norm
+        return state, terms | step_terms | {'skipped_updates': state.skipped}
 
     with sharding.use(mesh):
         batch = make_batch(a, policy, value_model, state, rollout, rewards)
@@ -157,7 +158,7 @@ def train_step(
 
 
 def _moved_reference(algorithm: Algorithm, state: TrainState) -> Params | None:
-    """The reference after d * reference + (1 - d) * policy; None if the state has none."""
+    """The new reference d * reference + (1 - d) * policy; None if the state has none."""
     if state.reference is None:
         return None
     share = 1 - jnp.asarray(algorithm.reference_decay, jnp.float32)

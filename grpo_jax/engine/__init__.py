@@ -1,5 +1,5 @@
 """The same numbers, faster: nothing here is needed to understand the algorithm.
 
-`policy` is where the update enters: microbatches (`accumulate`, `bundles`, `packing`) and chunks of
-logits (`chunked_loss`). `decode` and `compaction` are the sampler's.
+The update calls `policy`, which combines microbatches (`accumulate`, `bundles`, `packing`) and
+chunks of logits (`chunked_loss`). The sampler calls `decode` and `compaction`.
 """

@@ -1,8 +1,8 @@
 """Gradients and outputs of a batch, accumulated over microbatches of groups and bundles of rows.
 
-Arrays that are cut have shape [microbatches, m, ...]. The prompts of a microbatch are processed
-once, forward and backward, whatever the number of bundles its completions are processed in: see
-`bundles`, and `packing` for completions packed into sequences.
+Cut into microbatches, arrays have shape [microbatches, m, ...]. The prompts of a microbatch are
+processed once, forward and backward, however many bundles its completions are processed in; see
+`bundles`, and `packing` for completions that are packed into sequences.
 """
 
 import dataclasses
@@ -26,14 +26,14 @@ Hidden = Callable[[models.Transformer, Params, models.KeyValues], jax.Array]
 # Outputs [b, g, w] from all parameters, hidden states and the bundle.
 Scorer = Callable[[Params, jax.Array, Batch], Outputs]
 # Adds the gradient of a loss of hidden states to a total: (trained parameters, states, bundle,
-# total) -> (new total, the loss's gradient by the states, outputs).
+# total) -> (new total, gradient with respect to the states, outputs).
 Learner = Callable[[Params, jax.Array, Batch, Params], tuple[Params, jax.Array, Outputs]]
 BundleStep = Callable[[Carry, Batch, Hidden], tuple[Carry, Outputs]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Decoder:
-    """A model and how to make all its parameters from the trained ones."""
+    """A model, and the function from its trained parameters to all its parameters."""
 
     model: models.Transformer
     full_params: Callable[[Params], Params]
@@ -48,9 +48,9 @@ class Decoder:
 
 @dataclasses.dataclass(frozen=True)
 class Microbatches:
-    """How a batch is cut, see `compute.Compute`."""
+    """How a batch is cut into microbatches and bundles; the fields are those of `Compute`."""
 
-    size: int  # groups
+    size: int  # groups per microbatch
     mesh: Mesh | None = None
     rows: int = 0
     widths: int = 1
@@ -69,7 +69,13 @@ class Microbatches:
         return jax.tree.map(cut_array, tree)
 
     def sum(self, function: Callable[[Any], Any], tree: Any, *, like: Any) -> tuple[Any, Any]:
-        """Adds up (total, terms) = `function(microbatch)`: sums the totals, stacks the terms."""
+        """Calls `function` on each microbatch; sums its first results, stacks its second ones.
+
+        Args:
+          function: microbatch -> (total, terms).
+          tree: arrays [B, ...].
+          like: a tree with the shapes and dtypes of the total.
+        """
 
         def add(total: Any, microbatch: Any) -> tuple[Any, Any]:
             part, terms = function(microbatch)
@@ -95,10 +101,10 @@ class Microbatches:
     def gradient(
         self, decoder: Decoder, learner: Learner, trained: Params, batch: Batch
     ) -> tuple[Params, Outputs]:
-        """The sum of the losses' gradients by the trained parameters, and outputs [B, G, T].
+        """The gradient of the summed loss in the trained parameters, and outputs [B, G, T].
 
-        The forward and backward pass of a prompt are computed once, however many bundles use it.
-        Sums are float32 whatever the dtype of the parameters.
+        The forward and backward passes of a prompt run once, however many bundles use it. Sums are
+        float32 whatever the dtype of the parameters.
         """
         scale = loss_scale(decoder.model, batch.rollout.mask)
         batch = batch._replace(weights=batch.weights * scale)
@@ -114,14 +120,14 @@ class Microbatches:
                     trained,
                     prompts,
                 )
-                total, by_prompts = totals
-                total, by_states, outputs = learner(trained, states, rows, total)
-                return tree_add((total, by_prompts), pull_back(by_states)), outputs
+                total, grad_prompts = totals
+                total, grad_states, outputs = learner(trained, states, rows, total)
+                return tree_add((total, grad_prompts), pull_back(grad_states)), outputs
 
             totals = (total, zeros_float32(prompts))
-            (total, by_prompts), outputs = self._over_bundles(bundle, totals, part)
-            by_prompts = jax.tree.map(lambda x, y: x.astype(y.dtype), by_prompts, prompts)
-            (through_prompts,) = pull_back_prompts(by_prompts)
+            (total, grad_prompts), outputs = self._over_bundles(bundle, totals, part)
+            grad_prompts = jax.tree.map(lambda x, y: x.astype(y.dtype), grad_prompts, prompts)
+            (through_prompts,) = pull_back_prompts(grad_prompts)
             return tree_add(total, through_prompts), outputs
 
         total, outputs = jax.lax.scan(microbatch, zeros_float32(trained), self.cut(batch))
@@ -129,7 +135,7 @@ class Microbatches:
         return total, _uncut(outputs)
 
     def _over_bundles(self, step: BundleStep, carry: Carry, part: Batch) -> tuple[Carry, Outputs]:
-        """Threads a carry through all bundles; joins their outputs to [m, G, T]."""
+        """Threads a carry through all bundles, and joins their outputs into [m, G, T]."""
         if not self.rows:
             return _in_columns(step, carry, part, lambda prompts: prompts, self.widths)
         shards = data_devices(self.mesh)
@@ -155,7 +161,7 @@ def _in_columns(
     pick: Callable[[models.KeyValues], models.KeyValues],
     widths: int,
 ) -> tuple[Carry, Outputs]:
-    """One bundle in as few columns as its tokens need; `pick` selects its prompts."""
+    """Processes one bundle in as few columns as its tokens need; `pick` selects its prompts."""
 
     def narrow(carry: Carry, rows: Batch) -> tuple[Carry, Outputs]:
         prompts, tokens = rows.rollout.prompts, rows.rollout.tokens
@@ -172,10 +178,10 @@ def _in_columns(
 
 
 def loss_scale(model: models.Transformer, mask: jax.Array) -> float:
-    """Factor of the loss while its gradient is computed: for float16, a power of 2; else 1.
+    """The factor of the loss while its gradient is computed: a power of 2 for float16, else 1.
 
-    Weights are about 1 / tokens, so with many tokens gradients would underflow in float16
-    (Micikevicius et al., arXiv 1710.03740, section 3.2). Scaled weights are about 2^-4 whatever the
+    Token weights are about 1 / tokens, so with many tokens gradients would underflow in float16
+    (Micikevicius et al., arXiv 1710.03740, section 3.2). Scaled weights are 2^-4 to 2^-3 for any
     number of tokens.
     """
     if getattr(model.config, 'dtype', '') != 'float16':

@@ -1,8 +1,9 @@
 """Bundles: the completions of a microbatch that are processed together, and in how many columns.
 
-A bundle is the whole microbatch, or a few of its completions, the longest first. Each is processed
-in the smallest compiled number of columns that holds its longest completion. Completions are
-numbered within each device's share of the groups, so that none moves to another device.
+A bundle is the whole microbatch, or some of its completions; they are bundled by length, the
+longest first. A bundle is processed in the smallest compiled number of columns (token positions)
+that holds its longest completion. Completions are numbered within each device's share of the
+groups, so that none moves to another device.
 """
 
 from collections.abc import Callable
@@ -69,7 +70,7 @@ def check_rows(rows: int, total: int, mesh: Mesh | None = None) -> None:
       mesh: the devices over which each bundle is spread.
 
     Raises:
-      ValueError: they cannot; the message has the numbers that work.
+      ValueError: they cannot; the message lists the numbers that work.
     """
     shards = data_devices(mesh)
     works = [n for n in range(shards, total + 1, shards) if total % n == 0]
@@ -83,7 +84,7 @@ def check_rows(rows: int, total: int, mesh: Mesh | None = None) -> None:
 def by_length(
     mask: Bool[Array, 'm G T'], shards: int, rows: int
 ) -> Int[Array, 'bundles shards size']:
-    """Completions of each bundle, `rows / shards` of every shard, the longest first."""
+    """The completions of each bundle, `rows / shards` from every shard, the longest first."""
     lengths = mask.sum(-1).reshape(shards, -1)
     order = jnp.argsort(-lengths, axis=1, stable=True)
     return order.reshape(shards, -1, rows // shards).swapaxes(0, 1)
@@ -99,7 +100,7 @@ def take_rows(
 
 
 def take_prompts(prompts: models.KeyValues, groups: Int[Array, 'shards size']) -> models.KeyValues:
-    """Keys and values [L, size, ...] of the prompts of some groups."""
+    """Keys and values [L, shards * size, ...] of the prompts of these groups."""
     return jax.tree.map(lambda x: take(x.swapaxes(0, 1), groups).swapaxes(0, 1), prompts)
 
 
@@ -108,7 +109,7 @@ def put_back(
     order: Int[Array, 'bundles shards size'],
     shape: tuple[int, ...],
 ) -> Shaped[Array, 'm G T']:
-    """Outputs of all bundles in the places that `order` took them from."""
+    """The outputs of all bundles, in the places that `order` took their completions from."""
     shards = order.shape[1]
     x = x.reshape(*order.shape, -1).swapaxes(0, 1).reshape(shards, -1, shape[-1])
     place = jnp.argsort(order.swapaxes(0, 1).reshape(shards, -1), axis=1)
@@ -116,7 +117,7 @@ def put_back(
 
 
 def take(x: Shaped[Array, 'n ...'], index: Int[Array, 'shards k']) -> Shaped[Array, 'm ...']:
-    """Entries `index` of each shard's share of x, flattened over shards."""
+    """The entries `index` of each shard's share of x, flattened over shards."""
     return shares.take(x, index).reshape(-1, *x.shape[1:])
 
 

@@ -17,7 +17,7 @@ def map_chunks(
     """`piece(*arrays)` for `chunk` positions at a time, recomputed in the backward pass.
 
     Args:
-      piece: from arrays [B, G, chunk, ...] to a tree of [B, G, chunk].
+      piece: function from arrays [B, G, chunk, ...] to a tree of [B, G, chunk].
       arrays: [B, G, T, ...] each.
       chunk: positions per piece; the last one is padded with zeros.
 

@@ -1,7 +1,8 @@
 """Compacting the decode batch: finished completions are removed from it.
 
-A decoded completion occupies a slot. Each device has slots of its own, and no completion moves to
-another device. The sampler compacts to one of a few shapes, since each needs a compiled program.
+A completion that is being decoded occupies a slot. Each device has its own slots, and no completion
+moves to another device. There are only a few shapes to compact to, since each is compiled. A column
+is one token position of all completions.
 """
 
 import functools
@@ -19,12 +20,12 @@ from grpo_jax.models import KeyValues
 from grpo_jax.sharding import data_devices
 from grpo_jax.types import Params, Prompts, Sampling
 
-FEWEST = 4  # slots of a device; fewer take as long, since reading the weights dominates
+FEWEST = 4  # slots per device; fewer would take as long, since reading the weights dominates
 NEVER_COMPACT = (0, 0)  # `compaction_thresholds` that no batch reaches before it has ended
 
 
 class DecodeInputs(NamedTuple):
-    """What stays the same while completions are decoded."""
+    """What is constant while completions are decoded."""
 
     params: Params
     prompts: Prompts
@@ -35,9 +36,9 @@ class DecodeInputs(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """The completions that are decoded, R of each of B groups, or one of each of B copies."""
+    """The completions that are decoded: R of each of B groups (R = 1 if `SlotShape.apart`)."""
 
-    place: Int[Array, 'B R']  # which of its device's completions it is, numbered group by group
+    place: Int[Array, 'B R']  # the completion's number on its device, counted group by group
     key: Key[Array, 'B R']
     token: Int[Array, 'B R']  # the last one drawn
     done: Bool[Array, 'B R']
@@ -46,7 +47,7 @@ class Slots(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """Drawn tokens."""
+    """The tokens drawn so far, of n columns."""
 
     tokens: Int[Array, 'B R n']
     mask: Bool[Array, 'B R n']
@@ -63,15 +64,15 @@ class DecodeState(NamedTuple):
 
 
 class SlotShape(NamedTuple):
-    """How many completions are decoded."""
+    """How many completions are decoded at a time."""
 
     groups: int  # on each device
     rows: int  # of each group
-    apart: bool = False  # slots are independent of groups, each with a copy of its prompt's cache
+    apart: bool = False  # every slot is a group of one, with its own copy of its prompt's cache
 
 
 def shape_of(slots: Slots, mesh: Mesh | None) -> SlotShape:
-    """The current shape."""
+    """The shape of these slots."""
     groups, size = slots.done.shape
     return SlotShape(groups // data_devices(mesh), size)
 
@@ -84,14 +85,14 @@ def count_live(slots: Slots, mesh: Mesh | None) -> Int[Array, '2']:
 
 
 def smallest_shape(most: int, total: int, now: SlotShape, prompt: int, columns: int) -> SlotShape:
-    """The shape with the fewest slots that holds the live ones without caching more keys.
+    """The shape with the fewest slots that holds all live ones and caches no more keys than now.
 
-    Slots per group are halved repeatedly, or all slots are taken apart from their groups. There are
-    never fewer than `FEWEST`.
+    The slots per group are halved repeatedly; or each slot becomes a group of one (`apart`), and
+    the number of slots is halved. There are never fewer than `FEWEST`.
 
     Args:
-      most: live slots of any group.
-      total: live slots of any device.
+      most: live slots of the group that has the most.
+      total: live slots of the device that has the most.
       now: the current shape.
       prompt: columns of a prompt's cache.
       columns: columns of a completion's cache in the next block.
@@ -105,7 +106,7 @@ def smallest_shape(most: int, total: int, now: SlotShape, prompt: int, columns: 
 
 
 def compaction_thresholds(now: SlotShape, prompt: int, columns: int) -> tuple[int, int]:
-    """Live slots (of a group, of a device) at or below which `smallest_shape` is a smaller one.
+    """Most live slots (per group, per device) for which `smallest_shape` returns a smaller shape.
 
     Arguments as in `smallest_shape`.
     """

@@ -11,13 +11,13 @@ from grpo_jax.models import ModelConfig
 from grpo_jax.sharding import data_devices
 
 _MIB = 2**20
-_ACTIVATIONS = {'cpu': 512 * _MIB}  # that a microbatch may keep for its backward pass
-_LOGITS = {'cpu': 64 * _MIB}  # of a chunk; more would leave the caches
+_ACTIVATIONS = {'cpu': 512 * _MIB}  # bytes that a microbatch may keep for its backward pass
+_LOGITS = {'cpu': 64 * _MIB}  # bytes of a chunk's logits; more would not fit the CPU's caches
 _LOGITS_ELSEWHERE = 512 * _MIB
 _CHUNK = {'cpu': 128}
 _CHUNK_ELSEWHERE = 256
-_SHARE = 0.25  # of an accelerator's memory for activations: parameters and moments take the rest
-_WITHOUT_LIMIT = 4096 * _MIB  # of an accelerator that does not state its memory
+_SHARE = 0.25  # of an accelerator's memory is for activations; parameters and moments take the rest
+_WITHOUT_LIMIT = 4096 * _MIB  # for activations on an accelerator that does not report its memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +29,13 @@ class Compute:
     Attributes:
       microbatch: groups whose gradient is computed at a time, over all devices.
       rows: completions of a microbatch that are processed at a time, the longest first; 0: all.
-      packed: `rows` are sequences of T columns into which completions are packed. On CPUs this
-        saves the padding where lengths vary much; on accelerators no attention kernel supports it.
-      widths: how many numbers of columns are compiled, T, T / 2, T / 4, ...; a bundle of
-        completions is processed in the smallest that holds its longest one.
-      unroll: compile each layer instead of a loop over layers: faster on CPUs and GPUs, and many
-        times longer to compile.
+      packed: completions are packed into sequences of T columns, and `rows` counts sequences. On
+        CPUs this saves padding where lengths vary a lot; no attention kernel of accelerators
+        supports it.
+      widths: how many widths (numbers of columns) are compiled: T, T / 2, T / 4, ...; completions
+        are processed in the smallest width that holds the longest of them.
+      unroll: compile each layer instead of a loop over layers, which is faster on CPUs and GPUs but
+        takes many times longer to compile.
       logprob_chunk: completion positions whose logits exist at a time.
 
     Raises:
@@ -52,10 +53,10 @@ class Compute:
         for name, least in (('microbatch', 1), ('rows', 0), ('widths', 1), ('logprob_chunk', 1)):
             value = getattr(self, name)
             if value is not None and value < least:
-                raise ValueError(f'{name}={value} is out of range: it is at least {least}')
+                raise ValueError(f'{name}={value} is out of range: make it at least {least}')
         if self.packed and not self.rows:
             raise ValueError(
-                f'packed=True with rows={self.rows}: set how many sequences to process'
+                f'packed=True with rows={self.rows}: set how many sequences to process at a time'
             )
         if self.packed and self.widths not in (None, 1):
             raise ValueError(f'widths={self.widths} has no effect with packed=True: remove it')
@@ -86,9 +87,10 @@ def choose(
     """The options with a value for each that is None.
 
     The microbatch is the largest whose activations fit a budget: 512 MiB on a CPU, a quarter of an
-    accelerator's memory. The chunk is the largest whose logits fit 64 MiB on a CPU, 512 MiB
-    elsewhere. By default completions are not packed and layers not unrolled: in measurements both
-    helped in some cases and hurt in others.
+    accelerator's memory. The chunk is the largest power of 2 whose logits fit 64 MiB on a CPU or
+    512 MiB elsewhere; it is at least 16, and at most 128 on a CPU and 256 elsewhere. By default
+    completions are not packed and layers not unrolled: in measurements both helped in some cases
+    and hurt in others.
 
     Args:
       compute: explicit values stay as they are.

@@ -24,17 +24,17 @@ from grpo_jax.models import KeyValues, Quantized, Transformer, apply, quantize, 
 from grpo_jax.sharding import data_devices
 from grpo_jax.types import Params
 
-BLOCK, BLOCKS = 64, 8  # least columns of a block, and most blocks
+BLOCK, BLOCKS = 64, 8  # fewest columns of a block, and most blocks
 WEIGHTS = ('model', 'int8')
 
 Thresholds = tuple[Int[Array, ''], Int[Array, '']]  # see `compaction.compaction_thresholds`
 
 
 def block_size(max_tokens: int, *, in_place: bool) -> int:
-    """Columns of a block: at least `BLOCK`, and at most `BLOCKS` blocks.
+    """Columns of a block: at least `BLOCK`, and so many that there are at most `BLOCKS` blocks.
 
-    There are two blocks where attention ignores empty columns of the cache (`in_place`), so that
-    growing it saves nothing.
+    There are at most two where attention skips the empty columns of the cache (`in_place`), since
+    growing the cache saves nothing there.
     """
     return max(BLOCK, -(-max_tokens // (2 if in_place else BLOCKS)))
 
@@ -44,7 +44,7 @@ def sampling_params(params: Params, dtype: str, weights: str, unroll: bool) -> P
 
     Args:
       params: of the model.
-      dtype: of its computation.
+      dtype: of the model's computation.
       weights: 'model', or 'int8' for quantized matrices.
       unroll: take each layer's parameters out of their stack.
     """
@@ -77,12 +77,12 @@ def first_block(
     Args:
       model: the decoder.
       inputs: without the prompts' cache.
-      seed: i32[].
-      step: i32[].
-      thresholds: of compaction, see `_decode_columns`.
+      seed: i32[], the seed of the run.
+      step: i32[], the training step.
+      thresholds: see `_decode_columns`.
       group_size: G.
       max_tokens: T.
-      width: columns.
+      width: columns to decode, at most T.
       mesh: the devices.
 
     Returns:
@@ -135,10 +135,10 @@ def _decode_columns(
     model: Transformer, inputs: DecodeInputs, slots: Slots, state: DecodeState,
     thresholds: Thresholds, *, width: int, mesh: Mesh | None,
 ) -> tuple[Slots, DecodeState]:  # fmt: skip
-    """Columns from state.t up to `width`, or until few slots are live.
+    """Decodes columns from state.t up to `width`, or until few slots are live.
 
-    `thresholds` are those of `compaction.compaction_thresholds`: decoding stops when the live slots
-    of every group, or of every device, are no more than that.
+    `thresholds` are those of `compaction.compaction_thresholds`: decoding stops once no group has
+    more live slots than the first, or no device has more than the second.
     """
     place = slots.place.reshape(data_devices(mesh), -1)
     drawn = jax.tree.map(

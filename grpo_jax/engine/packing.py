@@ -1,4 +1,4 @@
-"""Completions packed one after another into sequences of T columns, of any prompts.
+"""Completions of different prompts packed one after another into sequences of T columns.
 
 Where lengths differ, a microbatch is mostly padding even when its completions are sorted by length;
 packed sequences hold almost none, and there are only as many as the tokens need. A token attends to
@@ -39,9 +39,9 @@ _UNUSED_PROMPT = -2  # owner of the second prompt of a sequence that needs only 
 
 
 class Packing(NamedTuple):
-    """Which completion token of its shard each column predicts; an index past the last: none.
+    """For each column the index of the token that it predicts; past the last index: none.
 
-    Tokens of a shard are numbered completion by completion, T columns of each.
+    The completion tokens of a shard are numbered completion by completion, T for each.
     """
 
     source: Int[Array, 'shards sequences T']
@@ -107,8 +107,8 @@ _Filling = tuple[jax.Array, jax.Array, jax.Array]
 def pack(mask: Bool[Array, 'm G T'], shards: int) -> Packing:
     """Packs the completions of each shard into sequences by first fit.
 
-    Completions are placed group by group, the longest of each first, so that a sequence holds few
-    groups; never more than two.
+    Completions are placed group by group, each group's longest first, so that a sequence holds few
+    groups. It never holds more than two.
 
     Args:
       mask: bool[m, G, T], true up to a completion's end.
@@ -146,7 +146,7 @@ def pack(mask: Bool[Array, 'm G T'], shards: int) -> Packing:
 
 
 def take(part: Batch, source: Int[Array, 'shards n T']) -> Sequences:
-    """The sequences of a microbatch that have these sources."""
+    """The sequences whose columns predict the tokens `source`."""
     rollout = part.rollout
     prompts, (_, group_size, columns) = rollout.prompts, rollout.mask.shape
     shards = len(source)
@@ -184,7 +184,7 @@ def take(part: Batch, source: Int[Array, 'shards n T']) -> Sequences:
 def hidden_states(
     model: Transformer, params: Params, prompt: KeyValues, sequences: Sequences
 ) -> Shaped[Array, 'N 1 T D']:
-    """Hidden states that predict the columns' tokens, over prompts [L, m, K, P, h]."""
+    """Hidden states that predict each column's token, from the prompts' cache [L, m, K, P, h]."""
     width = sequences.prompts.tokens.shape[1]
 
     def both(x: Shaped[Array, 'm K P h']) -> Shaped[Array, 'N K 2*P h']:
@@ -192,7 +192,8 @@ def hidden_states(
         x = shares.take(x, sequences.groups).swapaxes(-4, -3)
         return x.reshape(-1, x.shape[-4], 2 * width, x.shape[-1])
 
-    # The last token of a prompt is an input before each completion, see `hidden_after_prompt`.
+    # The last token of a prompt is not read from the cache, but is an input before each completion;
+    # see `hidden_after_prompt`.
     columns = jnp.arange(width)
     length = sequences.prompts.length[:, None]
     positions = jnp.where(columns < length - 1, columns, MASKED_POSITION)
@@ -227,5 +228,5 @@ def _prompt_owner(group: jax.Array) -> jax.Array:
 
 
 def _completion_owner(row: jax.Array) -> jax.Array:
-    """No prompt has this number."""
+    """An odd number, so no prompt has it."""
     return 2 * row + 1

@@ -1,4 +1,4 @@
-"""A model applied to a batch: log-probs or values of all tokens, and gradients of a loss of them.
+"""A model applied to a batch: log-probs or values of all tokens, and the gradient of a loss.
 
 Microbatches, bundles, packing, chunks of logits and unrolled layers are combined here.
 """
@@ -24,7 +24,7 @@ ValueLoss = Callable[[jax.Array, Batch], jax.Array]  # from values [b, g, w]
 
 
 def microbatches_of(plan: ComputePlan, mesh: Mesh | None) -> Microbatches:
-    """How a batch is cut."""
+    """How the plan cuts a batch."""
     return Microbatches(plan.microbatch, mesh, plan.rows, plan.widths, plan.packed)
 
 
@@ -34,10 +34,10 @@ class Policy:
 
     Attributes:
       model: the decoder.
-      ref_params: of the reference, which with adapters is the base that they are added to; None
+      ref_params: parameters of the reference; with adapters, the base that they are added to; None
         without a reference.
       sampling: temperature and filters.
-      plan: how it is computed.
+      plan: how a batch is computed.
       mesh: the devices.
     """
 
@@ -48,7 +48,7 @@ class Policy:
     mesh: Mesh | None = None
 
     def without_adapters(self) -> 'Policy':
-        """The policy without its adapters, which is their reference."""
+        """The policy without adapters: with them, the reference is their base."""
         config = self.model.config
         model = self.model.clone(config=config.base) if config.lora.rank else self.model
         return dataclasses.replace(self, model=model, ref_params=None)
@@ -59,7 +59,7 @@ class Policy:
         return models.join_adapters(self.ref_params, trained) if has_adapters else trained
 
     def outputs(self, trained: Params, batch: Batch, *, entropy: bool = False) -> Outputs:
-        """'logprobs' f32[B, G, T], and on demand 'entropy', without gradient."""
+        """'logprobs' f32[B, G, T], and 'entropy' f32[B, G, T] if requested, without gradient."""
         policy = self._unrolled()
 
         def scorer(params: Params, hidden: jax.Array, part: Batch) -> Outputs:
@@ -71,12 +71,12 @@ class Policy:
     def gradient(
         self, loss: PolicyLoss, trained: Params, batch: Batch, *, tokenwise: bool, entropy: bool
     ) -> tuple[Params, Outputs]:
-        """The gradient of a loss by the trained parameters, and the `outputs` it was computed from.
+        """The gradient of a loss in the trained parameters, and the `outputs` it was computed from.
 
         Args:
-          loss: a sum over groups.
-          trained: the parameters.
-          batch: whatever the loss uses.
+          loss: a function of log-probs, entropies and part of the batch; a sum over groups.
+          trained: the trained parameters.
+          batch: what the loss uses.
           tokenwise: the loss is a sum over tokens, so it can be computed from any chunk of them.
           entropy: pass entropies to the loss.
         """
@@ -114,7 +114,7 @@ class Policy:
         return models.apply(self.model, self.full_params(trained), method='output_matrix')
 
     def _outputs(self, params: Params, hidden: jax.Array, part: Batch, entropy: bool) -> Outputs:
-        """`outputs` from hidden states [b, g, w, D]."""
+        """What `outputs` returns, for a bundle with hidden states [b, g, w, D]."""
 
         def piece(states: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array | None]:
             logits = models.apply(self.model, params, states, method='logits')
@@ -136,7 +136,7 @@ class Policy:
 
 @dataclasses.dataclass(frozen=True)
 class ValueModel:
-    """A decoder with a scalar head: the values f32[B, G, T] of the states before each token."""
+    """A decoder with a scalar head, which gives each token the value of the state before it."""
 
     model: models.Transformer
     plan: ComputePlan
@@ -176,14 +176,14 @@ class ValueModel:
 
 
 def _learner(loss: Callable[..., tuple[jax.Array, Outputs]]) -> Learner:
-    """A learner from `loss(trained, hidden, part)`, f32[] and outputs."""
+    """The `Learner` of a function (trained, hidden, part) -> (loss f32[], outputs)."""
 
     def learn(
         trained: Params, hidden: jax.Array, part: Batch, total: Params
     ) -> tuple[Params, jax.Array, Outputs]:
         gradient = jax.grad(loss, argnums=(0, 1), has_aux=True)
-        (by_params, by_states), outputs = gradient(trained, hidden, part)
-        return tree_add(total, by_params), by_states, outputs
+        (grad_params, grad_states), outputs = gradient(trained, hidden, part)
+        return tree_add(total, grad_params), grad_states, outputs
 
     return learn
 

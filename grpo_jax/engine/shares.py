@@ -25,7 +25,7 @@ def put(
 ) -> Shaped[Array, 'n ...']:
     """Writes values [shards * k, ...] over the entries `index` of each share of x.
 
-    An index beyond the share is dropped.
+    An index past the end of the share is ignored.
     """
     shares, values = (y.reshape(len(index), -1, *x.shape[1:]) for y in (x, values))
     write = jax.vmap(lambda share, i, new: share.at[i].set(new, mode='drop'))

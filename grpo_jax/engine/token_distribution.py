@@ -1,6 +1,6 @@
 """The distribution of the next token: filtered logits, and the log-probs of tokens under it.
 
-Sampler and scorer share it, so that the log-probs that `algorithm.sample` returns are those that
+Sampler and update share it, so that the log-probs that `algorithm.sample` returns are those that
 `algorithm.logprobs` computes for the same tokens.
 """
 
@@ -48,8 +48,8 @@ def filter_with_peak(
     scale = jnp.where(temperature > 0, temperature, 1.0)
     top_k, top_p = map(jnp.asarray, (sampling.top_k, sampling.top_p))
     min_p = jnp.asarray(sampling.min_p, jnp.float32)
-    # With two axes, like the matrix product that gives the logits, and with comparisons of that
-    # product itself, compilers allocate no second array of its size.
+    # Flattened to two axes, as the matrix product returns them, and compared before scaling:
+    # otherwise compilers allocate a second array of the size of the logits.
     rows = logits.reshape(-1, logits.shape[-1])
     fixed = jax.lax.stop_gradient(rows)
 
@@ -75,7 +75,7 @@ def filter_with_peak(
 
 @jax.custom_jvp
 def _mask_logits(logits: jax.Array, inside: jax.Array) -> jax.Array:
-    """-inf outside. The gradient there is 0 already, so the backward pass needs no mask."""
+    """-inf outside. The gradient there is already 0, so the backward pass needs no mask."""
     return jnp.where(inside, logits, -jnp.inf)
 
 
@@ -119,7 +119,7 @@ def _smallest_kept(logits: jax.Array, mass: jax.Array, required: jax.Array) -> j
 
     A binary search that sets the bits of the logit one by one, the highest first: floats are
     ordered like their bits once those of negative numbers are flipped. It needs no sort, and no
-    array of the size of the vocabulary but the terms of the sums.
+    array of the vocabulary's size except the terms of the sums.
     """
 
     def number(code: jax.Array) -> jax.Array:
@@ -142,11 +142,14 @@ def token_logprobs(
     *,
     entropy: bool = False,
 ) -> tuple[Float[Array, '*n'], Float[Array, '*n'] | None]:
-    """Log-probs of the targets, and on demand the entropy of each distribution in nats."""
+    """Log-probs of the targets, and if requested the entropy of each distribution in nats.
+
+    A filter never removes a target, see `filter_logits`.
+    """
     logits, peak = filter_with_peak(logits, sampling, keep=targets)
     rows, peak = logits.reshape(-1, logits.shape[-1]), peak.reshape(-1)
     if jax.default_backend() != 'gpu':
-        # A pass of its own, so that compilers overwrite the product: one chunk less in memory.
+        # A separate maximum lets compilers overwrite the logits, which saves the memory of a chunk.
         peak = jax.lax.stop_gradient(rows).max(-1)
     norm = peak + jnp.log(jnp.exp(rows - peak[:, None]).sum(-1))
     logprob = (_at(rows, targets.reshape(-1)) - norm).reshape(targets.shape)

@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int, Key, Shaped
 from grpo_jax.engine.token_distribution import filter_with_peak
 from grpo_jax.types import Sampling
 
-_BLOCK = 64  # tokens per block of the two-level inverse distribution function
+_BLOCK = 64  # tokens per block of the two-level inverse-CDF sampling
 
 
 def check_sampling(sampling: Sampling, *, greedy: bool = False) -> None:
@@ -15,15 +15,15 @@ def check_sampling(sampling: Sampling, *, greedy: bool = False) -> None:
 
     Args:
       sampling: numbers, not traced.
-      greedy: accept temperature 0, where all completions of a group are the same.
+      greedy: accept temperature 0, at which all completions of a group are the same.
 
     Raises:
       ValueError: an option is out of its range.
     """
-    warm = sampling.temperature > 0 or (greedy and sampling.temperature == 0)
+    valid_temperature = sampling.temperature > 0 or (greedy and sampling.temperature == 0)
     ranges = {
         'temperature': (
-            warm,
+            valid_temperature,
             'at least 0' if greedy else 'above 0 (greedy completions are all the same)',
         ),
         'top_k': (sampling.top_k >= 0, 'at least 0 (0 keeps all tokens)'),
@@ -36,7 +36,7 @@ def check_sampling(sampling: Sampling, *, greedy: bool = False) -> None:
 
 
 def _inverse_cdf(mass: jax.Array, u: jax.Array) -> jax.Array:
-    """Index i32[N] drawn by mass f32[N, n] (unnormalized) and uniforms f32[N]; never of mass 0."""
+    """Index i32[N] drawn from unnormalized mass f32[N, n] by uniforms f32[N]; never of mass 0."""
     cumulative = jnp.cumsum(mass, axis=-1)
     hit = (cumulative > (u * cumulative[:, -1])[:, None]) & (mass > 0)
     return jnp.where(hit.any(-1), hit.argmax(-1), mass.argmax(-1))
@@ -47,8 +47,8 @@ def draw(
 ) -> tuple[Int[Array, ' N'], Float[Array, ' N']]:
     """Draws one token for each row of logits, after temperature and filters.
 
-    By the inverse distribution function in two levels: first a block of tokens by its mass, then a
-    token of that block. It is exact and needs two uniform numbers per row, not one per token of the
+    Inverse-CDF sampling in two levels: it draws a block of tokens by its mass, then a token of that
+    block. This is exact, and needs two uniform numbers per row instead of one per token of the
     vocabulary.
 
     Args:
@@ -57,8 +57,8 @@ def draw(
       sampling: the distribution; temperature 0 takes the largest logit.
 
     Returns:
-      token i32[N], and its log-prob f32[N] under the distribution drawn from (at temperature 0:
-      under the filtered softmax at temperature 1).
+      token i32[N], and its log-prob f32[N] under the distribution that it was drawn from (at
+      temperature 0: under the filtered softmax at temperature 1).
     """
     rows, size = logits.shape
     filtered, peak = filter_with_peak(logits, sampling)

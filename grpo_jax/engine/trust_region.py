@@ -1,8 +1,8 @@
 """Trust region policy optimization: natural gradient, hard bound on the mean KL, line search.
 
-Schulman et al., arXiv 1502.05477, appendix C. Everything is a pure function of parameter trees and
-of the caller's closures, which may loop over microbatches with `lax.scan`, so that it runs inside
-one jitted update program on any mesh.
+Schulman et al., arXiv 1502.05477, appendix C. All are pure functions of parameter trees and of
+the caller's functions, which may loop over microbatches with `lax.scan`, so they can run inside one
+jitted update on any mesh.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def fisher_vector_product(
 ) -> Params:
     """(F + damping I) v, where F is the Hessian of `kl_of` at `params`, by forward over reverse.
 
-    At the parameters themselves the Hessian of KL(pi_params || pi_p) by p is the Fisher information
+    At p = params the Hessian of KL(pi_params || pi_p) with respect to p is the Fisher information
     matrix of the policy (arXiv 1502.05477, appendix C.1; Pascanu and Bengio, arXiv 1301.3584,
     section 3). The matrix is never formed: the product is the derivative of the gradient along v
     (Pearlmutter, 1994).
@@ -49,8 +49,8 @@ def conjugate_gradient(matvec: Product, b: Params, steps: int) -> tuple[Params, 
     """Solves A x = b for a symmetric positive definite A in a fixed number of products.
 
     Hestenes and Stiefel (1952), from x = 0; arXiv 1502.05477, appendix C, takes 10 steps. x
-    stops changing once the residual is no more than rounding, or A has no positive curvature along
-    the direction. If b is zero or not finite, x is 0.
+    stops changing once the residual is at the level of rounding, or if the curvature along the
+    direction is not positive. If b is zero or not finite, x is 0.
 
     Args:
       matvec: v -> A v.
@@ -80,7 +80,7 @@ def conjugate_gradient(matvec: Product, b: Params, steps: int) -> tuple[Params, 
     return x, residual
 
 
-_Attempt = tuple[jax.Array, jax.Array, jax.Array]  # j, whether it is accepted, its KL
+_Attempt = tuple[jax.Array, jax.Array, jax.Array]  # j, whether the step is accepted, its KL
 
 
 def natural_step(
@@ -96,7 +96,7 @@ def natural_step(
 ) -> tuple[Params, dict[str, jax.Array]]:
     """One TRPO step: natural gradient, and a line search that keeps the mean KL within its bound.
 
-    With x = F^-1 g by conjugate gradient, the full step is -sqrt(2 max_kl / x^T F x) x, for which
+    With x = F^-1 g by conjugate gradient, the full step is -sqrt(2 max_kl / x^T F x) x, at which
     the quadratic model of the KL equals max_kl. The line search tries 0.5^j of it for j = 0, 1,
     ..., backtracks - 1, and takes the first step that lowers the surrogate loss and has a mean KL
     of at most max_kl. The parameters stay as they are if there is none, or if g is zero or not

@@ -1,4 +1,4 @@
-"""The policy network. Only this folder imports flax."""
+"""The policy network. Only this package imports flax."""
 
 from grpo_jax.models.attention import MASKED_POSITION
 from grpo_jax.models.block import KeyValues, Owners

@@ -17,10 +17,10 @@ from grpo_jax.models.kernels.cpu import materialize
 
 MASKED_POSITION = 2**30  # of a key that no query may read: every query has a smaller position
 UNLIMITED_WINDOW = 2 * MASKED_POSITION - 1  # of a layer without a window among windowed ones
-# Queries are computed in blocks, so that a block skips the keys after it: its least size, and the
-# largest number of blocks.
+# Queries are computed in blocks, each of which skips the keys after it: the smallest block size and
+# the largest number of blocks.
 QUERY_BLOCK, MAX_QUERY_BLOCKS = 64, 8
-PACKED_QUERY_BLOCK = 128  # the least size where several completions are packed into a sequence
+PACKED_QUERY_BLOCK = 128  # the smallest size where completions are packed into sequences
 
 
 class Piece(NamedTuple):
@@ -29,7 +29,7 @@ class Piece(NamedTuple):
     k: Float[Array, '*axes N h']  # [G, K, N, h], or [K, N, h] when shared
     v: Float[Array, '*axes N h']  # like k
     positions: Int[Array, '*batch N']  # MASKED_POSITION where there is no token
-    # In packed sequences query s reads only the keys of the owners that it names: both or neither.
+    # In packed sequences query s reads only keys whose owner is in read_by[s]. Set both or neither.
     owner: Int[Array, '*batch N'] | None = None
     read_by: Int[Array, '*batch S names'] | None = None
 
@@ -46,11 +46,11 @@ class DecodeCache(NamedTuple):
 
     layers: LayerCaches
     length: Int[Array, ' B']  # real tokens of the prompts
-    t: Int[Array, '']  # earlier tokens of the rows
+    t: Int[Array, '']  # earlier tokens of each row
 
 
 def concatenate_pieces(shared: Piece, own: Piece) -> Piece:
-    """Makes one shared piece of two for a group of one row, which halves the operations.
+    """Merges two pieces of a group of one row into one shared piece, which halves the operations.
 
     Args:
       shared: keys and values [..., K, M, h].
@@ -80,15 +80,15 @@ def attend(
 
     Args:
       q: rotated queries of G rows, S positions each.
-      pieces: every query must see at least one position of them. The last S of the last one are
-        the queries' own, and no query sees any of them after its own.
+      pieces: every query must see at least one of their positions. The last S positions of the last
+        piece are those of the queries; no query sees any of them after its own.
       positions: of the queries; a query sees keys up to its own position.
       scale: of the scores.
       softcap: scores are softcap * tanh(score / softcap), unless it is 0 (Gemma 2, arXiv
         2408.00118, section 2).
-      window: how many positions a query sees, including its own; None is all.
-      recompute: the gradient computes the scores again instead of storing them, as Dao et al.
-        (arXiv 2205.14135, algorithm 4) do; it has no derivative of its own.
+      window: how many positions a query sees, including its own; None: all.
+      recompute: the gradient recomputes the scores instead of storing them, as in Dao et al.
+        (arXiv 2205.14135, algorithm 4); it cannot be differentiated again.
 
     Returns:
       The attention's output in the dtype of q.

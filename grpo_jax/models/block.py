@@ -1,4 +1,4 @@
-"""One layer of the decoder, and what the layers know about the tokens that they process."""
+"""One layer of the decoder, and the positions and options that it is called with."""
 
 from typing import NamedTuple
 
@@ -82,8 +82,8 @@ class Block(nn.Module):
     """One layer over x [B, G, S, D]; also returns the keys and values [B, G, K, S, h] of x."""
 
     config: ModelConfig
-    # Outside of a scan a compiler would merge what the backward pass recomputes with the forward
-    # pass, unless a barrier prevents it; inside of a scan it cannot, and a barrier costs memory.
+    # Outside a scan, the compiler would merge what the backward pass recomputes with the forward
+    # pass, unless a barrier prevents it. Inside a scan it cannot, and a barrier costs memory.
     scanned: bool
 
     @nn.compact
@@ -101,7 +101,7 @@ class Block(nn.Module):
         return anchor(x + self._norm('mlp_post_norm', y, 'pre')), own
 
     def _norm(self, name: str, x: Float[Array, 'B G S D'], absent: str) -> Float[Array, 'B G S D']:
-        """Normalizes x, unless the model's norms are only at the other place, `absent`."""
+        """Normalizes x, unless `config.norms` is `absent`, with which the model lacks this norm."""
         c = self.config
         if c.norms == absent:
             return x

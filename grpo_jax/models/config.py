@@ -29,10 +29,10 @@ class Lora:
     """Low-rank adapters of the projections (Hu et al., arXiv 2106.09685): W + alpha / r * A B.
 
     Raises:
-      ValueError: a negative rank, a target that names no projection, or options without a rank.
+      ValueError: a negative rank, a target that matches no projection, or options without a rank.
     """
 
-    rank: int = 0  # r, of the adapters; 0: no adapters, all parameters are trained
+    rank: int = 0  # r; 0: no adapters, all parameters are trained
     alpha: float = 16.0  # the adapters' product is multiplied by alpha / rank
     targets: tuple[str, ...] = ('*_proj',)  # patterns of q_proj, k_proj, ..., down_proj to adapt
 
@@ -50,7 +50,8 @@ class Lora:
         for pattern in self.targets:
             if not fnmatch.filter(PROJECTIONS.values(), pattern):
                 raise ValueError(
-                    f'lora target {pattern!r} matches none of {", ".join(PROJECTIONS.values())}'
+                    f'lora target {pattern!r} matches none of {", ".join(PROJECTIONS.values())}: '
+                    'use a pattern that matches one of them'
                 )
 
     @property
@@ -91,7 +92,7 @@ class ModelConfig:
     out_bias: bool = False  # biases on the output projection
     qk_norm: str = ''  # RMSNorm of q and k: '', 'head' (Qwen3) or 'projection', all heads (OLMo 2)
     attention_scale: float = 0.0  # factor of the scores; 0: head_dim ** -0.5
-    attention_softcap: float = 0.0  # scores become cap * tanh(score / cap); 0: they do not
+    attention_softcap: float = 0.0  # scores become cap * tanh(score / cap); 0: no cap
     window: int = 0  # how many positions a query of a windowed layer sees; 0: all
     window_layers: tuple[int, ...] = ()  # the windowed layers, by number
     # The rest of a layer
@@ -125,7 +126,7 @@ class ModelConfig:
             layers = tuple(getattr(self, name))
             object.__setattr__(self, name, layers)
             if not set(layers) <= set(range(self.layers)):
-                raise ValueError(f'model {name}={layers}: layers are 0 to {self.layers - 1}')
+                raise ValueError(f'model {name}={layers}: use layers 0 to {self.layers - 1}')
         self._check_sizes()
         self._check_options()
 
@@ -143,10 +144,10 @@ class ModelConfig:
         if self.heads % self.kv_heads:
             raise ValueError(
                 f'model heads={self.heads} is not a multiple of kv_heads={self.kv_heads}: '
-                'every key/value head serves the same number of query heads'
+                'make it one, since every key/value head serves equally many query heads'
             )
         if self.head_dim % 2:
-            raise ValueError(f'model head_dim={self.head_dim} is odd: rotary positions need pairs')
+            raise ValueError(f'model head_dim={self.head_dim} is odd: make it even for RoPE')
         if self.rope_width % 2 or not 0 < self.rope_fraction <= 1:
             raise ValueError(
                 f'model rope_fraction={self.rope_fraction} rotates {self.rope_width} of '
@@ -165,7 +166,7 @@ class ModelConfig:
                 'make experts_per_token 1 to experts, or both 0'
             )
         if self.experts and self.mlp_bias:
-            raise ValueError('model mlp_bias=True with experts: experts have no biases')
+            raise ValueError('model mlp_bias=True with experts, which have none: make it False')
 
     def _check_options(self) -> None:
         for name, known in (
@@ -198,7 +199,7 @@ class ModelConfig:
             )
 
     def unsupported_by(self, attention: str) -> str:
-        """The option that this form of attention does not support; '' if there is none."""
+        """The option that this form of attention does not support; '' if it supports them all."""
         if attention in ('splash', 'cudnn') and self.window:
             return f'window={self.window}'
         if attention != 'cudnn':

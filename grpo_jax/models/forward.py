@@ -47,9 +47,9 @@ def hidden_after_prompt(
 ) -> Float[Array, 'B G T D']:
     """`completion_hidden` for prompts that are already in a cache.
 
-    The last token of a prompt is processed once more before each completion. So T columns are
-    processed and not T - 1, but the prompt's hidden states in the last layer are not used: where
-    layers are unrolled, compilers leave them out.
+    The last token of a prompt is processed once more before each completion. That makes T columns
+    instead of T - 1, but then the prompt's hidden states in the last layer are not used, and where
+    layers are unrolled compilers leave them out.
 
     Args:
       model: the decoder.

@@ -26,7 +26,7 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 
 class RMSNorm(nn.Module):
-    """Zhang and Sennrich, arXiv 1910.07467: x / rms(x) * scale, in float32."""
+    """x / rms(x) * scale, computed in float32 (Zhang and Sennrich, arXiv 1910.07467)."""
 
     config: ModelConfig
     scanned: bool = False  # see `Block`
@@ -37,7 +37,7 @@ class RMSNorm(nn.Module):
         init = nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones
         scale = self.param('scale', init, (x.shape[-1],), c.param_dtype)
         normalize: Callable[..., Array] = functools.partial(_normalize, c)
-        if x.dtype != jnp.float32:  # or the backward pass would store two copies in float32
+        if x.dtype != jnp.float32:  # otherwise the backward pass would store two float32 copies
             normalize = jax.checkpoint(normalize, prevent_cse=not self.scanned)
         return normalize(x, scale)
 
@@ -100,7 +100,7 @@ def _scaled_product(
     matrix: Shaped[Array, '*experts fan_in fan_out'],
     scale: Float[Array, '*rows fan_out'] | None,
 ) -> Float[Array, 'N fan_out']:
-    """product(x, matrix) * scale; in float32, as sums of integers may overflow in float16."""
+    """Computes product(x, matrix) * scale in float32: sums of integers may overflow in float16."""
     if scale is None:
         return product(x, matrix)
     return (product(x, matrix, preferred_element_type=jnp.float32) * scale).astype(x.dtype)
@@ -117,7 +117,7 @@ def project(
 ) -> Float[Array, '...']:
     """Multiplies x by the module's parameter `name` [*in, *out] and its adapter.
 
-    The product is one of two matrices; see `kernels.cpu`.
+    It multiplies two matrices, with all other axes flattened; see `kernels.cpu`.
 
     Args:
       module: holds the parameters; its config tells whether there is an adapter.
@@ -143,7 +143,7 @@ def _matrix_init(c: ModelConfig, name: str, fan_in: int) -> nn.initializers.Init
 
 
 def _adapter_init(fan_in: int) -> Callable[..., Array]:
-    """As in PEFT: A within 1 / sqrt(inputs) and B zero, so the policy starts as the base."""
+    """As in PEFT: A within +-1 / sqrt(fan_in) and B zero, so that the policy starts as the base."""
     bound = fan_in**-0.5
 
     def init(key: Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> Array:
@@ -158,10 +158,10 @@ def softcap_logits(c: ModelConfig, logits: Float[Array, '*axes V']) -> Float[Arr
 
 
 def mlp(module: nn.Module, x: Float[Array, '*axes D']) -> Float[Array, '*axes D']:
-    """act(x gate) * (x up) down (Shazeer, arXiv 2002.05202).
+    """(act(x gate) * (x up)) down (Shazeer, arXiv 2002.05202).
 
-    Of the arrays as wide as the MLP, only the two products are stored for the backward pass: to
-    compute the others again costs less than to write and read them.
+    Of the arrays as wide as the MLP, only the two products are stored for the backward pass:
+    recomputing the others costs less than writing and reading them.
     """
     c: ModelConfig = module.config
     gate = project(module, 'gate', x, (c.mlp_width,), bias=c.mlp_bias)
@@ -176,10 +176,10 @@ def mlp(module: nn.Module, x: Float[Array, '*axes D']) -> Float[Array, '*axes D'
 
 
 def experts(module: nn.Module, x: Float[Array, '*axes D']) -> Float[Array, '*axes D']:
-    """Several MLPs, of which each token uses its best few by a softmax router (arXiv 2401.04088).
+    """Several MLPs; a softmax router picks the top few for each token (Mixtral, arXiv 2401.04088).
 
-    Every token reaches all its experts: none is dropped for balance, so a token's result does not
-    depend on the other tokens, and sampler and scorer agree.
+    No token is dropped to balance the experts, so a token's result does not depend on the other
+    tokens, and sampler and update agree.
     """
     c: ModelConfig = module.config
     tokens = x.reshape(-1, c.width)

@@ -62,7 +62,7 @@ def _add_product(
     b: Float[Array, 'L r ...'],
     scale: float,
 ) -> Float[Array, 'L ...']:
-    """Kernel [L, *in, *out] + scale * a [L, *in, r] b [L, r, *out]."""
+    """Computes kernel [L, *in, *out] + scale * a [L, *in, r] @ b [L, r, *out]."""
     layers, rank = a.shape[0], a.shape[-1]
     product = jnp.einsum(
         'lir,lro->lio',

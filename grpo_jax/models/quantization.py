@@ -1,6 +1,6 @@
 """Matrices as one-byte integers, for sampling only.
 
-Symmetric absmax quantization of the weights (not of what they are multiplied with), with a scale
+Symmetric absmax quantization of the weights (not of the activations), with a scale
 for each output channel (Dettmers et al., LLM.int8(), arXiv 2208.07339, section 2.1): for channel j,
 scale_j = max_i |W_ij| / 127 and values_ij = round(W_ij / scale_j). The scale multiplies the
 product, x W ~ (x values) * scale, so it costs nothing per weight. The error of a weight is at most
@@ -16,8 +16,8 @@ from jaxtyping import Float, Int, Int8, Shaped
 
 from grpo_jax.types import Array, Params
 
-# Matrix -> the axes that its product sums over, from the end. For the embedding those of a row,
-# which is a token's output channel as well where the head is tied.
+# Matrix -> the axes that its product sums over, from the end. For the embedding it is D: a row is a
+# token's vector, and also an output channel where the head is tied.
 SUMMED = {
     'embedding': (-1,),  # [V, D]
     'head': (-2,),  # [D, V]
@@ -50,7 +50,7 @@ def quantize(params: Params) -> Params:
         if axes is None:
             return x
         x = x.astype(jnp.float32)
-        # 0 for a channel of zeros, whose values then do not matter.
+        # 0 for a channel of zeros, whose int8 values then do not matter.
         scale = jnp.abs(x).max(axes, keepdims=True) / 127
         return Quantized(jnp.round(x / scale).astype(jnp.int8), scale)
 

@@ -53,7 +53,7 @@ def check_scaling(scaling: Settings) -> None:
         if name not in ('rope_type', *needed, *optional):
             known = ', '.join(needed + optional)
             raise ValueError(
-                f'rope_scaling of type {kind!r} has no setting {name!r}: it has {known}'
+                f'rope_scaling of type {kind!r} has no setting {name!r}: use some of {known}'
             )
 
 
@@ -69,9 +69,9 @@ def tables(
 
     Args:
       positions: counted from the first prompt token.
-      seen: how long the sequence was when the token was processed: the whole prompt for each of its
-        tokens, and everything up to itself for a completion token. 'dynamic' and 'longrope' depend
-        on it; sampler and scorer agree because it does not depend on how tokens are batched.
+      seen: the length of the sequence when the token is processed: that of the whole prompt for a
+        prompt token, position + 1 for a completion token. 'dynamic' and 'longrope' depend on it;
+        sampler and update agree because it does not depend on how tokens are batched.
       width: components of a head that are rotated, an even number.
       theta: base of the wavelengths.
       scaling: empty, or `rope_type` and its settings (see `check_scaling`).
@@ -138,7 +138,7 @@ def _dynamic(
 def _llama3(
     theta: float, exponent: _Exponent, s: Settings, seen: _Seen
 ) -> tuple[_Frequency, float]:
-    """Long waves are stretched, short ones kept, others interpolated (Llama 3.1's release)."""
+    """Long waves are stretched, short ones kept, those between interpolated (as in Llama 3.1)."""
     frequency, _ = _default(theta, exponent, s, seen)
     waves = s['original_max_position_embeddings'] * frequency / (2 * np.float32(math.pi))
     low, high = s['low_freq_factor'], s['high_freq_factor']
@@ -182,7 +182,7 @@ def _yarn_factor(factor: float, s: Settings) -> float:
 def _longrope(
     theta: float, exponent: _Exponent, s: Settings, seen: _Seen
 ) -> tuple[_Frequency, float]:
-    """Searched factors per dimension, a second set past the original length (arXiv 2402.13753)."""
+    """A factor per dimension, another set of them past the original length (arXiv 2402.13753)."""
     frequency, _ = _default(theta, exponent, s, seen)
     length, factor = s['original_max_position_embeddings'], s['factor']
     short, long = (

@@ -1,9 +1,10 @@
-"""One decoder with three entries: prefill prompts, extend groups, decode a token of each row.
+"""One decoder with three entry points: prefill prompts, extend groups, decode one token per row.
 
 RMSNorm, rotary positions, grouped-query attention and a gated MLP or experts; the options of
-`ModelConfig` distinguish the families (Llama, Qwen, Gemma, ...). Arrays lead with the B axis of
-groups. Parameters are a plain nested dict, the layers stacked along a leading L axis and run by one
-scan, so compile time does not grow with depth; or, see `unrolled`, each layer separately.
+`ModelConfig` distinguish the families (Llama, Qwen, Gemma, ...). The leading axis of
+arrays is B, the groups; the rows of a group are its G completions. Parameters are a plain nested
+dict, with the layers stacked along a leading L axis and run by one scan, so that compile time does
+not grow with depth; or with separate layers, see `unrolled`.
 """
 
 import functools
@@ -35,7 +36,7 @@ from grpo_jax.types import Array, Params
 
 
 class Transformer(nn.Module):
-    """The decoder; call its entries through `apply`."""
+    """The decoder; call its methods through `apply`."""
 
     config: ModelConfig
     unrolled: bool = False  # parameters are those of `unrolled.unstack_layers`
@@ -54,7 +55,7 @@ class Transformer(nn.Module):
                 split_rngs={'params': True},
                 in_axes=(0, 0, nn.broadcast),
                 length=c.layers,
-                check_constancy_invariants=False,  # which would trace everything once more
+                check_constancy_invariants=False,  # the check would trace everything once more
             )(c, scanned=True)
         self.final_norm = RMSNorm(c)
         if c.scalar_head:
@@ -69,7 +70,7 @@ class Transformer(nn.Module):
 
         Args:
           tokens: the prompts, padded on the right.
-          length: their real tokens; padding does not change what callers read.
+          length: real tokens of each prompt; padding does not change what callers read.
 
         Returns:
           Keys and values [L, B, K, P, h], and the hidden states that predict the first completion
@@ -255,13 +256,13 @@ def _prompt_positions(prompt: KeyValues, length: Int[Array, ' B']) -> Int[Array,
 
 
 def init_params(model: Transformer, key: Key[Array, '']) -> Params:
-    """Random parameters: matrices scaled by their inputs, small ones at the outputs."""
+    """Random parameters: matrices of scale 1 / sqrt(fan_in), smaller at the outputs of layers."""
     tokens, length = jnp.zeros((1, 2), jnp.int32), jnp.full(1, 2)
     return model.init(key, tokens, length, method='prefill')['params']
 
 
 def apply(model: Transformer, params: Params, *args: Any, method: str) -> Any:
-    """Calls an entry with plain parameters: `apply(model, params, hidden, method='logits')`."""
+    """Calls a method with plain parameters: `apply(model, params, hidden, method='logits')`."""
     return model.apply({'params': params}, *args, method=method)
 
 
@@ -276,6 +277,6 @@ def scalar_params(params: Params, config: ModelConfig) -> Params:
       ValueError: there are adapters.
     """
     if split_adapters(params)[1]:
-        raise ValueError('scalar_params of parameters with adapters: `merge_adapters` first')
+        raise ValueError('scalar_params got parameters with adapters: call `merge_adapters` first')
     trunk = {name: value for name, value in params.items() if name != 'head'}
     return trunk | {'score': jnp.zeros((config.width, 1), config.param_dtype)}

@@ -1,8 +1,8 @@
 """Parameters with separate layers, for a `Transformer` that does not scan over them.
 
-On CPUs and GPUs a scan copies each layer's matrices out of their stack, and activations into one,
-in every pass. Without it programs are faster there and take longer to compile; the results are the
-same.
+On CPUs and GPUs, a scan copies each layer's matrices out of their stack, and its activations into
+one, in every pass. Without the scan, programs are faster there but take longer to compile. The
+results are the same.
 """
 
 import jax

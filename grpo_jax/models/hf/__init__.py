@@ -1,4 +1,4 @@
-"""Checkpoints of Hugging Face: their configs and tensors, in and out."""
+"""Reading and writing Hugging Face checkpoints: their configs and tensors."""
 
 from grpo_jax.models.hf.config import hugging_face_fields, model_config
 from grpo_jax.models.hf.folder import description_files, find_folder, read_json

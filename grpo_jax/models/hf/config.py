@@ -7,7 +7,7 @@ from grpo_jax.models.hf.families import COMMON_FIELDS, FAMILIES, Family, Json, f
 
 _ACTIVATIONS = {'silu': 'silu', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
 
-# Fields that `model_config` reads by code of their own.
+# Fields that `model_config` handles individually.
 _SPECIAL = {
     'model_type', 'architectures', 'head_dim', 'hidden_act', 'hidden_activation', 'layer_types',
     'sliding_window', 'use_sliding_window', 'max_window_layers', 'query_pre_attn_scalar',
@@ -27,7 +27,7 @@ _WITHOUT_EFFECT = {
     'pretraining_tp', 'is_llama_config', 'transformers.js_config', 'unsloth_fixed', 'use_mrope',
 }  # fmt: skip
 
-# Fields that are supported with one value, or None, where the family does not read them.
+# Fields that are supported only with this value or None, unless the family reads them.
 _SINGLE_VALUE: dict[str, Any] = {
     'attention_bias': False,
     'attention_dropout': 0.0,
@@ -54,7 +54,7 @@ def model_config(raw: Json, **computed: Any) -> ModelConfig:
       **computed: dtype, param_dtype, attention, remat and lora.
 
     Raises:
-      ValueError: the architecture or some fields are not supported; lists all of them.
+      ValueError: the architecture or some fields are not supported; the message lists all of them.
     """
     family = family_of(raw)
     _check_fields(raw, family)
@@ -156,7 +156,7 @@ def _rope(fields: Json) -> dict[str, Any]:
 
 
 def hugging_face_fields(config: ModelConfig) -> dict[str, Any]:
-    """The `config.json` of a decoder that was not imported.
+    """The `config.json` for a decoder that was not imported from Hugging Face.
 
     Raises:
       ValueError: no family has these options.

@@ -23,7 +23,7 @@ class Family(NamedTuple):
 
     @property
     def scorer(self) -> str:
-        """The architecture with a score instead of logits."""
+        """The name of the architecture with a score instead of logits."""
         prefix = self.architecture.removesuffix('ForCausalLM')
         return {'Gemma3': 'Gemma3Text'}.get(prefix, prefix) + 'ForSequenceClassification'
 

@@ -1,7 +1,7 @@
 """The folder of a Hugging Face checkpoint: finding it, listing its tensors and reading them.
 
-The safetensors format is read here because the library cannot return bfloat16 NumPy arrays, and
-because its memory map would keep in memory what has been read.
+The safetensors format is read here because the safetensors library cannot return bfloat16 NumPy
+arrays, and because its memory map would keep in memory what has been read.
 """
 
 import json
@@ -38,7 +38,7 @@ def find_folder(name: str) -> pathlib.Path:
     """The local folder of a checkpoint: `name` itself, or a download of that repository of the hub.
 
     Raises:
-      ValueError: neither exists, or the weights are pickled.
+      ValueError: neither exists, the folder is not a checkpoint, or its weights are pickled.
     """
     folder = pathlib.Path(name).expanduser()
     if not folder.is_dir():
@@ -101,7 +101,8 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     files = {folder / name for name in weight_map.values()}
     missing = sorted(path.name for path in files if not path.is_file())
     if missing:
-        raise ValueError(f'{index} names files that do not exist: {", ".join(missing)}')
+        names = ', '.join(missing)
+        raise ValueError(f'{index} names files that do not exist: {names}; copy them too')
     return sorted(files)
 
 
@@ -145,7 +146,9 @@ def _header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
     except ValueError:
         header = None
     if not isinstance(header, dict):
-        raise ValueError(f'{path} is not a safetensors file (or a pointer to one): copy it again')
+        raise ValueError(
+            f'{path} is not a safetensors file (perhaps a Git LFS pointer to one): copy it again'
+        )
     header.pop('__metadata__', None)
     return 8 + size, header
 

@@ -80,7 +80,7 @@ def check_tensors(
     """Compares a checkpoint's tensors with the layout of its parameters.
 
     Raises:
-      ValueError: lists every tensor that is missing, unknown, of another shape or no float.
+      ValueError: tensors are missing, unknown, of another shape or not floats; lists all of them.
     """
     tied = not {'lm_head.weight', 'score.weight'} & {*layout}
     ignored = {'lm_head.weight'} if tied else set()

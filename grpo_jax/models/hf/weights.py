@@ -1,4 +1,4 @@
-"""Weights in and out of Hugging Face folders, a tensor at a time.
+"""Reading and writing the weights of Hugging Face folders, one tensor at a time.
 
 Importing reads each tensor from its safetensors file and writes it into its slice of the stacked
 parameter on the devices; exporting does the reverse. Neither holds more than a few tensors (or one
@@ -37,7 +37,7 @@ def load(folder: pathlib.Path, config: ModelConfig, shapes: Params, mesh: Mesh |
       folder: from `find_folder`.
       config: from `model_config` of its `config.json`.
       shapes: ShapeDtypeStructs of the parameters without adapters, whose dtypes the result has.
-      mesh: that the parameters are sharded over; the default device without one.
+      mesh: the devices that the parameters are sharded over; None: the default device.
 
     Raises:
       ValueError: tensors are missing, unknown or of another shape; lists all of them, before
@@ -91,7 +91,7 @@ def _write_rows(
     out = shardings and shardings[name]
     write = _writer(params[name].shape, len(part.location), name != 'embedding', out)
     params[name] = write(params[name], rows, np.array([*part.location, first], np.int32))
-    params[name].block_until_ready()  # or many tensors would wait in memory
+    params[name].block_until_ready()  # otherwise many tensors would wait in host memory
 
 
 @functools.lru_cache(maxsize=64)

@@ -26,7 +26,7 @@ _Residuals = tuple[_Queries, _KeysValues, Sequence[_Masks], _Queries, _RowSums]
 
 
 def cap_scores(scores: Float[Array, '*axes'], softcap: float) -> Float[Array, '*axes']:
-    """Softcap * tanh(scores / softcap), or the scores themselves where softcap is 0."""
+    """Computes softcap * tanh(scores / softcap), or the scores themselves if softcap is 0."""
     return softcap * jnp.tanh(scores / softcap) if softcap else scores
 
 
@@ -98,7 +98,7 @@ def _attention_backward(
     softcap: float, residuals: _Residuals, cotangents: tuple[_Queries, _RowSums]
 ) -> tuple[_Queries, _KeysValues, None]:
     q, keys_values, visible, out, log_sum = residuals
-    grad_out, _ = cotangents  # nothing reads the logarithms
+    grad_out, _ = cotangents  # nothing uses the second output, so its cotangent is 0
     mean = jnp.einsum('gksrh,gksrh->gksr', grad_out, out)
     grad_blocks: list[Array] = []
     grad_keys_values: _Gradients = ()
@@ -118,7 +118,7 @@ def _attention_backward(
 
 
 class _Rows(NamedTuple):
-    """What the backward pass knows about the queries of a block."""
+    """What the backward pass needs of the queries of a block, besides themselves."""
 
     log_sum: _RowSums
     grad_out: _Queries

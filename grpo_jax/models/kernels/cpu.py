@@ -1,7 +1,7 @@
 """Work-arounds for XLA's CPU compiler; on other platforms each function is the plain operation.
 
-Times are of the whole update against the plain operation, on the workloads W1 to W4 of
-`benchmarks/RESULTS.md`; two cores of an AMD Zen 4.
+Times are those of the whole update relative to the plain operation, on the workloads W1 to W4 of
+`benchmarks/RESULTS.md` and two cores of an AMD Zen 4.
 
 `materialize`: without a barrier the compiler fuses a cheap producer into every consumer.
   Attention masks were compared again for each score: with it W1 takes 0.975 of the time. The
@@ -11,7 +11,7 @@ Times are of the whole update against the plain operation, on the workloads W1 t
   which an axis is 1, XLA before 0.12 takes ten times as long as for a dot product. With the MLP's
   recomputation, W1 takes 0.96 of the time. Obsolete when jax 0.12 is the oldest supported version.
 `matmul`: a product that sums over the first axis of both operands, as the gradient of a weight
-  does, is the slowest of all. With the narrower operand transposed before, jax 0.12 takes 0.95,
+  does, is the slowest of all. With the narrower operand transposed beforehand, jax 0.12 takes 0.95,
   0.96, 0.98 and 0.97 of the time on W1 to W4; jax 0.10.2 takes as long (W1 1.01, W3 1.00).
   Obsolete when the compiler transposes the operand itself.
 
@@ -44,7 +44,7 @@ def scale_rows(
 def uses_custom_matmul(config: ModelConfig) -> bool:
     """Whether `matmul` has a gradient of its own for this config.
 
-    It has on CPUs, unless the config asks for plain attention (`attention='einsum'`): TRPO
+    It does on CPUs, unless the config asks for plain attention (`attention='einsum'`): TRPO
     differentiates its gradient once more in forward mode, which a custom gradient does not allow.
     """
     return target_platform() == 'cpu' and config.attention in ('auto', 'recomputed')
@@ -59,7 +59,7 @@ def matmul(
 
 @jax.custom_vjp
 def _transposing_matmul(x: Array, kernel: Array) -> Array:
-    """X @ kernel; the kernel's gradient transposes the narrower of its two operands first."""
+    """Computes x @ kernel; the kernel's gradient first transposes the narrower of its operands."""
     return x @ kernel
 
 

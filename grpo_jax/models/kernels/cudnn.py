@@ -1,7 +1,7 @@
 """Attention on NVIDIA GPUs, by the kernel of cuDNN (after Dao, arXiv 2307.08691).
 
-It has one causal mask, for queries and keys that both begin at position 0. So the prompt is
-repeated for its completions while a layer runs. Attending to both separately and merging by
+Its only mask is causal, for queries and keys that both begin at position 0. So the prompt is
+repeated for each of its completions while a layer runs. Attending to both separately and merging by
 log-sum-exp would not repeat it, but `jax.nn.dot_product_attention` drops the gradient through its
 log-sum-exp (and rounds it to the queries' dtype: in bfloat16 by up to 3% of a weight).
 """

@@ -1,14 +1,16 @@
 """Attention of one new token of each row, by a kernel for NVIDIA GPUs that reads caches in place.
 
 `attention.attend` multiplies a token with a prompt, with its row's earlier tokens and with itself,
-and merges the three: some twenty GPU kernels, which take longer to launch than to run, after each
-layer's keys and values were copied out of their stacks. Here it is two. The first reads every
-prompt once from memory, with all queries of its group (later blocks of them hit the cache), and at
-the same time each row's own columns, only those that are filled. The second merges the partial
-sums. As in Flash-Decoding (Dao et al., 2023) and Hydragen (Juravsky et al., arXiv 2402.05099).
+and merges the three: some twenty GPU kernels, which take longer to launch than to run, and a copy
+of each layer's keys and values out of their stacks. This module launches two kernels. The first
+reads every prompt once from memory, with all queries of its group (later blocks of them hit the
+cache), and at the same time each row's own columns, only those that are filled. The second merges
+the partial sums, as in Flash-Decoding (Dao et al., 2023) and Hydragen (Juravsky et al., arXiv
+2402.05099).
 
-A column is 6.56 -> 2.80 ms on an H100 (1.5B shapes, bfloat16), with unrolled layers. Soft caps and
-windows are tested by interpretation and by lowering, and have not been run on a GPU.
+A decode step takes 2.80 ms instead of 6.56 ms on an H100 (1.5B shapes, bfloat16), with unrolled
+layers. Soft caps and windows are tested by interpretation and by lowering, and have not been run on
+a GPU.
 
 Only `dispatch` imports this module, when it is needed: Pallas takes part of a second to load. Its
 Triton back end, which JAX 0.12 still has, is to be removed from JAX.
@@ -28,10 +30,10 @@ from grpo_jax.models.attention import DecodeCache
 from grpo_jax.models.kernels.blocked import cap_scores
 
 _KEYS = 64  # columns that a program multiplies at a time
-_PROGRAMS = 128  # that run in parallel on a GPU, about
-_MAX_PARTS = 8  # that prompts or rows are split into for there to be as many programs
+_PROGRAMS = 128  # about as many run in parallel on a GPU
+_MAX_PARTS = 8  # most parts to split prompts or rows into, to have that many programs
 _WARPS, _STAGES = 4, 3  # of a program that reads keys: threads / 32, and loads in flight
-_QUERIES = 16  # rows of a product: the least that a tensor core takes
+_QUERIES = 16  # rows of a product: the fewest that a tensor core takes
 _EMPTY = -1e30  # logarithm of an empty sum; finite, so that two of them differ by 0
 
 TokenKeyValue = tuple[Float[Array, 'B G K h'], Float[Array, 'B G K h']]
@@ -133,7 +135,7 @@ def attend_token(
 
 
 def _combine_token(q: Float[Array, 'B G H h'], new: TokenKeyValue) -> Float[Array, 'B K n h']:
-    """Queries, keys and values of the token in one array, which one GPU kernel then computes."""
+    """Queries, keys and values of the token in one array, so that one GPU kernel computes it."""
     groups, rows, heads, width = q.shape
     kv_heads = new[0].shape[2]
     q = q.reshape(groups, rows, kv_heads, heads // kv_heads, width)
@@ -143,7 +145,7 @@ def _combine_token(q: Float[Array, 'B G H h'], new: TokenKeyValue) -> Float[Arra
 
 
 def _split(columns: int, programs: int) -> _Split:
-    """More than one part where there are fewer programs than a GPU runs in parallel."""
+    """Splits columns into several parts if there are fewer programs than a GPU runs in parallel."""
     parts = min(_MAX_PARTS, -(-_PROGRAMS // programs))
     size = -(-columns // (parts * _KEYS)) * _KEYS
     return _Split(size, -(-columns // size))
@@ -161,7 +163,7 @@ def _parts_kernel(
     [B, K, n + G + G, h]; parts of prompts come first.
     """
     program, head, group = (pl.program_id(axis) for axis in range(3))
-    at = layer[()]  # here: loads in the loop that wait for another one could not run ahead
+    at = layer[()]  # read here: loads in the loop that depended on it could not be prefetched
     first_visible = t[()] - window[()] + 1  # own column; the prompt's columns come before column 0
 
     def row_part() -> _Part:

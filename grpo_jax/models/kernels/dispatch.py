@@ -1,8 +1,9 @@
 """Attention of all groups, by the form that `selection` chooses.
 
-`attention.attend` is the reference and what CPUs run. Kernels that never hold the scores in memory
-are for several tokens at a time: `splash` on TPUs, `cudnn` on NVIDIA GPUs. A single token, as in
-decoding, is the reference's, except on these GPUs, where `decode_token` reads the caches in place.
+`attention.attend` is the reference and what CPUs run. For several tokens at a time there are
+kernels that never hold the scores in memory: `splash` on TPUs, `cudnn` on NVIDIA GPUs. A single
+token, as in decoding, uses the reference, except on NVIDIA GPUs, where `decode_token` reads the
+caches in place.
 """
 
 import functools
@@ -34,12 +35,12 @@ def attend_token(
     """`decode_token.attend_token` on each device's groups and heads.
 
     Args:
-      config: its scale and soft cap.
+      config: with the scale and soft cap of attention.
       q: rotated queries of one new token of each row.
       new: the token's own keys and values.
       cache: keys and values of all layers before the token.
-      layer: which layer of them.
-      window: how many positions the token sees, including its own; None is all.
+      layer: which layer's to use.
+      window: how many positions the token sees, including its own; None: all.
 
     Returns:
       The output in the dtype of q, and `new`.
@@ -103,10 +104,10 @@ def attend_groups(
     if pieces[-1].owner is not None:
         raise ValueError(
             f'packed completions with attention={name!r}, which reads one completion at a time: '
-            "use algorithm.packed=False, or attention='recomputed'"
+            "use packed=False, or attention='recomputed'"
         )
     k, v = pieces[-1].k, pieces[-1].v
-    prompt = k[:, 0, :, :0], v[:, 0, :, :0]  # one without columns
+    prompt = k[:, 0, :, :0], v[:, 0, :, :0]  # a prompt without columns
     if len(pieces) > 1:
         prompt = pieces[0].k, pieces[0].v
     kernel = functools.partial(_kernel(name), scale=_scale(config), softcap=softcap)
@@ -153,5 +154,5 @@ def _mesh_axes(mesh: Any, groups: int, kv_heads: int) -> tuple[str | None, str |
 
 
 def _scale(config: ModelConfig) -> float:
-    """What scores are multiplied with."""
+    """The factor of the attention scores."""
     return config.attention_scale or config.head_dim**-0.5

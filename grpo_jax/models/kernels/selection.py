@@ -36,8 +36,8 @@ def choose_attention(config: ModelConfig) -> str:
 def caches_in_place(config: ModelConfig) -> bool:
     """Whether decoding reads its caches in place, by the kernel of `decode_token`.
 
-    It does on NVIDIA GPUs that cuDNN has a kernel for, also for models that cuDNN does not support
-    (soft caps and windows): the decode kernel supports both. It needs a 16-bit dtype and heads of
+    It does on NVIDIA GPUs that cuDNN has a kernel for, even for models with soft caps or windows:
+    cuDNN does not support these, but the decode kernel does. It needs a 16-bit dtype and heads of
     16, 32, 64 or 128 components. Other models, such as those of Gemma with heads of 256, decode by
     `attention.attend`, after a copy of each layer's cache.
     """

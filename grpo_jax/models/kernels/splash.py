@@ -1,8 +1,8 @@
 """Attention on TPUs, by splash attention (after Dao, arXiv 2307.08691).
 
-Splash attention takes any mask and skips the blocks that it leaves out. So the completions of a
-group are concatenated, after their one prompt, if that is long. If it is not, the prompt is
-repeated for its completions while a layer runs. Attending to both separately and merging by
+Splash attention takes any mask and skips the blocks that it leaves out. So if the prompt is long,
+the completions of a group are concatenated after it. If not, the prompt is repeated for each of its
+completions while a layer runs. Attending to both separately and merging by
 log-sum-exp would not repeat it, but splash attention cannot be differentiated when it returns its
 log-sum-exp.
 
