@@ -199,7 +199,7 @@ BAD = [
         {'sft.steps': 0, 'sft.optimizer.learning_rate': -1.0},
         r'sft.optimizer.learning_rate=-1.0 is out of range: make it at least 0$',
     ),
-    ({'sft.optimizer.warmup_steps': 9}, 'sft.optimizer: warmup_steps=9 and hold_steps=0 add up to more'),
+    ({'sft.optimizer.warmup_steps': 9}, 'sft.optimizer: warmup_steps=9 and hold_steps=0 add up'),
     ({'checkpoint.every': 0}, r'checkpoint.every=0 is out of range: make it at least 1$'),
     ({'log.completions': -1}, r'log.completions=-1 is out of range: make it at least 0$'),
     ({'model.kv_heads': 3}, 'model heads=4 is not a multiple of kv_heads=3'),

@@ -145,7 +145,7 @@ def test_adamw_by_its_name_is_adamw():
         ('adam', {}, "unknown optimizer 'adam', did you mean 'adamw'"),
         ('optax:adamm', {}, "optimizer 'optax:adamm': optax has no 'adamm', did you mean 'adam'"),
         ('optax:sgd', {'options': {'momentun': 1}}, 'do not fit optax:sgd: .* it takes momentum'),
-        ('optax:sgd', {'b1': 0.5}, "b1=0.5 has no effect with name='optax:sgd': use options instead"),
+        ('optax:sgd', {'b1': 0.5}, "b1=0.5 has no effect with name='optax:sgd': use options"),
         ('adamw', {'options': {'b1': 0.5}}, "has no effect with name='adamw': set b1, b2, eps and"),
         ('optax:sgd', {'decay': 'step'}, "decay='step' is unknown"),
         ('optax:sgd', {'clip_norm': -1.0}, 'clip_norm=-1.0 is out of range'),
