@@ -125,7 +125,10 @@ def broken(logprobs, advantages):
 
 
 def test_a_traceback_from_the_step_to_the_loss_is_short():
-    """Frames of this package between `train_step` and the loss, both counted."""
+    """Frames of this package from `train_step` to the loss, both counted.
+
+    The loss is evaluated abstractly first: a mistake shows there, and not inside of the engine.
+    """
     with pytest.raises(RuntimeError, match='a mistake in a loss') as caught:
         train(grpo_jax.Algorithm(loss=broken))
     frames = traceback.extract_tb(caught.tb)

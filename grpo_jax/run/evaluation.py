@@ -153,6 +153,11 @@ def evaluation_options(config: ConfigDict) -> dict[str, Any]:
         raise ValueError(
             'eval.correct is empty: name the reward function that is 1 where an answer is right'
         )
+    if not config['extract']:
+        raise ValueError(
+            'eval.extract is empty: name the function that finds the answer in a completion, such '
+            "as 'extract_answer'"
+        )
     for size in config['k'] if config['samples'] else ():
         if not 1 <= size <= config['samples']:
             raise ValueError(
