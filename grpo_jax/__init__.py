@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from grpo_jax.sharding import make_mesh
     from grpo_jax.types import (
         Batch,
+        FunctionRewards,
         Prompts,
         Rollout,
         Sampling,
@@ -45,16 +46,25 @@ _HOMES = {
     'engine.compute': ('Compute',),
     'models': ('ModelConfig', 'Transformer', 'init_params'),
     'sharding': ('make_mesh',),
-    'types': ('Batch', 'Prompts', 'Rollout', 'Sampling', 'StepRewards', 'TrainState'),
+    'types': (
+        'Batch',
+        'FunctionRewards',
+        'Prompts',
+        'Rollout',
+        'Sampling',
+        'StepRewards',
+        'TrainState',
+    ),
 }
 _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 _SUBMODULES = {'losses': 'algorithm.losses', 'presets': 'algorithm.presets'}
 
 __all__ = [
-    'Algorithm', 'Batch', 'Compute', 'Critic', 'ModelConfig', 'Prompts', 'Rollout', 'Sampling',
-    'StepRewards', 'TrainState', 'Transformer', 'adamw', 'completion_logprobs', 'gae',
-    'group_advantages', 'init_params', 'init_state', 'losses', 'make_mesh', 'make_train_step',
-    'preset', 'presets', 'process_advantages', 'sample', 'train_step',
+    'Algorithm', 'Batch', 'Compute', 'Critic', 'FunctionRewards', 'ModelConfig', 'Prompts',
+    'Rollout', 'Sampling', 'StepRewards', 'TrainState', 'Transformer', 'adamw',
+    'completion_logprobs', 'gae', 'group_advantages', 'init_params', 'init_state', 'losses',
+    'make_mesh', 'make_train_step', 'preset', 'presets', 'process_advantages', 'sample',
+    'train_step',
 ]  # fmt: skip
 
 

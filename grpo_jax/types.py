@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped, UInt, UInt32
 
 if TYPE_CHECKING:
     Array = jax.Array
@@ -29,6 +29,8 @@ class Prompts(NamedTuple):
     length: Int[Array, ' B']  # real tokens of each prompt, at least 1
     # Row in the data set, which seeds a prompt's random numbers and names it in logs.
     index: Int[Array, ' B']  # type: ignore[assignment]  # hides tuple.index
+    # Experts of each token in each layer, if the sampler recorded them; see `models.routing`.
+    routing: UInt[Array, 'B P L k'] | None = None
 
 
 class Rollout(NamedTuple):
@@ -40,6 +42,10 @@ class Rollout(NamedTuple):
     logprobs: Float[Array, 'B G T']  # under the sampling policy; zeros for demonstrations
     ended: Bool[Array, 'B G']  # by an end-of-sequence token or stop string; false: cut off at T
     kept: Bool[Array, 'B G'] | None = None  # completions to train on; None: all
+    # Bits of the tokens that the sampler's filters kept, if recorded; see `engine.support`.
+    support: UInt32[Array, 'B G T words'] | None = None
+    # Experts of the token before each, from which it was predicted; see `models.routing`.
+    routing: UInt[Array, 'B G T L k'] | None = None
 
 
 class StepRewards(NamedTuple):
@@ -47,6 +53,16 @@ class StepRewards(NamedTuple):
 
     values: Float[Array, 'B G T']  # read only where `ends` is true
     ends: Bool[Array, 'B G T']  # true at the last token of each step
+
+
+class FunctionRewards(NamedTuple):
+    """The rewards of R functions for each completion, instead of their weighted sum."""
+
+    values: Float[Array, 'B G R']  # NaN where a function does not apply
+    weights: Float[Array, 'B R']  # of the functions, the same for all groups
+
+
+Rewards = Float[Array, 'B G'] | StepRewards | FunctionRewards  # NaN: see `estimators.estimate`
 
 
 class Batch(NamedTuple):
@@ -59,12 +75,24 @@ class Batch(NamedTuple):
     old_logprobs: Float[Array, 'B G T'] | None = None  # of the policy before the inner updates
     old_values: Float[Array, 'B G T'] | None = None  # of the critic before the inner updates
     returns: Float[Array, 'B G T'] | None = None  # the critic's targets
+    high_covariance: Bool[Array, 'B G T'] | None = None  # tokens that `covariance` treats
+    selected: Bool[Array, 'B G T'] | None = None  # tokens of high entropy, if only they are trained
 
     def per_token(self) -> 'Batch':
-        """The fields of shape [B, G, T]; the others are None."""
+        """The fields of shape [B, G, T, ...]; the others are None."""
         absent: Any = None
-        rollout = self.rollout._replace(prompts=absent, ended=absent, kept=absent)
+        rollout = self.rollout._replace(prompts=absent, ended=absent, kept=absent, routing=None)
         return self._replace(rollout=rollout)
+
+    def loss_inputs(self) -> 'Batch':
+        """The fields of shape [B, G, T], which a loss may use."""
+        part = self.per_token()
+        return part._replace(rollout=part.rollout._replace(support=None))
+
+    def without_routing(self) -> 'Batch':
+        """The batch for another model than the one that sampled it, with experts of its own."""
+        prompts = self.rollout.prompts._replace(routing=None)
+        return self._replace(rollout=self.rollout._replace(prompts=prompts, routing=None))
 
 
 class TrainState(NamedTuple):

@@ -6,6 +6,7 @@ gradients.
 The rest is Python loops over scalars.
 """
 
+import itertools
 import math
 import statistics
 
@@ -185,11 +186,54 @@ def advantages(rewards, baseline='mean', scale='std', eps=1e-4):
     return out
 
 
+def opo(rewards, lengths):
+    """r minus the mean weighted by length."""
+    pairs = [(float(r), int(n)) for r, n in zip(rewards, lengths, strict=True)]
+    mean = sum(r * n for r, n in pairs) / sum(n for _, n in pairs)
+    return [r - mean for r, _ in pairs]
+
+
+def best_minus_second(rewards):
+    """The maximum of the group minus the maximum of the others."""
+    rewards = [float(r) for r in rewards]
+    return [max(rewards) - max(rewards[:i] + rewards[i + 1 :]) for i in range(len(rewards))]
+
+
+def pass_at_k(rewards, k, eps):
+    """The mean over the subsets of size k that a completion is in of their advantages."""
+    rewards = [float(r) for r in rewards]
+    subsets = [*itertools.combinations(range(len(rewards)), k)]
+    best = [max(rewards[i] for i in subset) for subset in subsets]
+    mean, std = statistics.fmean(best), statistics.pstdev(best)
+    advantages = []
+    for i in range(len(rewards)):
+        with_it = [b for b, subset in zip(best, subsets, strict=True) if i in subset]
+        advantages.append((statistics.fmean(with_it) - mean) / (std + eps) if std else 0.0)
+    return advantages
+
+
+def gdpo(values, weights, eps=1e-4):
+    """[B, G] from rewards [B, G, R]: normalized one by one, summed, normalized; NaN is None."""
+    total = np.zeros(values.shape[:2])
+    for b, k in np.ndindex(values.shape[0], values.shape[2]):
+        rows = [g for g in range(values.shape[1]) if not math.isnan(values[b, g, k])]
+        of_function = [float(values[b, g, k]) for g in rows]
+        if len(set(of_function)) < 2:
+            continue
+        for g, value in zip(rows, of_function, strict=True):
+            z = (value - statistics.fmean(of_function)) / (statistics.stdev(of_function) + eps)
+            total[b, g] += float(weights[b, k]) * z
+    scored = ~np.isnan(values).all(-1)
+    mean, std = total[scored].mean(), total[scored].std(ddof=1)
+    return np.where(scored, (total - mean) / (std + eps), 0.0)
+
+
 def process_advantages(rewards, ends, baseline='mean', scale='std', eps=1e-4):
     """One group's [G, T], from the rewards of its steps."""
     steps = [float(r) for r in rewards[ends]]
     out = np.zeros(ends.shape)
-    if (baseline, scale) not in (('none', 'none'), ('none', 'batch')) and len(set(steps)) < 2:
+    relative = baseline != 'none' or scale in ('std', 'population_std')
+    if relative and len(set(steps)) < 2:
         return out
     zero = statistics.fmean(steps) if baseline == 'mean' else 0.0
     spread = {'std': statistics.stdev, 'population_std': statistics.pstdev}.get(scale)
@@ -237,6 +281,7 @@ def weights(mask, aggregation):
             'sequence_mean': 1 / (groups * group_size * mask[b, g].sum()),
             'token_mean': 1 / mask.sum(),
             'constant': 1 / (groups * group_size * length),
+            'sequence_sum': 1 / (groups * group_size),
         }[aggregation]
     return out
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from grpo_jax.algorithm.advantages import (
     BASELINES,
+    OF_BATCH,
     SCALES,
     check_group_options,
     group_advantages,
@@ -74,11 +75,89 @@ def test_equal_rewards_are_kept_without_baseline():
     np.testing.assert_array_equal(ours, [1, 1, 1])
 
 
-@pytest.mark.parametrize('scale', ['none', 'batch'])
+@pytest.mark.parametrize('scale', ['none', *OF_BATCH])
 def test_a_group_of_one_without_baseline(scale):
-    check_group_options(1, baseline='critic', scale=scale)
+    check_group_options(1, baseline='none', scale=scale)
+    if scale in ('none', 'batch'):
+        check_group_options(1, baseline='critic', scale=scale)
     ours = advantages(np.float32([0.5]), baseline='none', scale=scale)
     np.testing.assert_array_equal(ours, [0.5])
+
+
+HUGE = (1e30, 1e-30, 3e38, 2.0**-120)
+
+
+@pytest.mark.parametrize('unit', HUGE)
+@pytest.mark.parametrize('scale', ['std', 'population_std'])
+@pytest.mark.parametrize('baseline', OF_A_GROUP)
+def test_rewards_whose_squares_float32_cannot_hold(baseline, scale, unit):
+    """Scaling rewards scales nothing: their deviation, about 1e30 or 1e-30, is divided by."""
+    rewards = np.float32([1, 0, -1, 0.5]) * np.float32(unit)
+    eps = 0.25 * unit
+    ours = advantages(rewards, baseline=baseline, scale=scale, eps=eps)
+    expected = oracle.advantages([1, 0, -1, 0.5], baseline, scale, 0.25)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('unit', HUGE)
+def test_sums_and_means_that_float32_cannot_hold(unit):
+    rewards = np.float32([1, 1, 0, 1]) * np.float32(unit)  # their sum is above 3.4e38 for 3e38
+    centered = np.array([0.25, 0.25, -0.75, 0.25])
+    ours = np.asarray(advantages(rewards, scale='none'), np.float64)
+    np.testing.assert_allclose(ours / unit, centered, rtol=1e-6)
+    ours = np.asarray(advantages(rewards, baseline='leave_one_out', scale='none'), np.float64)
+    np.testing.assert_allclose(ours / unit, centered * 4 / 3, rtol=1e-6)
+    equal = np.full(4, unit, np.float32)
+    assert (np.asarray(advantages(equal, eps=0.0)) == 0).all()
+
+
+@pytest.mark.parametrize('unit', HUGE)
+def test_whitening_of_values_whose_squares_float32_cannot_hold(unit):
+    values = np.float32([[[1, 1], [-0.5, 0.25]]]) * np.float32(unit)
+    mask = np.array([[[1, 1], [1, 0]]], bool)
+    ours = normalize_batch(jnp.asarray(values), mask, eps=0.0)
+    np.testing.assert_allclose(ours, [[[1, 1], [-2, 0]]] / np.sqrt(2), rtol=1e-6)
+
+
+@pytest.mark.parametrize('value', [np.inf, -np.inf, np.nan])
+@pytest.mark.parametrize('scale', SCALES)
+def test_a_reward_that_is_not_finite_is_not_hidden(scale, value):
+    ours = advantages(np.float32([1, value, 0]), scale=scale)
+    assert not np.isfinite(ours).all()
+    values = jnp.float32([[[1, value, 0]]])
+    assert (
+        not np.isfinite(normalize_batch(values, values == values, eps=0.0)).all() or value != value
+    )
+
+
+def test_ordinary_rewards_give_the_bits_that_they_gave_without_scaling():
+    """Division by a power of two is exact; the formula is the one of a textbook, in float32."""
+    rng = np.random.default_rng(0)
+    for rewards in (
+        rng.normal(size=(50, 8)),
+        rng.choice([0, 1], (50, 8)),
+        rng.integers(-99, 99, (50, 8)),
+    ):
+        for r in jnp.asarray(rewards, jnp.float32):
+            mean = r.sum() / 8
+            std = jnp.sqrt(jnp.square(r - mean).sum() / 7)
+            expected = jnp.where(r.max() == r.min(), 0, (r - mean) / (std + 1e-4))
+            np.testing.assert_array_equal(group_advantages(r), expected)
+
+
+@pytest.mark.parametrize(('baseline', 'scale'), [*itertools.product(OF_A_GROUP, SCALES)])
+def test_completions_without_a_reward_are_no_part_of_the_group(baseline, scale):
+    rewards = np.float32([1, np.nan, 0.5, 3, np.nan])
+    scored = np.array([1, 0, 1, 1, 0], bool)
+    ours = advantages(rewards, scored, baseline=baseline, scale=scale)
+    expected = np.zeros(5)
+    expected[scored] = oracle.advantages([1, 0.5, 3], baseline, scale)
+    np.testing.assert_allclose(ours, expected, rtol=1e-5)
+    for alone in (np.arange(5) == 0, np.zeros(5, bool)):
+        if baseline != 'none':
+            assert (
+                np.asarray(advantages(rewards, alone, baseline=baseline, scale=scale)) == 0
+            ).all()
 
 
 def test_normalize_batch_uses_completion_tokens_only():
@@ -119,6 +198,7 @@ def test_groups_are_vmapped():
         (1, {'baseline': 'none', 'scale': 'std'}, r"group_size=1 with .*scale='std'"),
         (4, {'baseline': 'critic', 'scale': 'std'}, r"scale='std' with .*use scale='none' or"),
         (1, {'baseline': 'critic', 'scale': 'population_std'}, r"='population_std' with .*critic"),
+        (4, {'baseline': 'critic', 'scale': 'batch_std'}, r"='batch_std' with .*critic"),
     ],
 )
 def test_errors_name_the_thing_the_value_and_the_remedy(size, options, message):

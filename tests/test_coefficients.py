@@ -29,7 +29,15 @@ from grpo_jax.engine.compute import Compute, choose
 from grpo_jax.engine.policy import Policy, ValueModel
 from grpo_jax.models import KeyValues, ModelConfig, Transformer
 from grpo_jax.run import config, methods, selection
-from grpo_jax.types import Batch, Prompts, Rollout, Sampling, StepRewards, TrainState
+from grpo_jax.types import (
+    Batch,
+    FunctionRewards,
+    Prompts,
+    Rollout,
+    Sampling,
+    StepRewards,
+    TrainState,
+)
 
 B, G, T = SIZE = (3, 4, 5)
 VOCAB = 64  # one for every completion token and every prompt, and one that is unused
@@ -81,6 +89,9 @@ def make_world():
     return SimpleNamespace(
         rollout=Rollout(prompts, tokens, mask, sampled, rng.random((B, G)) < 0.5),
         rewards=rewards,
+        functions=FunctionRewards(
+            rng.uniform(-1, 2, (B, G, 2)).astype(np.float32), np.float32([[1, 0.5]] * B)
+        ),
         correct=np.float32([[1, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]]),
         steps=StepRewards(rng.uniform(-1, 2, SIZE).astype(np.float32), ends),
         policy={'table': policy}, reference={'table': reference}, critic={'table': values},
@@ -105,6 +116,17 @@ def outcome(rewards=W.rewards, baseline='mean', scale='std'):
     """(r - mean) / std of each group, or what takes their place, at all tokens."""
     rows = np.array([oracle.advantages(r, baseline, scale) for r in rewards])
     return np.broadcast_to(rows[..., None], SIZE)
+
+
+def every_token(advantages):
+    return np.broadcast_to(np.array(advantages)[..., None], SIZE)
+
+
+def of_groups(estimator, *arrays):
+    return every_token([estimator(*group) for group in zip(*arrays, strict=True)])
+
+
+PASS_AT_2 = functools.partial(oracle.pass_at_k, k=2, eps=1e-4)
 
 
 def process():
@@ -161,13 +183,14 @@ class Row(NamedTuple):
     coefficient: np.ndarray
 
 
-def row(coefficient, name, rewards=W.rewards, *, microbatch=B, **options):
+def row(coefficient, name, rewards=W.rewards, *, microbatch=B, sampled=W.sampled, **options):
     """A preset, with what differs from it; by default one microbatch, a loop less to compile.
 
     As many completions of a prompt as there are coefficients; without those that the preset drops.
     """
     chosen = methods.apply(config.defaults(), name).grpo
     rollout = first(coefficient.shape[1])
+    rollout = rollout._replace(logprobs=np.float32(sampled[:, : coefficient.shape[1]]))
     if chosen.drop:
         kept, _ = selection.select_completions(rollout, TEXTS, rewards, chosen.drop)
         rollout = rollout._replace(kept=kept)
@@ -186,6 +209,23 @@ def within(weight):
     return np.where((weight > 0.5) & (weight < 2), weight, 0)
 
 
+LIKELY = 2 * W.logp - W.sampled  # of a sampler with a liking for the bad completions
+
+
+def near(advantages, threshold):
+    """Not both bad and far from the policy of a sampler that says `LIKELY`."""
+    gap = np.where(W.mask, LIKELY - W.logp, 0).sum(-1) / W.mask.sum(-1)
+    return (advantages >= 0) | (gap <= threshold)[..., None]
+
+
+def covariance(advantages):
+    """Of every token's log-prob and advantage, about their means over all tokens."""
+    mean, mean_advantage = W.logp[W.mask].mean(), advantages[W.mask].mean()
+    return (W.logp - mean) * (advantages - mean_advantage)
+
+
+LOW, HIGH = 0.1, 0.9
+MIDDLE = (covariance(outcome()) > LOW) & (covariance(outcome()) < HIGH)
 TWO = W.rewards[:, :2]
 CRITIC = {'scale': 'none', 'kl': 'none', 'kl_place': 'loss', 'beta': 0.0}
 STEPS = np.where(W.steps.ends, W.steps.values, 0.0)
@@ -218,10 +258,37 @@ ROWS = {
     'BNPO': row(outcome() + PULL, 'bnpo', microbatch=1, beta=BETA),
     'RLOO': row(outcome(PENALIZED, 'leave_one_out', 'none'), 'rloo', beta=BETA),
     'REINFORCE++': row(whitened(W.rewards[..., None] - PULLS_TO_GO), 'reinforce_pp', beta=BETA),
+    'REINFORCE++, baseline': row(
+        whitened(outcome(scale='none')) - BETA * LOG_RATIO, 'reinforce_pp_baseline', beta=BETA
+    ),
+    'Lite PPO': row(outcome(scale='none') / (W.rewards.std(ddof=1) + 1e-4), 'lite_ppo'),
+    'GPG': row(outcome(scale='none') * 3 / 2, 'gpg'),  # 2 of 3 groups have differences
+    'OPO': row(of_groups(oracle.opo, W.rewards, W.mask.sum(-1)), 'opo'),
+    'GDPO': row(every_token(oracle.gdpo(*W.functions)) + PULL, 'gdpo', W.functions, beta=BETA),
+    'GRPO, pass@k': row(
+        of_groups(oracle.best_minus_second, W.rewards) + PULL, 'grpo_passk', beta=BETA
+    ),
+    'pass@k': row(of_groups(PASS_AT_2, W.rewards) + PULL, 'pass_at_k', pass_k=2, beta=BETA),
     'GSPO': row(outcome(), 'gspo'),
     'GSPO, token': row(outcome(), 'gspo_token'),
     'CISPO': row(outcome(), 'cispo'),
     'SAPO': row(outcome(), 'sapo'),
+    'LUSPO': row(outcome(), 'luspo'),
+    'VESPO': row(outcome(), 'vespo'),
+    'GMPO': row(outcome(), 'gmpo'),
+    'Clip-Cov': row(
+        outcome() * ~MIDDLE, 'clip_cov', cov_share=1.0, cov_low=LOW, cov_high=HIGH
+    ),
+    'unbiased KL': row(outcome() - BETA * LOG_RATIO, 'unbiased_kl', beta=BETA),
+    'off-policy mask': row(
+        outcome() * near(outcome(), 0.05) + PULL, 'off_policy_mask',
+        sampled=LIKELY, beta=BETA, off_policy_threshold=0.05,
+    ),
+    'DeepSeek-V3.2': row(
+        outcome(scale='none') * near(outcome(), 0.5) - BETA * LOG_RATIO, 'deepseek_v32',
+        sampled=LIKELY, beta=BETA, off_policy_threshold=0.5,
+    ),
+    'TRL': row(np.where(WHOLE <= 3, WHOLE, 0) * outcome(), 'trl_defaults'),
     'dual clip': row(outcome() + PULL, 'dual_clip', beta=BETA),
     'TIS': row(np.minimum(MISMATCH, 2) * outcome() + PULL, 'tis', beta=BETA),
     'TIS, sequence': row(np.minimum(WHOLE, 2) * outcome() + PULL, 'tis_sequence', beta=BETA),
@@ -351,9 +418,12 @@ def test_a_reward_of_zero_is_as_good_as_dropping():
 
 
 def test_every_preset_has_a_row():
-    """But for those that change which tokens count, or add what is no multiple of grad log pi."""
+    """But for those that change which tokens count, or add what is no multiple of grad log pi.
+
+    KL-Cov differs from the second inner update on, see `test_coefficient_of_held_back_tokens`.
+    """
     assert {row.preset for row in ROWS.values()} == set(presets.PRESETS) - {
-        'entropy_bonus', 'top_entropy',
+        'entropy_bonus', 'top_entropy', 'kl_cov', 'router_balance',
     }  # fmt: skip
 
 
@@ -363,6 +433,12 @@ def test_the_rows_reach_every_case():
     for kind in (MISMATCH, WHOLE):
         for share in (kind < 0.5, (kind > 0.5) & (kind < 2), kind > 2):
             assert share[used].any()
+    assert (WHOLE[used] > 3).any()
+    for threshold in (0.05, 0.5):
+        for share in (near(outcome(), threshold), ~near(outcome(), threshold)):
+            assert share[used].any()
+    for share in (MIDDLE, covariance(outcome()) < LOW, covariance(outcome()) > HIGH):
+        assert share[used].any()
     one, other = ROWS['hinge'].coefficient[:2, 0, 0]
     assert {abs(one), abs(other)} == {0, 0.5}
     assert (ROWS['DPO'].coefficient[2] == 0).all()  # without a preference
@@ -402,6 +478,14 @@ OFF_POLICY = {
     ),
     'cispo': ({'loss': 'cispo'} | CLIP, lambda r, a: np.clip(r, 0.8, 1.28) * a),
     'sapo': ({'loss': 'sapo'} | TAU, lambda r, a: a * gate(r, 1.5 if a > 0 else 2.5)),
+    'vespo': (
+        {'loss': 'vespo'},
+        lambda r, a: a * (r**2 * np.exp(3 - 3 * r) if a > 0 else r**3 * np.exp(2 - 2 * r)),
+    ),
+    'gmpo': (
+        {'loss': 'gmpo', 'clip_low': -np.log(0.8), 'clip_high': np.log(1.28)},
+        inside,
+    ),
 }
 
 
@@ -437,6 +521,47 @@ def test_pull_of_the_reference(name, low):
     pull = {'k3': ref - 1, 'k2': np.log(ref)}[name]
     size = {'k3': ref - np.log(ref) - 1, 'k2': np.log(ref) ** 2 / 2}[name]
     close(ours[:, 0], BETA * np.where((size > low) & (low > 0), 0, pull))
+
+
+@pytest.mark.parametrize(
+    ('name', 'pull'),
+    [('k3', lambda log_ratio: log_ratio), ('k1', lambda log_ratio: 1 + log_ratio)],
+)
+def test_pull_of_the_reference_with_the_ratio(name, pull):
+    """The gradient of pi/old * k, over the policy that sampled that of the reverse KL."""
+    now, group = one_token_each(RATIOS, 0.0)
+    group = group._replace(ref_logprobs=now + np.log(RATIOS)[::-1, None])
+    ours = coefficient(now, group, beta=BETA, kl=name, unbiased_kl=True)
+    close(ours[:, 0], -BETA * RATIOS * pull(-np.log(RATIOS)[::-1]))
+
+
+def test_pull_of_the_reference_is_that_of_the_reverse_kl():
+    """Over all tokens of a distribution, weighted by how often another policy samples them."""
+    rng = np.random.default_rng(0)
+    logits, old, ref = rng.standard_normal((3, 9))
+    old, ref = (log_softmax(x)[:, None] for x in (old, ref))
+    rollout = Rollout(None, None, np.ones((9, 1), bool), None, None)
+    group = Batch(rollout, np.zeros((9, 1)), None, ref_logprobs=ref, old_logprobs=old)
+    p = np.exp(log_softmax(logits))
+    exact = p * (log_softmax(logits) - ref[:, 0] - (p * (log_softmax(logits) - ref[:, 0])).sum())
+    for name, unbiased in (('k3', True), ('k1', True), ('k3', False)):
+        options = {'beta': 1.0, 'kl': name, 'unbiased_kl': unbiased}
+        c = coefficient(log_softmax(logits)[:, None], group, **options)[:, 0]
+        loss_gradient = -np.exp(old[:, 0]) * c  # by each token's log-prob
+        by_logits = loss_gradient - p * loss_gradient.sum()
+        assert np.allclose(by_logits, exact, atol=1e-5) == unbiased
+
+
+@pytest.mark.parametrize('advantage', [1.5, -1.5])
+def test_coefficient_of_held_back_tokens(advantage):
+    """KL-Cov: r A, less the slope of |log r| where the covariance is high."""
+    now, group = one_token_each(RATIOS, advantage)
+    chosen = np.arange(len(RATIOS))[:, None] % 2 == 0
+    group = group._replace(high_covariance=chosen)
+    options = {'loss': 'surrogate', 'covariance': 'kl', 'inner_updates': 2, 'cov_kl': 0.7}
+    ours = coefficient(now, group, **options)
+    held = np.where(chosen[:, 0], 0.7 * np.sign(np.log(RATIOS)), 0)
+    close(ours[:, 0], RATIOS * advantage - held)
 
 
 @pytest.mark.parametrize('level', ['sequence', 'sequence_token'])

@@ -253,20 +253,21 @@ MASK = np.array([[[1, 1, 0], [1, 0, 0]], [[1, 1, 1], [0, 0, 0]]], bool)
         ('sequence_mean', [[[1 / 8, 1 / 8, 0], [1 / 4, 0, 0]], [[1 / 12] * 3, [0, 0, 0]]]),
         ('token_mean', [[[1 / 6, 1 / 6, 0], [1 / 6, 0, 0]], [[1 / 6] * 3, [0, 0, 0]]]),
         ('constant', [[[1 / 12, 1 / 12, 0], [1 / 12, 0, 0]], [[1 / 12] * 3, [0, 0, 0]]]),
+        ('sequence_sum', [[[1 / 4, 1 / 4, 0], [1 / 4, 0, 0]], [[1 / 4] * 3, [0, 0, 0]]]),
     ],
 )
 def test_weights_by_hand(aggregation, expected):
     np.testing.assert_allclose(token_weights(MASK, aggregation=aggregation), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize('aggregation', ['sequence_mean', 'token_mean', 'constant'])
+@pytest.mark.parametrize('aggregation', ['sequence_mean', 'token_mean', 'constant', 'sequence_sum'])
 def test_weights_of_ragged_rows(aggregation, rollout):
     ours = token_weights(rollout.mask, aggregation=aggregation)
     np.testing.assert_allclose(ours, oracle.weights(rollout.mask, aggregation), rtol=1e-6)
 
 
 def test_weights_of_nothing_are_zero():
-    for aggregation in ('sequence_mean', 'token_mean', 'constant'):
+    for aggregation in ('sequence_mean', 'token_mean', 'constant', 'sequence_sum'):
         assert (
             np.asarray(token_weights(np.zeros((2, 2, 3), bool), aggregation=aggregation)) == 0
         ).all()

@@ -95,34 +95,42 @@ def test_surrogate():
     np.testing.assert_allclose(slopes, want, rtol=1e-5)
 
 
-def clip_masks(loss, low, high):
+def clip_counts(loss, low, high):
+    """What the metrics count at each point of the grid, as a completion of one token."""
     algorithm = Algorithm(loss=loss, clip_low=low, clip_high=high)
-    return metrics._clip_masks(algorithm, *map(jnp.asarray, (LOGPROB, OLD, ADVANTAGE)))
+
+    def of_token(log_ratio, advantage):
+        one = jnp.ones((1, 1))
+        return metrics._clip_terms(algorithm, log_ratio * one, advantage * one, one > 0)
+
+    return jax.vmap(of_token)(jnp.asarray(LOGPROB - OLD)[0], jnp.asarray(ADVANTAGE)[0])
 
 
 @pytest.mark.parametrize(('low', 'high'), BOUNDS)
-def test_clip_masks_say_where_the_gradient_is_cut(low, high):
-    below, above = clip_masks('clipped', low, high)
+def test_clip_counts_say_where_the_gradient_is_cut(low, high):
+    counts = clip_counts('clipped', low, high)
     _, slopes = value_and_slope(
         losses.clipped, LOGPROB, OLD, ADVANTAGE, clip_low=low, clip_high=high
     )
     cut = (np.asarray(slopes) == 0) & (ADVANTAGE != 0)
-    np.testing.assert_array_equal(below, cut & (LOGPROB < OLD))
-    np.testing.assert_array_equal(above, cut & (LOGPROB > OLD))
-    assert below.any()
-    assert above.any()
+    np.testing.assert_array_equal(counts['clip_low'], (cut & (LOGPROB < OLD))[0])
+    np.testing.assert_array_equal(counts['clip_high'], (cut & (LOGPROB > OLD))[0])
+    assert counts['clip_low'].any()
+    assert counts['clip_high'].any()
 
 
 @pytest.mark.parametrize(('low', 'high'), BOUNDS)
-def test_clip_masks_say_where_a_weight_is_bounded(low, high):
-    """CISPO's slope is A times the ratio but there, for either sign."""
-    below, above = clip_masks('cispo', low, high)
+def test_clip_counts_say_where_a_weight_is_bounded(low, high):
+    """CISPO's slope is A times the ratio but there; as in TRL, counted above and where A > 0."""
+    counts = clip_counts('cispo', low, high)
     _, slopes = value_and_slope(losses.cispo, LOGPROB, OLD, ADVANTAGE, clip_low=low, clip_high=high)
     bounded = ~np.isclose(slopes, -ADVANTAGE * np.exp(LOGPROB - OLD), rtol=1e-5)
-    moved = (np.asarray(below) | np.asarray(above)) & (ADVANTAGE != 0)
-    np.testing.assert_array_equal(moved, bounded)
-    assert (moved & (ADVANTAGE > 0) & (LOGPROB > OLD)).any()
-    assert (moved & (ADVANTAGE < 0) & (LOGPROB > OLD)).any()
+    for side in (LOGPROB > OLD, LOGPROB < OLD):
+        for sign in (1, -1):
+            assert (bounded & side & (sign * ADVANTAGE > 0)).any()
+    expected = bounded & (LOGPROB > OLD) & (ADVANTAGE > 0)
+    np.testing.assert_array_equal(counts['clip_high'], expected[0])
+    assert 'clip_low' not in counts
 
 
 @pytest.mark.parametrize('name', ['k1', 'k2', 'k3'])

@@ -130,12 +130,24 @@ def test_replacing_a_coefficient_changes_the_terms():
 PAIR = {'loss': 'dpo', 'scale': 'none', 'kl': 'none'}
 TRUST = {'loss': 'surrogate', 'step': 'trust_region', 'kl': 'none'}
 CRITIC = {'baseline': 'critic', 'scale': 'batch'}
+CLIP_COV = {'covariance': 'clip'}
+KL_COV = {'covariance': 'kl', 'inner_updates': 2}
 USED = {  # coefficient -> another value, options that use it, options that do not
     'clip_low': (0.3, [{}, {'loss': 'cispo'}], [{'loss': 'sapo'}, {'loss': 'nll'}, PAIR, TRUST]),
     'clip_high': (0.3, [{}, {'loss': 'cispo'}], [{'loss': 'sapo'}, {'loss': 'nll'}, PAIR, TRUST]),
     'dual_clip': (3.0, [{}], [{'loss': 'cispo'}, {'loss': 'sapo'}, PAIR]),
     'tau_positive': (2.0, [{'loss': 'sapo'}], [{}, {'loss': 'cispo'}]),
     'tau_negative': (2.0, [{'loss': 'sapo'}], [{}, {'loss': 'cispo'}]),
+    'vespo_k_positive': (1.0, [{'loss': 'vespo'}], [{}, {'loss': 'gmpo'}]),
+    'vespo_k_negative': (1.0, [{'loss': 'vespo'}], [{}, {'loss': 'gmpo'}]),
+    'vespo_lambda_positive': (1.0, [{'loss': 'vespo'}], [{}, {'loss': 'gmpo'}]),
+    'vespo_lambda_negative': (1.0, [{'loss': 'vespo'}], [{}, {'loss': 'gmpo'}]),
+    'off_policy_threshold': (0.5, [{}, {'loss': 'vespo'}], [PAIR, PAIR | {'loss': 'ipo'}]),
+    'router_balance': (0.1, [{}, {'loss': 'nll'}], [TRUST]),
+    'cov_share': (0.1, [CLIP_COV, KL_COV], [{}]),
+    'cov_low': (0.5, [CLIP_COV], [{}, KL_COV]),
+    'cov_high': (3.0, [CLIP_COV], [{}, KL_COV]),
+    'cov_kl': (0.5, [KL_COV], [{}, CLIP_COV]),
     'importance_cap': (3.0, [{'importance': 'token'}, {'importance': 'sequence_mask'}], [{}]),
     'kl_clamp': (10.0, [{}, {'kl': 'k2'}], [{'kl': 'none'}, PAIR]),
     'reference_decay': (0.9, [{}, PAIR], [{'kl': 'none'}]),
@@ -199,6 +211,24 @@ def test_a_part_of_a_term_of_weight_zero_has_no_effect(name):
         ({'cg_steps': 5}, r"^cg_steps=5 has no effect with step='optimizer': remove it"),
         ({'kl': 'none', 'kl_place': 'reward'}, r"^kl_place='reward' has no effect with kl='none'"),
         ({'loss': 'nll', 'ratio': 'sequence'}, r"^ratio='sequence' has no effect with loss='nll'"),
+        ({'loss': 'gmpo', 'ratio': 'sequence'}, "^ratio='sequence' has no effect with loss='gmpo'"),
+        ({'loss': 'vespo', 'ratio': 'sequence'}, "^ratio='sequence' has no effect with loss='vesp"),
+        ({'loss': 'vespo', 'importance': 'sequence'}, r"^importance='sequence' with loss='vespo'"),
+        ({'kl': 'k2'}, r"^kl='k2' has no effect with beta=0.0: remove it$"),
+        ({'kl': 'k1', 'kl_place': 'reward'}, r"^kl='k1' has no effect with beta=0.0: remove it$"),
+        ({'kl_place': 'reward'}, r"^kl_place='reward' has no effect with beta=0.0: remove it$"),
+        ({'unbiased_kl': True}, r'^unbiased_kl=True has no effect with beta=0.0: remove it$'),
+        (
+            {'unbiased_kl': True, 'beta': 0.1, 'kl': 'k1', 'kl_place': 'reward'},
+            r"^unbiased_kl=True has no effect with kl_place='reward': remove it$",
+        ),
+        ({'unbiased_kl': True, 'beta': 0.1, 'kl': 'k2'}, r"^unbiased_kl=True with kl='k2', whose"),
+        ({'kl': 'k1', 'beta': 0.1}, r"^kl='k1' with kl_place='loss' has an expected"),
+        ({'covariance': 'kl'}, r"^covariance='kl' has no effect with inner_updates=1: remove it$"),
+        ({'covariance': 'all'}, r"^covariance='all' is unknown: use one of none, clip, kl$"),
+        ({**PAIR, 'beta': 0.1, **CLIP_COV}, r"^covariance='clip' with loss='dpo': preference"),
+        ({'off_policy_threshold': -1.0}, r'^off_policy_threshold=-1.0 is out of range: .* least 0'),
+        ({**CLIP_COV, 'cov_high': float('inf')}, r'^cov_high=inf is out of range: make it finite$'),
         ({'loss': squared, 'clip_low': 0.1}, r"^clip_low=0.1 has no effect with loss='squared'"),
         ({'advantage_estimator': abs, 'scale': 'none'}, r"^scale='none' has no effect with an adv"),
         ({'clip_low': -0.1}, r'^clip_low=-0.1 is out of range: make it at least 0$'),
@@ -319,7 +349,9 @@ def test_the_presets():
         'rft', 'online_rft', 'dpo', 'ipo', 'dpo_hinge', 'dpo_smoothed', 'ppo', 'trpo', 'grpo',
         'grpo_process', 'dr_grpo', 'dapo', 'bnpo', 'rloo', 'reinforce_pp', 'gspo', 'gspo_token',
         'cispo', 'sapo', 'dual_clip', 'tis', 'tis_sequence', 'masked_is', 'masked_is_sequence',
-        'entropy_bonus', 'top_entropy',
+        'entropy_bonus', 'top_entropy', 'luspo', 'vespo', 'gmpo', 'clip_cov', 'kl_cov',
+        'unbiased_kl', 'off_policy_mask', 'deepseek_v32', 'trl_defaults', 'router_balance',
+        'reinforce_pp_baseline', 'lite_ppo', 'gpg', 'opo', 'gdpo', 'grpo_passk', 'pass_at_k',
     }  # fmt: skip
 
 
@@ -355,6 +387,25 @@ TABLE = {
         {},
         {},
     ),
+    'reinforce_pp_baseline': ({'scale': 'batch', 'aggregation': 'token_mean', 'kl': 'k2'}, {}, {}),
+    'lite_ppo': (
+        {'scale': 'batch_std', 'aggregation': 'token_mean', **NO_KL},
+        {'beta': 0.0},
+        {},
+    ),
+    'gpg': (
+        {'loss': 'nll', 'scale': 'informative', 'aggregation': 'token_mean', **NO_KL},
+        {'beta': 0.0},
+        {},
+    ),
+    'opo': (
+        {'advantage_estimator': 'opo', 'aggregation': 'token_mean', **NO_KL},
+        {'beta': 0.0},
+        {},
+    ),
+    'gdpo': ({'reward_aggregation': 'normalize_then_sum', 'scale': 'batch_std'}, {}, {}),
+    'grpo_passk': ({'advantage_estimator': 'best_minus_second'}, {}, {}),
+    'pass_at_k': ({'advantage_estimator': 'pass_at_k', 'pass_k': 4}, {}, {}),
     'ppo': (
         {'baseline': 'critic', 'scale': 'batch', 'aggregation': 'token_mean', **KL_IN_REWARD},
         {},
@@ -372,11 +423,53 @@ TABLE = {
         {'beta': 0.0, 'tau_positive': 1.0, 'tau_negative': 1.05},
         {},
     ),
+    'luspo': (
+        {'ratio': 'sequence', 'aggregation': 'sequence_sum', **NO_KL},
+        {'beta': 0.0, 'clip_low': 2e-3, 'clip_high': 2.5e-3},
+        {},
+    ),
+    'vespo': (
+        {'loss': 'vespo', 'aggregation': 'token_mean', **NO_KL},
+        {
+            'beta': 0.0,
+            'vespo_k_positive': 2.0,
+            'vespo_lambda_positive': 3.0,
+            'vespo_k_negative': 3.0,
+            'vespo_lambda_negative': 2.0,
+        },
+        {},
+    ),
+    'gmpo': ({'loss': 'gmpo', **NO_KL}, {'beta': 0.0, 'clip_low': 0.4, 'clip_high': 0.4}, {}),
+    'clip_cov': (
+        {'covariance': 'clip', 'aggregation': 'token_mean', **NO_KL},
+        {'beta': 0.0, 'cov_share': 2e-4, 'cov_low': 1.0, 'cov_high': 5.0},
+        {},
+    ),
+    'kl_cov': (
+        {
+            'loss': 'surrogate',
+            'covariance': 'kl',
+            'aggregation': 'token_mean',
+            'inner_updates': 2,
+            **NO_KL,
+        },
+        {'beta': 0.0, 'cov_share': 2e-4, 'cov_kl': 1.0},
+        {},
+    ),
+    'unbiased_kl': ({'unbiased_kl': True}, {}, {}),
+    'off_policy_mask': ({}, {'off_policy_threshold': 0.5}, {}),
+    'deepseek_v32': ({'unbiased_kl': True, 'scale': 'none'}, {'off_policy_threshold': 0.5}, {}),
+    'trl_defaults': (
+        {'aggregation': 'token_mean', 'importance': 'sequence_upper_mask', **NO_KL},
+        {'beta': 0.0, 'importance_cap': 3.0, 'clip_low': 0.2, 'clip_high': 0.2},
+        {},
+    ),
     'dual_clip': ({}, {'dual_clip': 3.0}, {}),
     'tis': ({'importance': 'token'}, {'importance_cap': 2.0}, {}),
     'tis_sequence': ({'importance': 'sequence'}, {'importance_cap': 2.0}, {}),
     'masked_is': ({'importance': 'token_mask'}, {'importance_cap': 2.0}, {}),
     'masked_is_sequence': ({'importance': 'sequence_mask'}, {'importance_cap': 2.0}, {}),
+    'router_balance': ({}, {'router_balance': 1e-3}, {}),
     'entropy_bonus': ({}, {'entropy_bonus': 1e-3}, {}),
     'top_entropy': ({}, {'top_entropy': 0.2}, {}),
     'trpo': (
@@ -433,12 +526,12 @@ def test_no_two_presets_are_the_same():
 @pytest.mark.parametrize('name', presets.PRESETS)
 def test_presets_do_not_pile_up(name):
     """Whichever came before; beta too."""
-    alone = methods.apply(arithmetic(), name).to_dict()
+    alone, config = methods.apply(arithmetic(), name), arithmetic()
     for before in presets.PRESETS:
-        config = methods.apply(methods.apply(arithmetic(), before), name)
+        methods.apply(methods.apply(config, before), name)
         if before == 'trpo':  # has removed the optimizer's settings
-            config.grpo.optimizer = methods.apply(arithmetic(), name).grpo.optimizer
-        assert config.to_dict() == alone, before
+            config.grpo.optimizer.update(alone.grpo.optimizer)
+        assert config == alone, before
 
 
 def test_grpo_after_dapo_has_its_kl_term():
@@ -457,30 +550,38 @@ def test_an_unknown_preset():
 
 # Conventions
 
-CONVENTIONS = {  # how the standard deviation is taken, what is added to it, bound of the KL term
-    'trl': ('std', 1e-4, 0.0),
-    'verl': ('std', 1e-6, 10.0),
-    'open_instruct': ('population_std', 1e-8, 0.0),
+# How the standard deviation is taken, what is added to it, bound and ratio of the KL term.
+CONVENTIONS = {
+    'trl': ('std', 1e-4, 0.0, True),
+    'verl': ('std', 1e-6, 10.0, False),
+    'open_instruct': ('population_std', 1e-8, 0.0, False),
 }
 
 
 @pytest.mark.parametrize('name', presets.CONVENTIONS)
 def test_conventions(name):
-    """They change those of three values that the method uses, and nothing else."""
-    scale, eps, clamp = CONVENTIONS[name]
-    for before in ('grpo', 'bnpo', 'dual_clip', 'rloo'):
+    """They change those of four values that the method uses, and nothing else."""
+    scale, eps, clamp, unbiased = CONVENTIONS[name]
+    for before in ('grpo', 'bnpo', 'dual_clip', 'unbiased_kl', 'rloo'):
         config = methods.apply(arithmetic(), before)
         config.grpo.algorithm.kl_clamp = 5.0
         expected = config.to_dict()
         if before != 'rloo':
             expected['grpo']['algorithm'] |= {'scale': scale, 'advantage_eps': eps}
+            expected['grpo']['algorithm'] |= {'unbiased_kl': unbiased}
         expected['grpo']['algorithm'] |= {'kl_clamp': clamp}
         assert methods.apply(config, name).to_dict() == expected
         assert algorithm_of(config).kl_clamp == clamp
-    for before in ('dapo', 'ppo', 'dr_grpo'):
-        config = methods.apply(methods.apply(arithmetic(), before), name)
+    config = plain(kl='k2')  # whose gradient is already that of the reverse KL
+    assert not algorithm_of(methods.apply(config, name)).unbiased_kl
+    for before in ('dapo', 'ppo', 'dr_grpo', 'grpo'):
+        config = methods.apply(arithmetic(), before)
+        if before == 'grpo':
+            config.grpo.algorithm.beta = 0.0
+        methods.apply(config, name)
         assert algorithm_of(config)
-        assert config.grpo.algorithm.scale == {'dapo': scale, 'ppo': 'batch'}.get(before, 'none')
+        assert config.grpo.algorithm.scale == {'ppo': 'batch', 'dr_grpo': 'none'}.get(before, scale)
+        assert not config.grpo.algorithm.unbiased_kl
 
 
 # Config files

@@ -120,6 +120,9 @@ def test_options_that_packing_does_not_have(options, message):
     [
         ({'ratio': 'sequence'}, r"ratio='sequence'.*, which need whole completions"),
         ({'importance': 'sequence'}, r"importance='sequence', which need whole completions"),
+        ({'off_policy_threshold': 0.5}, r'off_policy_threshold=0.5, which need whole completions'),
+        ({'loss': 'vespo'}, r"loss='vespo', .* which need whole completions"),
+        ({'loss': 'gmpo'}, r"loss='gmpo', .* which need whole completions"),
         (
             {'loss': 'dpo', 'scale': 'none', 'kl': 'none', 'beta': 0.1},
             r"rows=2 with loss='dpo', which compares whole groups",

@@ -133,7 +133,7 @@ def test_no_kl_term_beside_the_margin(name):
 
 def test_names():
     assert set(PAIRWISE) < set(LOSSES)
-    assert len(LOSSES) == 8
+    assert len(LOSSES) == 10
     for name in LOSSES:
         assert LOSSES[name] is getattr(losses, name)
 

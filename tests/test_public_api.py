@@ -127,7 +127,7 @@ def broken(logprobs, advantages):
 def test_a_traceback_from_the_step_to_the_loss_is_short():
     """Frames of this package from `train_step` to the loss, both counted.
 
-    The loss is evaluated abstractly first: a mistake shows there, and not inside of the engine.
+    The loss is traced before the engine's loops, which then reuse the trace: see test_checks.py.
     """
     with pytest.raises(RuntimeError, match='a mistake in a loss') as caught:
         train(grpo_jax.Algorithm(loss=broken))

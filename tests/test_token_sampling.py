@@ -7,10 +7,10 @@ import pytest
 import tiny
 from scipy import stats
 
-from grpo_jax.engine.token_sampling import check_sampling, draw
+from grpo_jax.engine.token_sampling import check_sampling, completion_keys, draw
 from grpo_jax.types import Sampling
 
-drawing = jax.jit(draw)
+drawing = jax.jit(lambda *args: draw(*args)[:2])
 
 
 @pytest.mark.parametrize('name', tiny.FILTERS)
@@ -83,3 +83,23 @@ def test_good_sampling():
     check_sampling(Sampling(temperature=0.0), greedy=True)
     with pytest.raises(ValueError, match=r'temperature=-1.0: make it at least 0$'):
         check_sampling(Sampling(temperature=-1.0), greedy=True)
+
+
+def keys_of(index, group_size=3):
+    keys = jax.jit(completion_keys, static_argnums=3)(5, 7, np.int32(index), group_size)
+    return np.asarray(jax.random.key_data(keys)).reshape(len(index), group_size, -1)
+
+
+def key_by_hand(prompt, completion):
+    key = jax.random.fold_in(jax.random.key(5), 7)
+    return jax.random.key_data(jax.random.fold_in(jax.random.fold_in(key, prompt), completion))
+
+
+def test_copies_of_a_prompt_have_keys_of_their_own():
+    """The n-th copy goes on counting completions; prompts that occur once are as if alone."""
+    keys = keys_of([4, 9, 4, 4, 2])
+    assert len({key.tobytes() for key in keys.reshape(15, -1)}) == 15
+    for place, prompt, copy in ((0, 4, 0), (1, 9, 0), (2, 4, 1), (3, 4, 2), (4, 2, 0)):
+        for g in range(3):
+            np.testing.assert_array_equal(keys[place, g], key_by_hand(prompt, 3 * copy + g))
+    np.testing.assert_array_equal(keys_of([2, 9]), keys[[4, 1]])

@@ -17,15 +17,18 @@ import oracle
 import pytest
 import tiny
 import typechecking
+from hypothesis import given
+from hypothesis import strategies as st
 
 from benchmarks.flops import count_flops
+from grpo_jax.algorithm import losses
 from grpo_jax.algorithm.config import COEFFICIENTS, Algorithm
-from grpo_jax.algorithm.logprobs import completion_logprobs
+from grpo_jax.algorithm.logprobs import completion_logprobs, highest_entropy
 from grpo_jax.algorithm.optimizer import adamw
 from grpo_jax.algorithm.program import init_state, make_train_step
 from grpo_jax.algorithm.update import train_step
 from grpo_jax.engine.compute import Compute
-from grpo_jax.types import Prompts, Rollout, Sampling, TrainState
+from grpo_jax.types import Batch, Prompts, Rollout, Sampling, TrainState
 
 RATE = 3.0  # large: two inner updates must leave the clip range
 RECORDER = optax.sgd(RATE, momentum=0.0)  # its trace is the last gradient
@@ -192,18 +195,20 @@ def test_second_inner_update_uses_the_first_ones_logprobs(outcome, rollout, rewa
     ours = outcome('two inner updates')
     expected = Expected({'inner_updates': 2}, rollout, rewards)
     assert tiny.gap(ours.params, expected.params) <= 1e-4  # RATE times the gradient's tolerance
-    low, high = [], []  # of each update and group, its tokens
-    for ratio, b in itertools.product(expected.ratios, range(4)):
-        mask, sign = rollout.mask[b], expected.advantages[b]
-        low.append(((ratio[b] < 1 - CLIP_LOW) & (sign < 0))[mask])
-        high.append(((ratio[b] > 1 + CLIP_HIGH) & (sign > 0))[mask])
+    low, high = [], []  # of each update and completion, its tokens
+    for ratio, *place in itertools.product(expected.ratios, range(4), range(3)):
+        place = tuple(place)
+        mask, sign = rollout.mask[place], expected.advantages[place]
+        low.append(((ratio[place] < 1 - CLIP_LOW) & (sign < 0))[mask])
+        high.append(((ratio[place] > 1 + CLIP_HIGH) & (sign > 0))[mask])
     over_tokens = [np.concatenate(x).mean() for x in (low, high)]
+    in_completions = [np.array([x.mean() for x in y]).reshape(2, 12) for y in (low, high)]
     assert min(over_tokens) > 0
     metrics = {
         'clip_ratio/low_mean': over_tokens[0],
-        'clip_ratio/low_min': min(x.mean() for x in low),
+        'clip_ratio/low_min': in_completions[0].min(1).mean(),
         'clip_ratio/high_mean': over_tokens[1],
-        'clip_ratio/high_max': max(x.mean() for x in high),
+        'clip_ratio/high_max': in_completions[1].max(1).mean(),
         'clip_ratio/region_mean': sum(over_tokens),
     }
     assert {name: ours.metrics[name] for name in metrics} == pytest.approx(metrics, abs=1e-6)
@@ -255,9 +260,12 @@ def test_nothing_outside_the_mask_matters(rollout, rewards, outcome):
 
 
 SAPO = ('tau_positive', 'tau_negative')
-# Read by other programs: a moving reference, preferences, a critic and a trust region.
+# Read by other programs: a moving reference, preferences, a critic, a trust region, other losses,
+# and terms that are off here.
 ELSEWHERE = (
     'reference_decay', 'label_smoothing', 'gamma', 'lam', 'value_clip', 'max_kl', 'damping',
+    'vespo_k_positive', 'vespo_k_negative', 'vespo_lambda_positive', 'vespo_lambda_negative',
+    'off_policy_threshold', 'router_balance', 'cov_share', 'cov_low', 'cov_high', 'cov_kl',
 )  # fmt: skip
 
 
@@ -374,7 +382,6 @@ def test_only_the_passes_that_are_needed(model):
     assert one_pass < plain / 3
     assert flops(ref) == plain + one_pass
     assert flops(ref, kl_place='reward') == plain + 2 * one_pass
-    assert flops(None, kl_place='reward') == plain
     assert flops(None, inner_updates=3) == 3 * plain + one_pass
     assert flops(ref, inner_updates=3) == 3 * plain + 2 * one_pass
     assert flops(None, microbatch=2) == plain
@@ -531,3 +538,34 @@ def test_rewards_of_another_shape_than_the_rollout(shape, rollout):
     algorithm = Algorithm(baseline='none', scale='none')
     with typechecking.off(), pytest.raises(ValueError, match=r'rewards.*4, 3'):
         call(algorithm, rollout, np.ones(shape, np.float32))
+
+
+def test_only_tokens_of_high_entropy_have_a_policy_loss_but_all_have_a_kl(rollout):
+    """As in TRL; the bonus is that of the selected tokens."""
+    rng = np.random.default_rng(0)
+    logprobs, ref, advantages, entropy = (
+        jnp.asarray(rng.uniform(-3, -1, rollout.mask.shape[1:]), jnp.float32) for _ in range(4)
+    )
+    part = Rollout(None, None, jnp.asarray(rollout.mask[0]), logprobs, None)
+    group = Batch(part, advantages, logprobs, ref, logprobs)
+    selected = jnp.asarray(rng.random(entropy.shape) < 0.5)
+    algorithm = Algorithm(beta=0.5, top_entropy=0.5, entropy_bonus=0.25)
+    whole, kl = losses.policy_loss(algorithm, logprobs, group, entropy)
+    ours, same = losses.policy_loss(algorithm, logprobs, group._replace(selected=selected), entropy)
+    np.testing.assert_array_equal(kl, same)
+    np.testing.assert_allclose(ours, jnp.where(selected, whole, 0.5 * kl), rtol=1e-6)
+
+
+@given(seed=st.integers(0, 10**6), share=st.floats(0.01, 1))
+def test_high_entropy_is_that_above_a_quantile(seed, share):
+    """By linear interpolation, as `np.quantile` and TRL's `torch.quantile` have it."""
+    rng = np.random.default_rng(seed)
+    entropy = jnp.asarray(rng.random((2, 3, 7)), jnp.float32)
+    mask = rng.random(entropy.shape) < 0.7
+    mask[0, 0, 0] = True
+    position = (1 - share) * (mask.sum() - 1)
+    if abs(position - round(position)) < 1e-3:
+        return  # where rounding decides
+    bound = np.quantile(np.asarray(entropy, np.float64)[mask], 1 - share)
+    expected = mask & (np.asarray(entropy) >= bound)
+    np.testing.assert_array_equal(highest_entropy(entropy, jnp.asarray(mask), share), expected)

@@ -17,6 +17,7 @@ import pytest
 from grpo_jax.algorithm import losses
 from grpo_jax.algorithm.advantages import group_advantages, normalize_batch, process_advantages
 from grpo_jax.algorithm.config import COEFFICIENTS, Algorithm
+from grpo_jax.algorithm.covariance import choose_tokens
 from grpo_jax.algorithm.critic import gae
 from grpo_jax.algorithm.logprobs import token_weights
 from grpo_jax.types import Batch, Prompts, Rollout
@@ -33,11 +34,36 @@ VARIANTS = {
     'GSPO, token': {'ratio': 'sequence_token', 'clip_low': 3e-4, 'clip_high': 4e-4},
     'CISPO': {'loss': 'cispo', 'clip_low': 1.0, 'clip_high': 2.0},
     'SAPO': {'loss': 'sapo'},
+    'LUSPO': {'ratio': 'sequence', 'aggregation': 'sequence_sum', 'clip_low': 2e-3},
+    'VESPO': {'loss': 'vespo', 'aggregation': 'token_mean'},
+    'VESPO, truncated': {'loss': 'vespo', 'importance': 'token', 'importance_cap': 1.1},
+    'VESPO, masked': {'loss': 'vespo', 'importance': 'token_upper_mask', 'importance_cap': 1.2},
+    'GMPO': {'loss': 'gmpo', 'clip_low': 0.05, 'clip_high': 0.1},
+    'unbiased KL': {'unbiased_kl': True},
+    'unbiased KL, k1': {'unbiased_kl': True, 'kl': 'k1'},
+    'unbiased KL, GSPO': {'unbiased_kl': True, 'ratio': 'sequence', 'kl_clamp': 0.05},
+    'unbiased KL, GSPO, token': {'unbiased_kl': True, 'ratio': 'sequence_token'},
+    'off-policy mask': {'off_policy_threshold': 0.05},
+    'off-policy mask, CISPO': {
+        'off_policy_threshold': 0.05,
+        'loss': 'cispo',
+        'importance': 'token',
+    },
+    'Clip-Cov': {'covariance': 'clip', 'cov_share': 1.0, 'cov_low': 0.05, 'cov_high': 0.5},
+    'KL-Cov': {'covariance': 'kl', 'cov_share': 0.3, 'loss': 'surrogate', 'inner_updates': 2},
+    'KL-Cov, truncated': {
+        'covariance': 'kl',
+        'cov_share': 0.1,
+        'inner_updates': 2,
+        'importance': 'token',
+    },
     'dual clip': {'dual_clip': 3.0},
     'truncated importance': {'importance': 'token', 'importance_cap': 1.1},
     'truncated, sequence': {'importance': 'sequence', 'importance_cap': 1.2},
     'masked importance': {'importance': 'token_mask', 'importance_cap': 1.1},
     'masked, sequence': {'importance': 'sequence_mask', 'importance_cap': 1.5},
+    'masked above': {'importance': 'token_upper_mask', 'importance_cap': 1.1},
+    'masked above, sequence': {'importance': 'sequence_upper_mask', 'importance_cap': 1.2},
     'KL clamp': {'kl_clamp': 0.05},
     'population std': {'scale': 'population_std'},
     'nll': {'loss': 'nll', 'baseline': 'none', 'scale': 'none'},
@@ -45,6 +71,7 @@ VARIANTS = {
     'PPO': {'baseline': 'critic', 'scale': 'batch', 'kl': 'none', 'gamma': 0.99, 'lam': 0.95},
     'process': {'supervision': 'process'},
     'process, population std': {'supervision': 'process', 'scale': 'population_std'},
+    'process, off-policy mask': {'supervision': 'process', 'off_policy_threshold': 0.05},
     'process, no std': {'supervision': 'process', 'scale': 'none'},
     'process, REINFORCE++': {'supervision': 'process', 'baseline': 'none', 'scale': 'batch'},
 }
@@ -105,8 +132,12 @@ def ours(case, algorithm):
         weights = token_weights(mask, aggregation=a.aggregation, microbatch=2)
         rollout = Rollout(Prompts(None, None, None), None, mask, jnp.asarray(case['sampled']), None)
         ref = None if a.kl == 'none' else jnp.asarray(case['ref'])
-        batch = Batch(rollout, advantages, weights, ref, jnp.asarray(case['old']))
+        old, chosen = jnp.asarray(case['old']), None
+        if a.covariance != 'none':
+            chosen = choose_tokens(a, old, advantages, mask, jnp.int32(0))
+        batch = Batch(rollout, advantages, weights, ref, old, high_covariance=chosen)
         axes = Batch(Rollout(None, None, 0, 0, None), 0, 0, None if ref is None else 0, 0)
+        axes = axes._replace(high_covariance=None if chosen is None else 0)
         values, _ = jax.vmap(lambda x, group: losses.policy_loss(a, x, group), in_axes=(0, axes))(
             logprobs, batch
         )
@@ -151,10 +182,53 @@ def expected_weight(mask, b, g, aggregation):
         'sequence_mean': 1 / (groups * size * mask[b, g].sum()),
         'token_mean': 1 / mask.sum(),
         'constant': 1 / (groups * size * length),
+        'sequence_sum': 1 / (groups * size),
     }[aggregation]
 
 
-def row_loss(x, case, at, advantage, options, o):
+def chosen_tokens(case, advantage, options, o):
+    """Positions of high covariance, one after another from the highest."""
+    places = [tuple(place) for place in np.argwhere(case['mask'])]
+    mean, mean_advantage = (np.mean([x[at] for at in places]) for x in (case['old'], advantage))
+    cov = {at: (case['old'][at] - mean) * (advantage[at] - mean_advantage) for at in places}
+    if options.get('covariance') == 'clip':  # a share of 1: all within the bounds
+        return {at for at in places if o.cov_low < cov[at] < o.cov_high}
+    if options.get('covariance') == 'kl':
+        count = max(1, int(o.cov_share * len(places)))
+        return set(sorted(places, key=lambda at: -cov[at])[:count])
+    return set()
+
+
+def gamma_weight(log_ratio, importance, a, o):
+    """VESPO's phi of a completion."""
+    w = np.exp(log_ratio.real.sum()) * importance.prod()
+    positive = o.vespo_k_positive, o.vespo_lambda_positive
+    k, decay = positive if a >= 0 else (o.vespo_k_negative, o.vespo_lambda_negative)
+    return w**k * np.exp(decay * (1 - w))
+
+
+def geometric_mean(log_ratio, advantages, o):
+    """GMPO's ratio of a completion, each factor clipped where its advantage pushes it to."""
+    clipped = [
+        (x if x.real < o.clip_high else o.clip_high)
+        if a > 0
+        else (x if x.real > -o.clip_low else -o.clip_low)
+        for x, a in zip(log_ratio, advantages, strict=True)
+    ]
+    return np.exp(np.mean(clipped))
+
+
+def bounded_importance(importance, kind, cap):
+    """One token's weight."""
+    if kind == 'none':
+        return 1.0
+    if not kind.endswith('mask'):
+        return min(importance, cap)
+    low = 0 if 'upper' in kind else 1 / cap
+    return importance if low <= importance <= cap else 0.0
+
+
+def row_loss(x, case, at, advantage, options, o, chosen):
     """Unweighted losses of one completion's tokens; x complex, the rest as it is."""
     mask = case['mask'][at]
     old, sampled, ref = (case[name][at][mask] for name in ('old', 'sampled', 'ref'))
@@ -169,6 +243,8 @@ def row_loss(x, case, at, advantage, options, o):
     kind = options.get('importance', 'none')
     if kind.startswith('sequence'):
         importance = np.full(len(x), importance.prod())
+    importance = np.array([bounded_importance(w, kind, o.importance_cap) for w in importance])
+    far = o.off_policy_threshold and (sampled - x.real).mean() > o.off_policy_threshold
     out = []
     for t, ratio in enumerate(np.exp(log_ratio)):
         a, low, high = advantage[at][t], 1 - o.clip_low, 1 + o.clip_high
@@ -180,6 +256,10 @@ def row_loss(x, case, at, advantage, options, o):
             value = -a * ratio
         elif loss == 'cispo':
             value = -inside.real * a * x[t]
+        elif loss == 'vespo':
+            value = -gamma_weight(x - old, np.maximum(importance, 1e-8), a, o) * a * x[t]
+        elif loss == 'gmpo':
+            value = -a * geometric_mean(log_ratio, advantage[at][mask], o)
         elif loss == 'sapo':
             tau = o.tau_positive if a > 0 else o.tau_negative
             value = -a * 4 / tau / (1 + np.exp(-tau * (ratio - 1)))
@@ -187,19 +267,21 @@ def row_loss(x, case, at, advantage, options, o):
             value = max((-ratio * a, -inside * a), key=lambda z: z.real)
             if o.dual_clip and a < 0 and value.real > o.dual_clip * abs(a):
                 value = complex(o.dual_clip * abs(a))
-        if kind.endswith('mask'):
-            value *= (
-                importance[t] if 1 / o.importance_cap <= importance[t] <= o.importance_cap else 0
-            )
-        elif kind != 'none':
-            value *= min(importance[t], o.importance_cap)
+        if (*at, t) in chosen and options['covariance'] == 'clip':
+            value = 0
+        elif (*at, t) in chosen and abs(x[t] - old[t]) > 1e-5:  # what is less is rounding
+            value += o.cov_kl * np.sign((x[t] - old[t]).real) * (x[t] - old[t])
+        if loss != 'vespo':
+            value *= importance[t]
+        if far and a < 0:
+            value = 0
         kl = options.get('kl', 'k3')
         if kl != 'none':
             d = ref[t] - x[t]
-            term = {'k2': d * d / 2, 'k3': np.exp(d) - d - 1}[kl]
+            term = {'k1': -d, 'k2': d * d / 2, 'k3': np.exp(d) - d - 1}[kl]
             if o.kl_clamp and abs(term.real) > o.kl_clamp:
                 term = complex(np.sign(term.real) * o.kl_clamp)
-            value += o.beta * term
+            value += o.beta * term * (ratio if options.get('unbiased_kl') else 1)
         out.append(value)
     return out
 
@@ -207,11 +289,12 @@ def row_loss(x, case, at, advantage, options, o):
 def expected(case, options, o):
     advantage = expected_advantages(case, options, o)
     total, gradient = 0.0, np.zeros(SIZE)
+    chosen = chosen_tokens(case, advantage, options, o)
     for at in itertools.product(range(SIZE[0]), range(SIZE[1])):
         weight = expected_weight(case['mask'], *at, options.get('aggregation', 'sequence_mean'))
         value, gradient[at] = oracle.complex_step(
             lambda x, at=at, weight=weight: (
-                weight * sum(row_loss(x, case, at, advantage, options, o))
+                weight * sum(row_loss(x, case, at, advantage, options, o, chosen))
             ),
             case['logprobs'][at],
             case['mask'][at],

@@ -1,27 +1,28 @@
 """One group's rewards -> advantages. Callers `vmap` over groups.
 
-One reward per completion: `group_advantages`; one per step: `process_advantages`; an estimator of
-your own: `Algorithm(advantage_estimator=my_estimator)`; a critic (PPO): `critic.gae`.
+One reward per completion: `group_advantages`; one per step: `process_advantages`; other estimators
+and your own: `estimators`; a critic (PPO): `critic.gae`.
 """
-
-from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Bool, Float
 
-from grpo_jax.algorithm.binding import bind
-from grpo_jax.types import Array, Scalar, StepRewards
-
-if TYPE_CHECKING:
-    from grpo_jax.algorithm.config import Algorithm
+from grpo_jax.algorithm.moments import unit_of
+from grpo_jax.types import Array, Scalar
 
 BASELINES = ('mean', 'leave_one_out', 'none', 'critic')
-SCALES = ('std', 'population_std', 'batch', 'none')
+OF_BATCH = ('batch', 'batch_std', 'informative')  # scales that are computed over the whole batch
+SCALES = ('std', 'population_std', *OF_BATCH, 'none')
 
 
 def group_advantages(
-    rewards: Float[Array, ' G'], *, baseline: str = 'mean', scale: str = 'std', eps: Scalar = 1e-4
+    rewards: Float[Array, ' G'],
+    scored: Bool[Array, ' G'] | None = None,
+    *,
+    baseline: str = 'mean',
+    scale: str = 'std',
+    eps: Scalar = 1e-4,
 ) -> Float[Array, ' G']:
     """Advantages of one group's completions relative to each other.
 
@@ -32,12 +33,15 @@ def group_advantages(
 
     By default std is the sample standard deviation (divisor G - 1) and eps is 1e-4, as in TRL; verl
     uses eps=1e-6, and open-instruct 'population_std' with 1e-8. Equal rewards give advantages of
-    exactly 0. 'batch' scales nothing here: `normalize_batch` does it later.
+    exactly 0, and rewards of any magnitude that float32 holds are centered and scaled without
+    overflow. The scales in `OF_BATCH` scale nothing here: they need the other groups.
 
     Args:
       rewards: f32[G].
+      scored: bool[G], completions that have a reward; the others have advantage 0 and do not count
+        in the mean and the deviation. None: all.
       baseline: 'mean', 'leave_one_out' or 'none'.
-      scale: 'std', 'population_std', 'batch' or 'none'.
+      scale: one of `SCALES`.
       eps: added to the standard deviation.
 
     Returns:
@@ -51,9 +55,12 @@ def group_advantages(
     check_group_options(size, baseline=baseline, scale=scale)
     if baseline == 'critic':
         raise ValueError("baseline='critic' needs values and not rewards alone: use grpo_jax.gae")
-    counted = jnp.ones(size, bool)
+    counted = jnp.ones(size, bool) if scored is None else scored
     advantages = _relative(rewards, counted, center=baseline != 'none', scale=scale, eps=eps)
-    return advantages * (size / (size - 1)) if baseline == 'leave_one_out' else advantages
+    if baseline != 'leave_one_out':
+        return advantages
+    count = size if scored is None else jnp.maximum(scored.sum(), 2)
+    return advantages * (count / (count - 1))
 
 
 def process_advantages(
@@ -76,7 +83,7 @@ def process_advantages(
       rewards: f32[G, T], used at the last token of each step.
       ends: bool[G, T], true at the last token of each step.
       baseline: 'mean' or 'none'.
-      scale: 'std', 'population_std', 'batch' or 'none'.
+      scale: one of `SCALES`.
       eps: added to the standard deviation.
 
     Returns:
@@ -115,54 +122,14 @@ def normalize_batch(
       f32[B, G, T].
     """
     count = jnp.maximum(mask.sum(), 1)
-    mean = jnp.where(mask, advantages, 0.0).sum() / count
-    centered = jnp.where(mask, advantages - mean, 0.0)
+    masked = jnp.where(mask, advantages, 0.0)
+    unit = unit_of(masked)
+    mean = (masked / unit).sum() / count
+    centered = jnp.where(mask, masked / unit - mean, 0.0)
     std = jnp.sqrt(jnp.square(centered).sum() / count)
     most = jnp.where(mask, advantages, -jnp.inf).max()
     least = jnp.where(mask, advantages, jnp.inf).min()
-    return jnp.where(most == least, 0.0, centered / (std + eps))
-
-
-def estimate(
-    algorithm: 'Algorithm',
-    rewards: Float[Array, 'B G'] | StepRewards,
-    mask: Bool[Array, 'B G T'],
-    penalty: Float[Array, 'B G T'] | None,
-) -> Float[Array, 'B G T']:
-    """Advantages f32[B, G, T] by baseline and scale, or by `Algorithm.advantage_estimator`.
-
-    That estimator gets the arguments that its signature names: `rewards` f32[G] and `mask`
-    bool[G, T] of one group, and coefficients of `Algorithm`. It returns f32[G] or f32[G, T].
-
-    Args:
-      algorithm: baseline, scale and advantage_eps, or the estimator.
-      rewards: one for each completion or step.
-      mask: the completion tokens.
-      penalty: beta * KL of each token, if the KL is part of the reward. Its sum is subtracted from
-        the completion's reward. Without a baseline and a scale of the group, advantages are per
-        token: r - beta * (sum of KL_i, i >= t), as in REINFORCE++ (arXiv 2501.03262).
-    """
-    a = algorithm
-    options = {'baseline': a.baseline, 'scale': a.scale, 'eps': a.advantage_eps}
-    if isinstance(rewards, StepRewards):
-        per_group = jax.vmap(lambda values, ends: process_advantages(values, ends, **options))
-        return per_group(rewards.values, rewards.ends)
-    to_go = jnp.float32(0.0)
-    if penalty is not None and a.baseline == 'none' and a.scale in ('none', 'batch'):
-        to_go = jnp.cumsum(penalty[..., ::-1], -1)[..., ::-1]
-    elif penalty is not None:
-        rewards = rewards - penalty.sum(-1)
-
-    def of_group(rewards: Array, mask: Array) -> Array:
-        if a.advantage_estimator is None:
-            return group_advantages(rewards, **options)
-        arrays = {'rewards': rewards, 'mask': mask}
-        return bind(a.advantage_estimator, arrays, a.coefficients)()
-
-    advantages = jax.vmap(of_group)(rewards, mask)
-    if advantages.ndim == 2:
-        advantages = jnp.broadcast_to(advantages[..., None], mask.shape)
-    return advantages - to_go
+    return jnp.where(most == least, 0.0, centered / (std + eps / unit))
 
 
 def check_group_options(group_size: int, *, baseline: str, scale: str) -> None:
@@ -177,7 +144,7 @@ def check_group_options(group_size: int, *, baseline: str, scale: str) -> None:
             f"scale={scale!r} with baseline='critic', whose advantages are not those of a group: "
             "use scale='none' or 'batch'"
         )
-    needs_group = baseline not in ('none', 'critic') or scale not in ('none', 'batch')
+    needs_group = baseline not in ('none', 'critic') or scale in ('std', 'population_std')
     if group_size < 2 and needs_group:
         raise ValueError(
             f'group_size={group_size} with baseline={baseline!r}, scale={scale!r}: a group of '
@@ -199,18 +166,22 @@ def _relative(
 
     Exact zeros where all rewards are equal, unless the reward itself is the advantage.
     """
-    count = counted.sum()
-    rewards = jnp.where(counted, rewards, 0.0)
-    # Sum rows first, so that [G, 1] is summed in the same order as [G].
-    mean = rewards.sum(-1).sum() / jnp.maximum(count, 1)
-    centered = jnp.where(counted, rewards - mean, 0.0)
-    relative = centered if center else rewards
     in_group = scale in ('std', 'population_std')
+    rewards = jnp.where(counted, rewards, 0.0)
+    if not center and not in_group:
+        return rewards
+    count, unit = counted.sum(), unit_of(rewards)
+    scaled = rewards / unit
+    # Sum rows first, so that [G, 1] is summed in the same order as [G].
+    mean = scaled.sum(-1).sum() / jnp.maximum(count, 1)
+    centered = jnp.where(counted, scaled - mean, 0.0)
+    relative = centered if center else scaled
     if in_group:
         freedom = jnp.maximum(count - int(scale == 'std'), 1)
-        relative = relative / (jnp.sqrt(jnp.square(centered).sum(-1).sum() / freedom) + eps)
-    if not center and not in_group:
-        return relative
+        std = jnp.sqrt(jnp.square(centered).sum(-1).sum() / freedom)
+        relative = relative / (std + eps / unit)
+    else:
+        relative = relative * unit
     least = jnp.where(counted, rewards, jnp.inf).min()
     most = jnp.where(counted, rewards, -jnp.inf).max()
     # Exact zeros, since r - mean(r) and std(r) of equal rewards may differ from 0 by rounding.

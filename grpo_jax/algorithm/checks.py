@@ -1,22 +1,29 @@
 """Checks of the inputs of a training step, before its computation is traced."""
 
-from typing import Any
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
-from jaxtyping import Float
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax import models
-from grpo_jax.algorithm.advantages import check_group_options
-from grpo_jax.algorithm.binding import bind
 from grpo_jax.algorithm.config import Algorithm
 from grpo_jax.algorithm.critic import Critic
-from grpo_jax.algorithm.losses import arrays_of
+from grpo_jax.algorithm.estimators import check_group_size, total_rewards
 from grpo_jax.engine.bundles import check_rows
 from grpo_jax.engine.compute import ComputePlan
+from grpo_jax.engine.policy import Policy
 from grpo_jax.sharding import check_batch
-from grpo_jax.types import Array, Batch, Params, Rollout, StepRewards, TrainState
+from grpo_jax.types import (
+    Batch,
+    FunctionRewards,
+    Params,
+    Rewards,
+    Rollout,
+    StepRewards,
+    TrainState,
+)
 
 
 def shape_of(rollout: Rollout) -> tuple[int, int, int, int]:
@@ -30,7 +37,7 @@ def check_inputs(
     state: TrainState,
     ref_params: Params | None,
     rollout: Rollout,
-    rewards: Float[Array, 'B G'] | StepRewards,
+    rewards: Rewards,
     model: models.Transformer,
 ) -> None:
     """Checks that rewards, reference and group size are what the algorithm needs.
@@ -40,7 +47,8 @@ def check_inputs(
     """
     a = algorithm
     _check_rewards(a, rollout, rewards)
-    check_group_options(rollout.tokens.shape[1], baseline=a.baseline, scale=a.scale)
+    check_support(a, recorded=rollout.support is not None)
+    check_group_size(a, rollout.tokens.shape[1])
     if model.config.lora.rank and ref_params is None:
         raise ValueError('ref_params=None with adapters: pass the parameters of the base model')
     if a.uses_reference and ref_params is None and state.reference is None:
@@ -49,10 +57,28 @@ def check_inputs(
             f'ref_params=None with {use}, which needs a reference: pass its parameters'
             + ('' if a.pairwise else ', or set beta=0')
         )
+    if a.balances_routers and not model.config.experts:
+        raise ValueError(
+            f'router_balance={a.router_balance} has no effect with a model without experts: '
+            'remove it'
+        )
     if a.moves_reference and state.reference is None:
         raise ValueError(
             f'reference_decay={a.reference_decay} with a state that has no reference of its own: '
             'create it with init_state(..., moving_reference=True), or set reference_decay=1'
+        )
+
+
+def check_support(algorithm: Algorithm, *, recorded: bool) -> None:
+    """Checks that the update uses a support that the sampler recorded.
+
+    Raises:
+      ValueError: it does not.
+    """
+    if recorded and algorithm.step == 'trust_region':
+        raise ValueError(
+            "a recorded support has no effect with step='trust_region', which applies the filters "
+            "to each policy's own logits: sample without record='support'"
         )
 
 
@@ -74,30 +100,27 @@ def check_critic(algorithm: Algorithm, critic: Critic | None) -> None:
         )
 
 
-def check_loss(algorithm: Algorithm, rollout: Rollout) -> None:
-    """Traces the loss of one group, so that a mistake in a loss of your own is reported early.
+def trace_loss(
+    loss_fn: Callable[..., jax.Array], algorithm: Algorithm, policy: Policy, batch: Batch
+) -> None:
+    """Traces the loss for all shapes that the engine calls it with; JAX then reuses the result.
 
-    Raises:
-      ValueError: it has a parameter that nothing provides, or its shape is not [G, T].
+    So Python runs a loss here and not inside of the engine's loops, and a mistake in a loss of your
+    own gives a short traceback, before anything is compiled.
+
+    Args:
+      loss_fn: `update.loss_fn`, jitted.
+      algorithm: the options.
+      policy: the model and its plan.
+      batch: what the loss uses, [B, G, T].
     """
-    shape = rollout.tokens.shape[1:]
-    array: Any = jax.ShapeDtypeStruct(shape, jnp.float32)
-    absent: Any = None
-    ref = array if algorithm.uses_reference else None
-    mask: Any = jax.ShapeDtypeStruct(shape, bool)
-    group = Batch(Rollout(absent, absent, mask, array, absent), array, array, ref, array)
-    entropy = array if algorithm.needs_entropy else None
-
-    def evaluate(logprobs: jax.Array, group: Batch, entropy: jax.Array | None) -> Any:
-        arrays = arrays_of(logprobs, group, entropy)
-        return bind(algorithm.loss_function, arrays, algorithm.coefficients)()
-
-    loss = jax.eval_shape(evaluate, array, group, entropy)
-    if loss.shape != shape:
-        raise ValueError(
-            f'the loss {algorithm.name_of_loss!r} returned shape {loss.shape}: it has to return '
-            f'one number for each token, [G, T] = {shape}'
-        )
+    a, part, mesh = algorithm, batch.loss_inputs(), jax.sharding.get_abstract_mesh()
+    # A part of the type that it has inside of the loops, or JAX would not find the trace again.
+    where = None if mesh.empty else NamedSharding(mesh, PartitionSpec())
+    for shape in policy.loss_shapes(part.rollout.mask.shape, tokenwise=a.tokenwise):
+        array = functools.partial(jax.ShapeDtypeStruct, shape, sharding=where)
+        logprobs, arrays = array(jnp.float32), jax.tree.map(lambda x, f=array: f(x.dtype), part)
+        jax.eval_shape(loss_fn, a, logprobs, logprobs if a.needs_entropy else None, arrays)
 
 
 def check_plan(
@@ -117,9 +140,12 @@ def check_plan(
             'rows=0'
         )
     if plan.packed and not algorithm.tokenwise:
+        masks, value = algorithm.masks_off_policy, algorithm.off_policy_threshold
+        threshold = f', off_policy_threshold={value}' if masks else ''
         raise ValueError(
             f'packed=True with loss={algorithm.name_of_loss!r}, ratio={algorithm.ratio!r}, '
-            f'importance={algorithm.importance!r}, which need whole completions: use packed=False'
+            f'importance={algorithm.importance!r}{threshold}, which need whole completions: use '
+            'packed=False'
         )
     if plan.rows and not isinstance(algorithm.loss, str):
         raise ValueError(
@@ -132,9 +158,7 @@ def check_plan(
         )
 
 
-def _check_rewards(
-    a: Algorithm, rollout: Rollout, rewards: Float[Array, 'B G'] | StepRewards
-) -> None:
+def _check_rewards(a: Algorithm, rollout: Rollout, rewards: Rewards) -> None:
     shape = rollout.tokens.shape
     if isinstance(rewards, StepRewards):
         if a.supervision == 'outcome':
@@ -149,13 +173,21 @@ def _check_rewards(
                     f'each token, [B, G, T] = {shape}'
                 )
         return
+    if isinstance(rewards, FunctionRewards) != a.uses_function_rewards:
+        given = 'rewards of each function are' if a.uses_function_rewards else 'their sum is'
+        raise ValueError(
+            f'reward_aggregation={a.reward_aggregation!r} with advantage_estimator='
+            f'{a.name_of_estimator!r}: {given} needed; pass '
+            + ('FunctionRewards' if a.uses_function_rewards else 'one reward for each completion')
+        )
     if a.supervision == 'process':
         raise ValueError(
             "supervision='process' without step rewards: pass StepRewards, or use "
             "supervision='outcome'"
         )
-    if rewards.shape != shape[:2]:
+    given_shape = jax.eval_shape(total_rewards, rewards).shape
+    if given_shape != shape[:2]:
         raise ValueError(
-            f'rewards have shape {rewards.shape}: the rollout needs one for each completion, '
+            f'rewards have shape {given_shape}: the rollout needs one for each completion, '
             f'[B, G] = {shape[:2]}'
         )

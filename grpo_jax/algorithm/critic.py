@@ -9,7 +9,8 @@ import optax
 from jaxtyping import Bool, Float
 
 from grpo_jax import models
-from grpo_jax.types import Array, Batch, Scalar, StepRewards
+from grpo_jax.algorithm.estimators import total_rewards
+from grpo_jax.types import Array, Batch, Rewards, Scalar, StepRewards
 
 if TYPE_CHECKING:
     from grpo_jax.algorithm.config import Algorithm
@@ -78,7 +79,7 @@ def value_loss(
 
 def estimate(
     algorithm: 'Algorithm',
-    rewards: Float[Array, 'B G'] | StepRewards,
+    rewards: Rewards,
     values: Float[Array, 'B G T'],
     mask: Bool[Array, 'B G T'],
     penalty: Float[Array, 'B G T'] | None,
@@ -96,7 +97,7 @@ def estimate(
         per_token = jnp.where(rewards.ends, rewards.values, 0.0)
     else:
         last = jnp.arange(mask.shape[-1]) == mask.sum(-1, keepdims=True) - 1
-        per_token = jnp.where(last, rewards[..., None], 0.0)
+        per_token = jnp.where(last, total_rewards(rewards)[..., None], 0.0)
     if penalty is not None:
         per_token = per_token - penalty
     gamma, lam = jnp.asarray(algorithm.gamma), jnp.asarray(algorithm.lam)

@@ -8,7 +8,7 @@ from grpo_jax.engine.token_distribution import token_logprobs
 from grpo_jax.models import Transformer, apply, completion_hidden
 from grpo_jax.types import Array, Params, Rollout, Sampling, Scalar
 
-AGGREGATIONS = ('sequence_mean', 'token_mean', 'microbatch_token_mean', 'constant')
+AGGREGATIONS = ('sequence_mean', 'token_mean', 'microbatch_token_mean', 'constant', 'sequence_sum')
 
 
 def completion_logprobs(
@@ -39,19 +39,22 @@ def completion_logprobs(
       are finite but meaningless.
     """
     prompts = rollout.prompts
-    hidden = completion_hidden(model, params, prompts.tokens, prompts.length, rollout.tokens)
+    routing = prompts.routing, rollout.routing
+    hidden = completion_hidden(
+        model, params, prompts.tokens, prompts.length, rollout.tokens, routing=routing
+    )
 
-    def piece(states: Array, targets: Array) -> tuple[Array, Array | None]:
+    def piece(states: Array, targets: Array, support: Array | None) -> tuple[Array, Array | None]:
         logits = apply(model, params, states, method='logits')
-        return token_logprobs(logits, targets, sampling, entropy=entropy)
+        return token_logprobs(logits, targets, sampling, support=support, entropy=entropy)
 
-    return map_chunks(piece, (hidden, rollout.tokens), chunk)
+    return map_chunks(piece, (hidden, rollout.tokens, rollout.support), chunk)
 
 
 def token_weights(
     mask: Bool[Array, 'B G T'], *, aggregation: str, microbatch: int = 1
 ) -> Float[Array, 'B G T']:
-    """Weights that turn a sum over the batch's tokens into the chosen mean; they sum to at most 1.
+    """Weights that turn a sum over the batch's tokens into the chosen mean or sum.
 
     They are computed before the batch is cut into microbatches or spread over devices, so neither
     changes the loss.
@@ -62,7 +65,8 @@ def token_weights(
         'token_mean', 1 / tokens in the batch: DAPO (arXiv 2503.14476, eq. 8);
         'microbatch_token_mean', the mean over microbatches of their token means: BNPO as in TRL,
         the only one that depends on how the batch is cut;
-        'constant', 1 / (B G T): Dr. GRPO (arXiv 2503.20783).
+        'constant', 1 / (B G T): Dr. GRPO (arXiv 2503.20783);
+        'sequence_sum', 1 / (B G), T times as large: LUSPO (arXiv 2602.05261).
       microbatch: groups per microbatch, used only by 'microbatch_token_mean'.
 
     Returns:
@@ -82,6 +86,8 @@ def token_weights(
         scale = 1 / (pieces * jnp.maximum(jnp.tile(tokens, microbatch), 1))[:, None, None]
     elif aggregation == 'constant':
         scale = jnp.float32(1 / (b * g * t))
+    elif aggregation == 'sequence_sum':
+        scale = jnp.float32(1 / (b * g))
     else:
         known = ', '.join(AGGREGATIONS)
         raise ValueError(f'aggregation={aggregation!r} is unknown: use one of {known}')
@@ -93,8 +99,10 @@ def highest_entropy(
 ) -> Bool[Array, 'B G T']:
     """A mask of the fraction `share` (0 to 1) of the batch's tokens with the highest entropy.
 
-    Wang et al., arXiv 2506.01939, eq. 6: the "forking tokens". Ties with the last are included.
+    Wang et al., arXiv 2506.01939, eq. 6: the "forking tokens", those that are not below the
+    (1 - share) quantile (by linear interpolation, as in TRL). Ties with the last are included.
     """
     ordered = jnp.sort(jnp.where(mask, entropy, -jnp.inf).reshape(-1))[::-1]
-    count = jnp.clip(jnp.ceil(share * mask.sum()).astype(jnp.int32), 1, ordered.size)
+    count = jnp.floor(share * (mask.sum() - 1) + 1.0001)  # a product may be rounded down
+    count = jnp.clip(count.astype(jnp.int32), 1, ordered.size)
     return mask & (entropy >= ordered[count - 1])

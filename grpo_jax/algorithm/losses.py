@@ -14,10 +14,13 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
-from grpo_jax.algorithm.binding import bind
+from grpo_jax.algorithm import covariance
+from grpo_jax.algorithm.binding import bind, names_of
+from grpo_jax.algorithm.off_policy import importance_weights, off_policy_mask, sequence_level
 from grpo_jax.algorithm.preferences import dpo, hinge, ipo
+from grpo_jax.algorithm.sequence_losses import gmpo, vespo
 from grpo_jax.types import Array, Batch, Scalar
 
 if TYPE_CHECKING:
@@ -25,11 +28,10 @@ if TYPE_CHECKING:
 
 PerToken = Float[Array, '*G T']  # the tokens of a group, or any tokens
 
-RATIOS = ('token', 'sequence', 'sequence_token')
-IMPORTANCES = ('none', 'token', 'sequence', 'token_mask', 'sequence_mask')
 KL_ESTIMATORS = ('k1', 'k2', 'k3')
 ARRAYS = (
     'logprobs', 'old_logprobs', 'ref_logprobs', 'sampled_logprobs', 'advantages', 'mask', 'entropy',
+    'importance_weights',
 )  # fmt: skip
 
 
@@ -126,64 +128,8 @@ def sapo(
 
 LOSSES: dict[str, Callable[..., Array]] = {
     'clipped': clipped, 'nll': nll, 'surrogate': surrogate, 'cispo': cispo, 'sapo': sapo,
-    'dpo': dpo, 'ipo': ipo, 'hinge': hinge,
+    'vespo': vespo, 'gmpo': gmpo, 'dpo': dpo, 'ipo': ipo, 'hinge': hinge,
 }  # fmt: skip
-
-
-# Ratios and weights
-
-
-def sequence_level(
-    logprobs: PerToken, old_logprobs: PerToken, mask: Bool[Array, '*G T'], ratio: str
-) -> PerToken:
-    """Log-probs whose ratio to the old ones is per token or per completion, as `ratio` says.
-
-    'token' changes nothing. GSPO (arXiv 2507.18071): with 'sequence' each token has its
-    completion's ratio s = exp(mean_t log ratio_t) (eq. 7), with 'sequence_token' the value of s but
-    the gradient of the token's own log-prob (eq. 14).
-
-    Returns:
-      f32[G, T], to pass to a loss in place of `logprobs`.
-    """
-    if ratio == 'token':
-        return logprobs
-    difference = jnp.where(mask, logprobs - old_logprobs, 0.0)
-    mean = difference.sum(-1, keepdims=True) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
-    if ratio == 'sequence':
-        return old_logprobs + mean
-    return logprobs + jax.lax.stop_gradient(old_logprobs + mean - logprobs)
-
-
-def importance_weights(
-    old_logprobs: PerToken,
-    sampled_logprobs: PerToken,
-    mask: Bool[Array, '*G T'],
-    *,
-    kind: str,
-    cap: Scalar,
-) -> PerToken:
-    """Weights that correct for a sampler whose log-probs differ from the trainer's.
-
-    With w = old / sampled probability, truncated importance sampling is min(w, C) (Yao et al.,
-    2025); masked importance sampling is w within [1/C, C] and 0 elsewhere (IcePop).
-
-    Args:
-      old_logprobs: f32[G, T], computed by the trainer.
-      sampled_logprobs: f32[G, T], computed by the sampler.
-      mask: bool[G, T], the completion tokens.
-      kind: 'token' or 'sequence' (w is the product over the completion), or either with '_mask'.
-      cap: C.
-
-    Returns:
-      f32[G, T].
-    """
-    log_ratio = jnp.where(mask, old_logprobs - sampled_logprobs, 0.0)
-    if kind.startswith('sequence'):
-        log_ratio = jnp.broadcast_to(log_ratio.sum(-1, keepdims=True), mask.shape)
-    weight = jnp.exp(jax.lax.stop_gradient(log_ratio))
-    if kind.endswith('mask'):
-        return jnp.where((weight >= 1 / cap) & (weight <= cap), weight, 0.0)
-    return jnp.minimum(weight, cap)
 
 
 # The KL to the reference
@@ -227,32 +173,51 @@ def policy_loss(
     Returns:
       f32[G, T] each; the second is None without a KL term.
     """
-    arrays = arrays_of(logprobs, group, entropy)
-    old, mask = arrays['old_logprobs'], arrays['mask']
-    of_loss = arrays | {'logprobs': sequence_level(logprobs, old, mask, algorithm.ratio)}
-    loss = bind(algorithm.loss_function, of_loss, algorithm.coefficients)()
-    if algorithm.importance != 'none':
-        loss *= importance_weights(
-            old, arrays['sampled_logprobs'], mask,
-            kind=algorithm.importance, cap=algorithm.importance_cap,
-        )  # fmt: skip
+    a, arrays = algorithm, arrays_of(algorithm, logprobs, group, entropy)
+    old, sampled, mask = arrays['old_logprobs'], arrays['sampled_logprobs'], arrays['mask']
+    level = sequence_level(logprobs, old, mask, a.ratio)
+    loss = bind(a.loss_function, arrays | {'logprobs': level}, a.coefficients)()
+    if loss.shape != logprobs.shape:
+        raise ValueError(
+            f'the loss {a.name_of_loss!r} returned shape {loss.shape}: it has to return '
+            f'one number for each token, [G, T] = {logprobs.shape}'
+        )
+    if a.covariance != 'none':
+        assert group.high_covariance is not None
+        chosen = group.high_covariance
+        loss = covariance.treat(a.covariance, loss, logprobs - old, chosen, cov_kl=a.cov_kl)
+    if a.importance != 'none' and 'importance_weights' not in names_of(a.loss_function):
+        loss *= arrays['importance_weights']
+    if a.masks_off_policy:
+        threshold, advantages = a.off_policy_threshold, group.advantages
+        counts = off_policy_mask(logprobs, sampled, advantages, mask, threshold=threshold)
+        loss = jnp.where(counts, loss, 0.0)
+    if group.selected is not None:
+        loss = jnp.where(group.selected, loss, 0.0)
     kl = None
-    if algorithm.has_kl:
-        kl = kl_divergence(logprobs, arrays['ref_logprobs'], algorithm.kl, algorithm.kl_clamp)
-        if algorithm.kl_place == 'loss':
-            loss += algorithm.beta * kl
-    if entropy is not None and 'entropy_bonus' in (algorithm.terms or ()):
-        loss -= algorithm.entropy_bonus * entropy
+    if a.has_kl:
+        kl = kl_divergence(logprobs, arrays['ref_logprobs'], a.kl, a.kl_clamp)
+        if a.unbiased_kl:  # DeepSeek-V3.2 (arXiv 2512.02556, eq. 7); the ratio has a gradient
+            kl *= jnp.exp(level - old)
+        if a.kl_place == 'loss':
+            loss += a.beta * kl
+    if entropy is not None and 'entropy_bonus' in (a.terms or ()):
+        counted = entropy if group.selected is None else jnp.where(group.selected, entropy, 0.0)
+        loss -= a.entropy_bonus * counted
     return loss, kl
 
 
-def arrays_of(logprobs: PerToken, group: Batch, entropy: PerToken | None) -> dict[str, Any]:
+def arrays_of(
+    algorithm: 'Algorithm', logprobs: PerToken, group: Batch, entropy: PerToken | None
+) -> dict[str, Any]:
     """The arrays of one group that a loss may name in its signature; absent ones are None."""
-    old = group.old_logprobs
+    a, old, mask = algorithm, group.old_logprobs, group.rollout.mask
     old = jax.lax.stop_gradient(logprobs) if old is None else old
+    sampled, weights = group.rollout.logprobs, None
+    if a.importance != 'none':
+        weights = importance_weights(old, sampled, mask, kind=a.importance, cap=a.importance_cap)
     values = (
-        logprobs, old, group.ref_logprobs, group.rollout.logprobs, group.advantages,
-        group.rollout.mask, entropy,
+        logprobs, old, group.ref_logprobs, sampled, group.advantages, mask, entropy, weights,
     )  # fmt: skip
     return dict(zip(ARRAYS, values, strict=True))
 

@@ -26,7 +26,6 @@ from grpo_jax.engine.compaction import (
     shape_of,
     smallest_shape,
 )
-from grpo_jax.engine.token_sampling import check_sampling
 from grpo_jax.sharding import data_devices
 from grpo_jax.types import Array, Params, Prompts, Rollout, Sampling
 
@@ -53,6 +52,7 @@ def sample_blocks(
     mesh: Mesh | None = None,
     block: int = 0,
     weights: str = 'model',
+    record: tuple[str, ...] = (),
     unroll: bool | None = None,
 ) -> Iterator[Rollout]:
     """Samples `group_size` completions per prompt, yielding the rollout so far after each block.
@@ -75,6 +75,8 @@ def sample_blocks(
       block: columns per block; 0: chosen by `decode.block_size`.
       weights: 'model', or 'int8': matrices are quantized first (`models.quantize`), and tokens and
         log-probs are those of the quantized model. A decode step reads half the bytes of bfloat16.
+      record: what the rollout holds for the update: 'support', the tokens that the filters kept
+        (V / 8 bytes per token), and 'routing', the experts that were used (see `models.routing`).
       unroll: compile each layer with its own copy of its parameters, which saves copying them out
         of their stack for every token; None: where `models.caches_in_place` (NVIDIA GPUs).
 
@@ -86,7 +88,10 @@ def sample_blocks(
     Raises:
       ValueError: unknown weights, or a size or sampling option (unless an array) out of range.
     """
-    _check_options(sampling, weights, group_size=group_size, max_tokens=max_tokens, block=block)
+    decode.check_options(
+        sampling, weights, record, model.config.experts,
+        group_size=group_size, max_tokens=max_tokens, block=block,
+    )  # fmt: skip
     in_place = models.caches_in_place(model.config)
     block = block or decode.block_size(max_tokens, in_place=in_place)
     unroll = in_place if unroll is None else unroll
@@ -98,8 +103,12 @@ def sample_blocks(
     inputs, slots, state = decode.first_block(
         model, DecodeInputs(params, prompts, absent, sampling, eos_ids, stops), seed, step,
         compaction_thresholds(shape, prompt, width) if width < max_tokens else NEVER_COMPACT,
-        group_size=group_size, max_tokens=max_tokens, width=width, mesh=mesh,
+        group_size=group_size, max_tokens=max_tokens, width=width, record=record,
+        mesh=mesh,
     )  # fmt: skip
+    if inputs.prompts.routing is not None:
+        prompts = prompts._replace(routing=inputs.prompts.routing)
+        inputs = inputs._replace(prompts=prompts._replace(routing=None))
     yield _rollout(prompts, state)
     if width == max_tokens:
         return  # under `jit`, the values read below would not exist
@@ -133,17 +142,4 @@ sample = _whole(sample_blocks)  # returns the complete rollout; arguments as in 
 
 
 def _rollout(prompts: Prompts, state: DecodeState) -> Rollout:
-    drawn = state.drawn
-    return Rollout(prompts, drawn.tokens, drawn.mask, drawn.logprobs, state.ended)
-
-
-def _check_options(sampling: Sampling, weights: str, **sizes: int) -> None:
-    if weights not in decode.WEIGHTS:
-        known = ', '.join(decode.WEIGHTS)
-        raise ValueError(f'weights={weights!r} is unknown: use one of {known}')
-    for name, value in sizes.items():
-        least = 0 if name == 'block' else 1
-        if value < least:
-            raise ValueError(f'{name}={value} is out of range: make it at least {least}')
-    if all(isinstance(value, int | float) for value in sampling):
-        check_sampling(sampling, greedy=True)
+    return Rollout(prompts, ended=state.ended, **state.drawn._asdict())

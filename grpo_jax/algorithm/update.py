@@ -16,15 +16,23 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from grpo_jax import models, sharding
-from grpo_jax.algorithm import advantages, checks, critic, losses, metrics, trpo
+from grpo_jax.algorithm import (
+    advantages,
+    checks,
+    covariance,
+    critic,
+    estimators,
+    losses,
+    metrics,
+    router_balance,
+    trpo,
+)
 from grpo_jax.algorithm.config import Algorithm
 from grpo_jax.algorithm.logprobs import highest_entropy, token_weights
 from grpo_jax.algorithm.optimizer import accept_params, apply_gradient, apply_value_gradient
 from grpo_jax.engine.compute import Compute, choose
 from grpo_jax.engine.policy import Policy, ValueModel
-from grpo_jax.types import Array, Batch, Params, Rollout, Sampling, StepRewards, TrainState
-
-Rewards = Float[Array, 'B G'] | StepRewards
+from grpo_jax.types import Array, Batch, Params, Rewards, Rollout, Sampling, TrainState
 
 
 def make_batch(
@@ -43,24 +51,24 @@ def make_batch(
       value_model: the critic; None unless baseline='critic'.
       state: parameters of the policy and the critic.
       rollout: the completions.
-      rewards: f32[B, G], or one for each step.
+      rewards: f32[B, G], or those of each step or of each function.
     """
     a, mask = algorithm, rollout.mask
     absent: Any = None  # a field that is not computed, or not yet
     batch = Batch(rollout, advantages=absent, weights=absent)
-    old = ref = entropy = penalty = values = returns = absent
+    old = ref = penalty = values = returns = absent
     if a.needs_old_logprobs:  # otherwise they equal the current ones
-        outputs = policy.outputs(state.params, batch, entropy=a.masks_entropy)
-        old, entropy = outputs['logprobs'], outputs.get('entropy')
+        old = policy.outputs(state.params, batch)['logprobs']
     if a.uses_reference:
         reference = policy.ref_params if state.reference is None else state.reference
-        ref = policy.without_adapters().outputs(reference, batch)['logprobs']
+        own = batch.without_routing()
+        ref = policy.without_adapters().outputs(reference, own)['logprobs']
     if a.kl_in_reward:
         kl = losses.kl_divergence(old, ref, a.kl, a.kl_clamp)
         penalty = a.beta * jnp.where(mask, kl, 0.0)
 
     if value_model is None:
-        advantage = advantages.estimate(a, rewards, mask, penalty)
+        advantage = estimators.estimate(a, rewards, rollout, penalty)
     else:
         values = value_model.outputs(state.value_params, batch)['values']
         advantage = critic.estimate(a, rewards, values, mask, penalty)
@@ -69,11 +77,22 @@ def make_batch(
     if a.scale == 'batch':
         advantage = advantages.normalize_batch(advantage, trained, eps=a.advantage_eps)
     weights = token_weights(trained, aggregation=a.aggregation, microbatch=policy.plan.microbatch)
-    if a.masks_entropy:
-        weights = weights * highest_entropy(entropy, trained, a.top_entropy)
-    return Batch(rollout, advantage, weights, ref, old, values, returns)
+    chosen = absent
+    if a.covariance != 'none':
+        chosen = covariance.choose_tokens(a, old, advantage, trained, state.step)
+    selected = trained if a.masks_entropy else absent  # until the first inner update
+    return Batch(rollout, advantage, weights, ref, old, values, returns, chosen, selected)
 
 
+def select_tokens(algorithm: Algorithm, policy: Policy, params: Params, batch: Batch) -> Batch:
+    """The batch with the tokens selected at which the current policy's entropy is highest."""
+    if not algorithm.masks_entropy:
+        return batch
+    entropy, trained = policy.outputs(params, batch, entropy=True)['entropy'], batch.weights > 0
+    return batch._replace(selected=highest_entropy(entropy, trained, algorithm.top_entropy))
+
+
+@functools.partial(jax.jit, inline=True)
 def loss_fn(
     algorithm: Algorithm,
     logprobs: Float[Array, 'B G T'],
@@ -83,6 +102,7 @@ def loss_fn(
     """The loss of a batch: the weighted sum over tokens of `losses.policy_loss`.
 
     A sum, so `Policy.gradient` may add up parts: groups, or any tokens if the loss is tokenwise.
+    Jitted, so that JAX traces it once for each shape of a part, see `checks.trace_loss`.
     """
 
     def group_loss(logprobs: Array, entropy: Array | None, group: Batch) -> Array:
@@ -116,19 +136,21 @@ def train_step(
     a = algorithm
     checks.check_critic(a, critic_model)
     checks.check_inputs(a, state, ref_params, rollout, rewards, model)
-    checks.check_loss(a, rollout)
     plan = choose(compute or Compute(), model.config, checks.shape_of(rollout), mesh)
     checks.check_plan(a, plan, rollout, mesh)
     policy = Policy(model, ref_params, sampling, plan, mesh)
     value_model = None if critic_model is None else ValueModel(critic_model.model, plan, mesh)
 
     def inner_update(state: TrainState, _: None) -> tuple[TrainState, dict[str, jax.Array]]:
+        batch = select_tokens(a, policy, state.params, shared)
         # The gradient of loss_fn, and the log-probs f32[B, G, T] (and entropies) it came from.
         gradient, outputs = policy.gradient(
             functools.partial(loss_fn, a), state.params, batch,
             tokenwise=a.tokenwise, entropy=a.needs_entropy,
         )  # fmt: skip
         terms = metrics.policy_terms(a, outputs['logprobs'], outputs.get('entropy'), batch)
+        gradient, aux = router_balance.add_gradient(a, policy, state.params, batch, gradient)
+        terms |= aux
         value_gradient = None
         if value_model is not None:
             # Policy first, then critic: never the activations of both in memory.
@@ -150,7 +172,8 @@ def train_step(
         return state, terms | step_terms | {'skipped_updates': state.skipped}
 
     with sharding.use(mesh):
-        batch = make_batch(a, policy, value_model, state, rollout, rewards)
+        shared = make_batch(a, policy, value_model, state, rollout, rewards)
+        checks.trace_loss(loss_fn, a, policy, shared)
         state, terms = jax.lax.scan(inner_update, state, length=a.inner_updates)
         scalars = metrics.rollout_metrics(rollout, rewards) | metrics.reduce_terms(terms)
     state = state._replace(step=state.step + 1, reference=_moved_reference(a, state))

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax import models
 from grpo_jax.engine import bundles, packing
-from grpo_jax.engine.bundles import Carry, Outputs
+from grpo_jax.engine.bundles import Carry, Outputs, widths_of
 from grpo_jax.sharding import data_devices
 from grpo_jax.types import Batch, Params
 
@@ -41,9 +41,9 @@ class Decoder:
     def prompt_cache(self, trained: Params, part: Batch) -> models.KeyValues:
         """Keys and values [L, m, K, P, h] of a microbatch's prompts."""
         prompts, params = part.rollout.prompts, self.full_params(trained)
-        return models.apply(
-            self.model, params, prompts.tokens, prompts.length, method='prefill'
-        )[0]  # fmt: skip
+        return models.apply_routed(
+            self.model, params, prompts.routing, prompts.tokens, prompts.length, method='prefill'
+        )[0]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +55,16 @@ class Microbatches:
     rows: int = 0
     widths: int = 1
     packed: bool = False
+
+    def shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """The shapes [b, g, w] of the bundles of a batch [B, G, T], the largest first."""
+        _, group_size, length = shape
+        if not self.rows:
+            return [(self.size, group_size, w) for w in widths_of(length, self.widths)[::-1]]
+        if self.packed:
+            rows = dict.fromkeys((self.rows, data_devices(self.mesh)))
+            return [(n, 1, length) for n in rows]
+        return [(self.rows, 1, w) for w in widths_of(length, self.widths)[::-1]]
 
     def cut(self, tree: Any) -> Any:
         """[B, ...] -> [microbatches, m, ...], strided so that devices keep the groups they hold."""
@@ -169,8 +179,9 @@ def _in_columns(
         def hidden(model: models.Transformer, params: Params, cache: models.KeyValues) -> jax.Array:
             last = models.last_tokens(prompts.tokens, prompts.length)
             return models.hidden_after_prompt(
-                model, params, pick(cache), last, prompts.length, tokens
-            )
+                model, params, pick(cache), last, prompts.length, tokens,
+                routing=rows.rollout.routing,
+            )  # fmt: skip
 
         return step(carry, rows, hidden)
 

@@ -77,7 +77,7 @@ class ChunkedLoss:
         matrix = self.matrix(params).astype(c.dtype)
 
         def loss(products: jax.Array) -> tuple[jax.Array, Outputs]:
-            logits = models.softcap_logits(c, products).reshape(*states.shape[:-1], -1)
+            logits = models.finish_logits(c, products).reshape(*states.shape[:-1], -1)
             return self.loss(logits, part)
 
         grad_logits, outputs = jax.grad(loss, has_aux=True)(_product(rows, matrix))

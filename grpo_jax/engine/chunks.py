@@ -12,27 +12,27 @@ from grpo_jax.types import Array
 
 
 def map_chunks(
-    piece: Callable[..., Any], arrays: tuple[Shaped[Array, 'B G T ...'], ...], chunk: int
+    piece: Callable[..., Any], arrays: tuple[Shaped[Array, 'B G T ...'] | None, ...], chunk: int
 ) -> Any:
     """`piece(*arrays)` for `chunk` positions at a time, recomputed in the backward pass.
 
     Args:
       piece: function from arrays [B, G, chunk, ...] to a tree of [B, G, chunk].
-      arrays: [B, G, T, ...] each.
+      arrays: [B, G, T, ...] each; None is passed on.
       chunk: positions per piece; the last one is padded with zeros.
 
     Returns:
       A tree of [B, G, T].
     """
-    length = arrays[0].shape[2]
+    length = jax.tree.leaves(arrays)[0].shape[2]
     if length <= chunk:  # one chunk: recomputing it would save no memory
         return piece(*arrays)
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
-    def body(_: None, xs: tuple[jax.Array, ...]) -> tuple[None, Any]:
+    def body(_: None, xs: tuple[jax.Array | None, ...]) -> tuple[None, Any]:
         return None, piece(*xs)
 
-    _, out = jax.lax.scan(body, None, tuple(cut_columns(x, chunk) for x in arrays))
+    _, out = jax.lax.scan(body, None, jax.tree.map(lambda x: cut_columns(x, chunk), arrays))
     return jax.tree.map(lambda x: join_columns(x, length), out)
 
 

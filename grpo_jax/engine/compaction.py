@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt, UInt32
 
 from grpo_jax import sharding
 from grpo_jax.engine import shares
@@ -52,6 +52,9 @@ class Drawn(NamedTuple):
     tokens: Int[Array, 'B R n']
     mask: Bool[Array, 'B R n']
     logprobs: Float[Array, 'B R n']
+    # If they are recorded, see `types.Rollout`.
+    support: UInt32[Array, 'B R n words'] | None
+    routing: UInt[Array, 'B R n L k'] | None
 
 
 class DecodeState(NamedTuple):

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped, UInt
 
 from grpo_jax import sharding
 from grpo_jax.engine.compaction import (
@@ -19,15 +19,43 @@ from grpo_jax.engine.compaction import (
     slot_numbers,
     take_slots,
 )
-from grpo_jax.engine.token_sampling import completion_keys, draw
+from grpo_jax.engine.support import pack
+from grpo_jax.engine.token_sampling import (
+    RECORDS,
+    check_record,
+    check_sampling,
+    completion_keys,
+    draw,
+)
 from grpo_jax.models import KeyValues, Quantized, Transformer, apply, quantize, unstack_layers
+from grpo_jax.models.routing import apply_recording, at_last_token
 from grpo_jax.sharding import data_devices
-from grpo_jax.types import Params
+from grpo_jax.types import Params, Sampling
 
 BLOCK, BLOCKS = 64, 8  # fewest columns of a block, and most blocks
 WEIGHTS = ('model', 'int8')
 
 Thresholds = tuple[Int[Array, ''], Int[Array, '']]  # see `compaction.compaction_thresholds`
+
+
+def check_options(
+    sampling: Sampling, weights: str, record: tuple[str, ...], experts: int, **sizes: int
+) -> None:
+    """Checks the options of `algorithm.sample`.
+
+    Raises:
+      ValueError: unknown weights or record, or a size or sampling option out of range. Traced
+        sampling options are not checked.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f'weights={weights!r} is unknown: use one of {", ".join(WEIGHTS)}')
+    for name, value in sizes.items():
+        least = 0 if name == 'block' else 1
+        if value < least:
+            raise ValueError(f'{name}={value} is out of range: make it at least {least}')
+    if all(isinstance(value, int | float) for value in sampling):
+        check_sampling(sampling, greedy=True)
+        check_record(record, sampling, experts)
 
 
 def block_size(max_tokens: int, *, in_place: bool) -> int:
@@ -67,10 +95,12 @@ def _convert(params: Params, dtype: str, weights: str, unroll: bool) -> Params:
     return unstack_layers(params) if unroll else params
 
 
-@functools.partial(jax.jit, static_argnames=('model', 'group_size', 'max_tokens', 'width', 'mesh'))
+@functools.partial(jax.jit, static_argnames=(
+    'model', 'group_size', 'max_tokens', 'width', 'record', 'mesh'))  # fmt: skip
 def first_block(
     model: Transformer, inputs: DecodeInputs, seed: Int[Array, ''], step: Int[Array, ''],
-    thresholds: Thresholds, *, group_size: int, max_tokens: int, width: int, mesh: Mesh | None,
+    thresholds: Thresholds, *, group_size: int, max_tokens: int, width: int,
+    record: tuple[str, ...], mesh: Mesh | None,
 ) -> tuple[DecodeInputs, Slots, DecodeState]:  # fmt: skip
     """Prefills the prompts and decodes columns up to `width`.
 
@@ -83,6 +113,7 @@ def first_block(
       group_size: G.
       max_tokens: T.
       width: columns to decode, at most T.
+      record: which of `RECORDS` the rollout holds.
       mesh: the devices.
 
     Returns:
@@ -91,8 +122,14 @@ def first_block(
     prompts = inputs.prompts
     with sharding.use(mesh):
         keys = completion_keys(seed, step, prompts.index, group_size)
-        cache, last = apply(model, inputs.params, prompts.tokens, prompts.length, method='prefill')
-        inputs = inputs._replace(cache=cache)
+        (cache, last), routing = _apply(
+            record, model, inputs.params, prompts.tokens, prompts.length, method='prefill'
+        )
+        if routing is not None:
+            routing = routing.reshape(*prompts.tokens.shape, *routing.shape[1:])
+            prompts = prompts._replace(routing=routing)
+            routing = jnp.repeat(at_last_token(routing, prompts.length), group_size, axis=0)
+        inputs = inputs._replace(cache=cache, prompts=prompts)
         slots = Slots(
             place=slot_numbers(keys.shape, mesh),
             key=keys,
@@ -103,6 +140,7 @@ def first_block(
         )
         hidden = jnp.broadcast_to(last[:, None], (*keys.shape, last.shape[-1]))
         slots, column = _draw_column(model, inputs, hidden, jnp.int32(0), slots)
+        column = _recorded(column, record, routing)
         drawn = jax.tree.map(lambda x: _padded(x, max_tokens), column)
         state = DecodeState(jnp.int32(1), drawn, slots.done, count_live(slots, mesh))
         slots, state = _decode_columns(
@@ -141,15 +179,17 @@ def _decode_columns(
     more live slots than the first, or no device has more than the second.
     """
     place = slots.place.reshape(data_devices(mesh), -1)
-    drawn = jax.tree.map(
-        lambda x: take_slots(x[..., :width], place).reshape(*slots.done.shape, -1), state.drawn
-    )
+    record = tuple(name for name in RECORDS if getattr(state.drawn, name) is not None)
+
+    def of_slots(x: jax.Array) -> jax.Array:
+        x = take_slots(x[:, :, :width], place)
+        return x.reshape(*slots.done.shape, *x.shape[1:])
 
     def advance(carry: _Decoding) -> _Decoding:
         t, slots, drawn = carry
-        hidden, new = apply(
-            model, inputs.params, slots.token, t - 1, inputs.cache, inputs.prompts.length,
-            slots.cache, method='decode',
+        (hidden, new), routing = _apply(
+            record, model, inputs.params, slots.token, t - 1, inputs.cache,
+            inputs.prompts.length, slots.cache, method='decode',
         )  # fmt: skip
         cache = jax.tree.map(
             lambda cache, x: jax.lax.dynamic_update_slice_in_dim(cache, x, t - 1, axis=4),
@@ -157,6 +197,7 @@ def _decode_columns(
             new,
         )
         slots, column = _draw_column(model, inputs, hidden, t, slots._replace(cache=cache))
+        column = _recorded(column, record, routing)
         drawn = jax.tree.map(
             lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, t, axis=2), drawn, column
         )
@@ -166,10 +207,11 @@ def _decode_columns(
         t, slots, _ = carry
         return (t < width) & (count_live(slots, mesh) > jnp.asarray(thresholds)).all()
 
+    drawn = jax.tree.map(of_slots, state.drawn)
     t, slots, drawn = jax.lax.while_loop(enough_live, advance, (state.t, slots, drawn))
 
     def write(whole: jax.Array, new: jax.Array) -> jax.Array:
-        return whole.at[..., :width].set(put_slots(whole[..., :width], place, new))
+        return whole.at[:, :, :width].set(put_slots(whole[:, :, :width], place, new))
 
     drawn = jax.tree.map(write, state.drawn, drawn)
     ended = put_slots(state.ended, place, slots.done)
@@ -184,7 +226,7 @@ def _draw_column(
     shape = slots.done.shape
     logits = apply(model, inputs.params, hidden, method='logits')
     keys = jax.vmap(lambda key: jax.random.fold_in(key, t))(slots.key.reshape(-1))
-    token, logprob = draw(keys, logits.reshape(len(keys), -1), inputs.sampling)
+    token, logprob, kept = draw(keys, logits.reshape(len(keys), -1), inputs.sampling)
     live = ~slots.done
     token = jnp.where(live, token.reshape(shape), 0)
     logprob = jnp.where(live, logprob.reshape(shape), 0.0)
@@ -194,7 +236,26 @@ def _draw_column(
         stop_state = inputs.stops[stop_state, token].astype(jnp.int32)
         ends |= stop_state == len(inputs.stops) - 1
     slots = slots._replace(token=token, done=slots.done | (live & ends), stop_state=stop_state)
-    return slots, Drawn(token[..., None], live[..., None], logprob[..., None])
+    support = pack(kept).reshape(*shape, 1, -1)
+    return slots, Drawn(token[..., None], live[..., None], logprob[..., None], support, None)
+
+
+def _apply(
+    record: tuple[str, ...], model: Transformer, params: Params, *args: Any, method: str
+) -> tuple[Any, UInt[Array, 'N L k'] | None]:
+    """Calls a method, and returns the routing of the tokens that it processes, if recorded."""
+    if 'routing' not in record:
+        return apply(model, params, *args, method=method), None
+    return apply_recording(model, params, *args, method=method)
+
+
+def _recorded(
+    column: Drawn, record: tuple[str, ...], routing: UInt[Array, 'N L k'] | None
+) -> Drawn:
+    """A column with what is recorded of it."""
+    if routing is not None:
+        routing = routing.reshape(*column.tokens.shape, *routing.shape[1:])
+    return column._replace(support=column.support if 'support' in record else None, routing=routing)
 
 
 def _padded(x: jax.Array, size: int, axis: int = 2) -> jax.Array:

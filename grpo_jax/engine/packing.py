@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Int, Shaped, UInt
 
 from grpo_jax.engine import shares
 from grpo_jax.engine.bundles import Carry, Outputs
@@ -24,7 +24,7 @@ from grpo_jax.models import (
     KeyValues,
     Owners,
     Transformer,
-    apply,
+    apply_routed,
     last_tokens,
 )
 from grpo_jax.sharding import anchor
@@ -57,6 +57,7 @@ class Sequences(NamedTuple):
     visible: Int[Array, 'N T 2']  # owners that a token attends to: its completion and its prompt
     groups: Int[Array, 'shards sequences 2']  # of a sequence's prompts; the same twice if only one
     prompts: Prompts  # of the whole microbatch
+    routing: UInt[Array, 'N T L k'] | None  # of the inputs, see `types.Rollout`
 
 
 def over_sequences(
@@ -137,7 +138,7 @@ def pack(mask: Bool[Array, 'm G T'], shards: int) -> Packing:
         t = jnp.arange(columns)
         to = (sequence * columns + start)[:, None] + t
         to = jnp.where(t < lengths[order][:, None], to, rows * columns)
-        source = jnp.full(rows * columns, rows * columns)
+        source = jnp.full(rows * columns, rows * columns, jnp.int32)
         source = source.at[to].set(order[:, None] * columns + t, mode='drop')
         return source.reshape(rows, columns), (filled > 0).sum()
 
@@ -157,12 +158,15 @@ def take(part: Batch, source: Int[Array, 'shards n T']) -> Sequences:
     group = row // group_size
 
     def columns_of(x: AnyArray, i: jax.Array) -> jax.Array:
-        return shares.take(x, i).reshape(-1, columns)
+        return shares.take(x, i).reshape(-1, columns, *x.shape[1:])
+
+    def of_tokens(x: AnyArray) -> jax.Array:
+        return columns_of(x.reshape(-1, *x.shape[3:]), index)
 
     absent: Any = None
     packed = part.per_token()
     packed = packed._replace(rollout=packed.rollout._replace(mask=absent))
-    packed = jax.tree.map(lambda x: columns_of(x.reshape(-1), index)[:, None], packed)
+    packed = jax.tree.map(lambda x: of_tokens(x)[:, None], packed)
     mask = anchor(present.reshape(-1, 1, columns))
     packed = packed._replace(rollout=packed.rollout._replace(mask=mask))
     t = (index % columns).reshape(-1, columns)
@@ -178,6 +182,7 @@ def take(part: Batch, source: Int[Array, 'shards n T']) -> Sequences:
         visible=jnp.where(mask[:, 0, :, None], owners, _EMPTY_COLUMN),
         groups=jnp.stack(ends, -1),
         prompts=prompts,
+        routing=None if rollout.routing is None else of_tokens(rollout.routing),
     )
 
 
@@ -206,8 +211,8 @@ def hidden_states(
         jnp.concatenate([owner, sequences.visible[..., 0]], -1), sequences.visible
     )  # fmt: skip
     caches = KeyValues(*map(jax.vmap(both), prompt))
-    hidden = apply(
-        model, params, sequences.tokens, sequences.positions, caches,
+    hidden = apply_routed(
+        model, params, sequences.routing, sequences.tokens, sequences.positions, caches,
         positions.reshape(-1, 2 * width), owners, method='extend_packed',
     )  # fmt: skip
     return hidden[:, None]

@@ -84,15 +84,17 @@ class Policy:
 
         def from_logits(logits: jax.Array, part: Batch) -> tuple[jax.Array, Outputs]:
             tokens = part.rollout.tokens
-            logprobs, h = token_logprobs(logits, tokens, self.sampling, entropy=entropy)
-            return loss(logprobs, h, part), _named(logprobs, h)
+            logprobs, h = token_logprobs(
+                logits, tokens, self.sampling, support=part.rollout.support, entropy=entropy
+            )
+            return loss(logprobs, h, part.loss_inputs()), _named(logprobs, h)
 
         def from_hidden(
             trained: Params, hidden: jax.Array, part: Batch
         ) -> tuple[jax.Array, Outputs]:
             params = policy.full_params(trained)
             outputs = policy._outputs(params, hidden, part, entropy)
-            return loss(outputs['logprobs'], outputs.get('entropy'), part), outputs
+            return loss(outputs['logprobs'], outputs.get('entropy'), part.loss_inputs()), outputs
 
         if tokenwise:
             learner: Learner = ChunkedLoss(
@@ -106,6 +108,19 @@ class Policy:
         )
         return models.stack_layers(gradient) if self.plan.unroll else gradient, outputs
 
+    def loss_shapes(self, shape: tuple[int, ...], *, tokenwise: bool) -> list[tuple[int, ...]]:
+        """The shapes [b, g, c] of the parts for which `gradient` calls its loss, the largest first.
+
+        Args:
+          shape: [B, G, T] of the batch.
+          tokenwise: as in `gradient`.
+        """
+        shapes = microbatches_of(self.plan, self.mesh).shapes(shape)
+        if not tokenwise:
+            return shapes
+        chunk = self.plan.logprob_chunk
+        return list(dict.fromkeys((*groups, min(width, chunk)) for *groups, width in shapes))
+
     @property
     def _decoder(self) -> Decoder:
         return Decoder(self.model, self.full_params)
@@ -116,11 +131,14 @@ class Policy:
     def _outputs(self, params: Params, hidden: jax.Array, part: Batch, entropy: bool) -> Outputs:
         """What `outputs` returns, for a bundle with hidden states [b, g, w, D]."""
 
-        def piece(states: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        def piece(
+            states: jax.Array, targets: jax.Array, support: jax.Array | None
+        ) -> tuple[jax.Array, jax.Array | None]:
             logits = models.apply(self.model, params, states, method='logits')
-            return token_logprobs(logits, targets, self.sampling, entropy=entropy)
+            return token_logprobs(logits, targets, self.sampling, support=support, entropy=entropy)
 
-        return _named(*map_chunks(piece, (hidden, part.rollout.tokens), self.plan.logprob_chunk))
+        arrays = hidden, part.rollout.tokens, part.rollout.support
+        return _named(*map_chunks(piece, arrays, self.plan.logprob_chunk))
 
     def _unrolled(self) -> 'Policy':
         """The policy with its layers unrolled, if the plan says so."""
@@ -149,7 +167,7 @@ class ValueModel:
         def scorer(params: Params, hidden: jax.Array, part: Batch) -> Outputs:
             return {'values': models.apply(decoder.model, params, hidden, method='scores')}
 
-        return microbatches.outputs(decoder, scorer, self._layers(params), batch)
+        return microbatches.outputs(decoder, scorer, self._layers(params), batch.without_routing())
 
     def gradient(self, loss: ValueLoss, params: Params, batch: Batch) -> tuple[Params, Outputs]:
         """The gradient of a loss of values, and the values."""
@@ -162,7 +180,7 @@ class ValueModel:
             return loss(values, part), {'values': values}
 
         gradient, outputs = microbatches.gradient(
-            decoder, _learner(from_hidden), self._layers(params), batch
+            decoder, _learner(from_hidden), self._layers(params), batch.without_routing()
         )
         return models.stack_layers(gradient) if self.plan.unroll else gradient, outputs
 

@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, UInt32
 
+from grpo_jax.engine.support import unpack
 from grpo_jax.types import Array, Sampling
 
 _PIECES = 32  # most pieces into which positions are cut for filtering
@@ -44,8 +45,7 @@ def filter_with_peak(
 
     Every filter keeps the largest logit, so it is computed before filtering, which saves a pass.
     """
-    temperature = jnp.asarray(sampling.temperature, jnp.float32)
-    scale = jnp.where(temperature > 0, temperature, 1.0)
+    scale = _scale(sampling)
     top_k, top_p = map(jnp.asarray, (sampling.top_k, sampling.top_p))
     min_p = jnp.asarray(sampling.min_p, jnp.float32)
     # Flattened to two axes, as the matrix product returns them, and compared before scaling:
@@ -71,6 +71,25 @@ def filter_with_peak(
         inside |= jnp.arange(rows.shape[-1]) == keep.reshape(-1, 1)
     filtered = _mask_logits(rows / scale, inside)
     return filtered.reshape(logits.shape), (fixed.max(-1) / scale).reshape(logits.shape[:-1])
+
+
+def restrict_logits(
+    logits: Float[Array, '*n V'],
+    sampling: Sampling,
+    support: UInt32[Array, '*n words'],
+    keep: Int[Array, '*n'],
+) -> Float[Array, '*n V']:
+    """`filter_logits` with a recorded support in place of the filters."""
+    rows = logits.reshape(-1, logits.shape[-1])
+    inside = unpack(support.reshape(len(rows), -1), rows.shape[-1])
+    inside |= jnp.arange(rows.shape[-1]) == keep.reshape(-1, 1)  # padding has an empty support
+    return _mask_logits(rows / _scale(sampling), inside).reshape(logits.shape)
+
+
+def _scale(sampling: Sampling) -> jax.Array:
+    """What logits are divided by: the temperature, or 1 for greedy decoding."""
+    temperature = jnp.asarray(sampling.temperature, jnp.float32)
+    return jnp.where(temperature > 0, temperature, 1.0)
 
 
 @jax.custom_jvp
@@ -140,13 +159,19 @@ def token_logprobs(
     targets: Int[Array, '*n'],
     sampling: Sampling,
     *,
+    support: UInt32[Array, '*n words'] | None = None,
     entropy: bool = False,
 ) -> tuple[Float[Array, '*n'], Float[Array, '*n'] | None]:
     """Log-probs of the targets, and if requested the entropy of each distribution in nats.
 
-    A filter never removes a target, see `filter_logits`.
+    A filter never removes a target, see `filter_logits`. With `support` (see `engine.support`) the
+    filters are not applied to these logits: the tokens are those that the sampler kept.
     """
-    logits, peak = filter_with_peak(logits, sampling, keep=targets)
+    if support is None:
+        logits, peak = filter_with_peak(logits, sampling, keep=targets)
+    else:
+        logits = restrict_logits(logits, sampling, support, keep=targets)
+        peak = jax.lax.stop_gradient(logits).max(-1)
     rows, peak = logits.reshape(-1, logits.shape[-1]), peak.reshape(-1)
     if jax.default_backend() != 'gpu':
         # A separate maximum lets compilers overwrite the logits, which saves the memory of a chunk.

@@ -2,10 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key, Shaped
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from grpo_jax.engine.token_distribution import filter_with_peak
 from grpo_jax.types import Sampling
+
+RECORDS = ('support', 'routing')  # what a rollout may hold for the update, see `types.Rollout`
 
 _BLOCK = 64  # tokens per block of the two-level inverse-CDF sampling
 
@@ -35,6 +37,30 @@ def check_sampling(sampling: Sampling, *, greedy: bool = False) -> None:
             raise ValueError(f'sampling {name}={getattr(sampling, name)}: make it {remedy}')
 
 
+def check_record(record: tuple[str, ...], sampling: Sampling, experts: int) -> None:
+    """Checks what a rollout is to record, see `algorithm.sample`.
+
+    Args:
+      record: names.
+      sampling: numbers, not traced.
+      experts: of each layer; 0: the model has none.
+
+    Raises:
+      ValueError: an unknown name, a support without filters, or a routing without experts.
+    """
+    for name in record:
+        if name not in RECORDS:
+            raise ValueError(f'record names {name!r}: use any of {", ".join(RECORDS)}')
+    filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
+    if 'support' in record and not filtered:
+        raise ValueError(
+            "record='support' has no effect without a filter: set top_k, top_p or min_p, or "
+            'remove it'
+        )
+    if 'routing' in record and not experts:
+        raise ValueError("record='routing' has no effect on a model without experts: remove it")
+
+
 def _inverse_cdf(mass: jax.Array, u: jax.Array) -> jax.Array:
     """Index i32[N] drawn from unnormalized mass f32[N, n] by uniforms f32[N]; never of mass 0."""
     cumulative = jnp.cumsum(mass, axis=-1)
@@ -44,7 +70,7 @@ def _inverse_cdf(mass: jax.Array, u: jax.Array) -> jax.Array:
 
 def draw(
     keys: Key[Array, ' N'], logits: Float[Array, 'N V'], sampling: Sampling
-) -> tuple[Int[Array, ' N'], Float[Array, ' N']]:
+) -> tuple[Int[Array, ' N'], Float[Array, ' N'], Bool[Array, 'N V']]:
     """Draws one token for each row of logits, after temperature and filters.
 
     Inverse-CDF sampling in two levels: it draws a block of tokens by its mass, then a token of that
@@ -57,8 +83,9 @@ def draw(
       sampling: the distribution; temperature 0 takes the largest logit.
 
     Returns:
-      token i32[N], and its log-prob f32[N] under the distribution that it was drawn from (at
-      temperature 0: under the filtered softmax at temperature 1).
+      token i32[N]; its log-prob f32[N] under the distribution that it was drawn from (at
+      temperature 0: under the filtered softmax at temperature 1); and the tokens that the filters
+      kept.
     """
     rows, size = logits.shape
     filtered, peak = filter_with_peak(logits, sampling)
@@ -79,7 +106,7 @@ def draw(
     chosen = jnp.take_along_axis(filtered - peak, token[:, None], 1)[:, 0]
     # Not a sum, which compilers would turn into one over the whole vocabulary.
     total = jnp.cumsum(block_mass, axis=-1)[:, -1]
-    return token, chosen - jnp.log(total)
+    return token, chosen - jnp.log(total), filtered > -jnp.inf
 
 
 def completion_keys(
@@ -91,7 +118,8 @@ def completion_keys(
     """Random keys from (seed, step, prompt index, completion index).
 
     Token t of a completion uses fold_in(key, t). Keys do not depend on the place in the batch, on
-    the device, or on the other prompts of the batch.
+    the device, or on the other prompts of the batch. Where a batch has a prompt several times, the
+    n-th copy has the keys of completions n * G to n * G + G - 1, so copies differ.
 
     Args:
       seed: i32[].
@@ -104,4 +132,7 @@ def completion_keys(
     def row(prompt: jax.Array, completion: jax.Array) -> Key[Array, '']:
         return jax.random.fold_in(jax.random.fold_in(base, prompt), completion)
 
-    return jax.vmap(lambda i: jax.vmap(lambda g: row(i, g))(jnp.arange(group_size)))(index)
+    index = jnp.asarray(index)
+    copy = jnp.tril(index[:, None] == index, -1).sum(-1)  # earlier copies of each prompt
+    completions = copy[:, None] * group_size + jnp.arange(group_size)
+    return jax.vmap(lambda i, group: jax.vmap(lambda g: row(i, g))(group))(index, completions)

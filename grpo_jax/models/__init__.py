@@ -10,9 +10,10 @@ from grpo_jax.models.forward import (
     last_tokens,
 )
 from grpo_jax.models.kernels.selection import caches_in_place
-from grpo_jax.models.layers import softcap_logits
+from grpo_jax.models.layers import finish_logits
 from grpo_jax.models.lora import join_adapters, merge_adapters, split_adapters
 from grpo_jax.models.quantization import Quantized, quantize
+from grpo_jax.models.routing import apply_routed, router_outputs
 from grpo_jax.models.transformer import Transformer, apply, init_params, scalar_params
 from grpo_jax.models.unrolled import stack_layers, unstack_layers
 
@@ -25,8 +26,10 @@ __all__ = [
     'Quantized',
     'Transformer',
     'apply',
+    'apply_routed',
     'caches_in_place',
     'completion_hidden',
+    'finish_logits',
     'hidden_after_prompt',
     'hidden_at_tokens',
     'init_params',
@@ -34,8 +37,8 @@ __all__ = [
     'last_tokens',
     'merge_adapters',
     'quantize',
+    'router_outputs',
     'scalar_params',
-    'softcap_logits',
     'split_adapters',
     'stack_layers',
     'unstack_layers',

@@ -107,6 +107,8 @@ class ModelConfig:
     # Embedding and output
     embedding_scaled: bool = False  # embeddings times sqrt(D) (Gemma)
     logit_softcap: float = 0.0  # as `attention_softcap`, of the logits; 0: none
+    # Ids that the tokenizer has tokens for, as (first, last + 1); the logits of others are -inf.
+    token_ranges: tuple[tuple[int, int], ...] = ()  # (): all ids
     scalar_head: bool = False  # one number per token instead of logits: rewards and values
     # How it is computed
     dtype: str = 'float32'  # of the computation: 'float32', 'bfloat16' or 'float16'
@@ -127,6 +129,13 @@ class ModelConfig:
             object.__setattr__(self, name, layers)
             if not set(layers) <= set(range(self.layers)):
                 raise ValueError(f'model {name}={layers}: use layers 0 to {self.layers - 1}')
+        ranges = tuple((int(start), int(stop)) for start, stop in self.token_ranges)
+        object.__setattr__(self, 'token_ranges', ranges)
+        if not all(0 <= start < stop <= self.vocab_size for start, stop in ranges):
+            raise ValueError(
+                f'model token_ranges={ranges}: use pairs (first, last + 1) within 0 to '
+                f'vocab_size={self.vocab_size}'
+            )
         self._check_sizes()
         self._check_options()
 

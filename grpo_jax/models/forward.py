@@ -1,9 +1,10 @@
 """Hidden states of whole groups, each prompt processed once for all completions of its group."""
 
 import jax.numpy as jnp
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, UInt
 
 from grpo_jax.models.block import KeyValues
+from grpo_jax.models.routing import apply_routed
 from grpo_jax.models.transformer import Transformer, apply
 from grpo_jax.types import Array, Params
 
@@ -14,6 +15,8 @@ def completion_hidden(
     prompt: Int[Array, 'B P'],
     length: Int[Array, ' B'],
     tokens: Int[Array, 'B G T'],
+    *,
+    routing: tuple[UInt[Array, 'B P L k'] | None, UInt[Array, 'B G T L k'] | None] = (None, None),
 ) -> Float[Array, 'B G T D']:
     """Hidden states that predict each completion token.
 
@@ -23,13 +26,17 @@ def completion_hidden(
       prompt: prompt tokens, padded on the right.
       length: real prompt tokens.
       tokens: completions.
+      routing: recorded of prompts and completions; None: the routers choose.
 
     Returns:
       The state at t predicts tokens[:, :, t]. Gradients flow through the prompt, once per group.
     """
-    keys_values, _ = apply(model, params, prompt, length, method='prefill')
+    of_prompts, of_completions = routing
+    keys_values, _ = apply_routed(model, params, of_prompts, prompt, length, method='prefill')
     last = last_tokens(prompt, length)
-    return hidden_after_prompt(model, params, keys_values, last, length, tokens)
+    return hidden_after_prompt(
+        model, params, keys_values, last, length, tokens, routing=of_completions
+    )
 
 
 def last_tokens(prompt: Int[Array, 'B P'], length: Int[Array, ' B']) -> Int[Array, ' B']:
@@ -44,6 +51,8 @@ def hidden_after_prompt(
     last: Int[Array, ' B'],
     length: Int[Array, ' B'],
     tokens: Int[Array, 'B G T'],
+    *,
+    routing: UInt[Array, 'B G T L k'] | None = None,
 ) -> Float[Array, 'B G T D']:
     """`completion_hidden` for prompts that are already in a cache.
 
@@ -58,13 +67,14 @@ def hidden_after_prompt(
       last: from `last_tokens`.
       length: real prompt tokens.
       tokens: completions.
+      routing: see `types.Rollout`.
 
     Returns:
       As `completion_hidden`.
     """
     first = jnp.broadcast_to(last[:, None, None], (*tokens.shape[:2], 1))
     inputs = jnp.concatenate([first, tokens[..., :-1]], axis=2)
-    return apply(model, params, inputs, prompt, length - 1, method='extend')
+    return apply_routed(model, params, routing, inputs, prompt, length - 1, method='extend')
 
 
 def hidden_at_tokens(

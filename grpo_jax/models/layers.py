@@ -18,6 +18,10 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.kernels import cpu
 from grpo_jax.models.quantization import unpack
 
+# Variables of flax: experts to use instead of the router's choice, and the experts that were used.
+CHOSEN, RECORDED = 'chosen_experts', 'recorded_experts'
+PROBABILITIES = 'router_probabilities'  # of every expert, for the load-balancing loss
+
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     'silu': jax.nn.silu,
     'gelu': lambda x: jax.nn.gelu(x, approximate=False),
@@ -152,9 +156,21 @@ def _adapter_init(fan_in: int) -> Callable[..., Array]:
     return init
 
 
-def softcap_logits(c: ModelConfig, logits: Float[Array, '*axes V']) -> Float[Array, '*axes V']:
-    """Applies the soft cap, if any, to products of hidden states and the output matrix."""
-    return c.logit_softcap * jnp.tanh(logits / c.logit_softcap) if c.logit_softcap else logits
+def finish_logits(c: ModelConfig, products: Float[Array, '*axes V']) -> Float[Array, '*axes V']:
+    """Logits from products of hidden states and the output matrix.
+
+    It applies the soft cap, if there is one. Rows of the embedding that the tokenizer has no token
+    for get -inf, so every distribution, its log-probs and its entropy are over the tokenizer's
+    tokens alone, in sampling and in training.
+    """
+    logits = products
+    if c.logit_softcap:
+        logits = c.logit_softcap * jnp.tanh(logits / c.logit_softcap)
+    if not c.token_ranges:
+        return logits
+    token = jnp.arange(logits.shape[-1])
+    known = [(token >= start) & (token < stop) for start, stop in c.token_ranges]
+    return jnp.where(functools.reduce(jnp.logical_or, known), logits, -jnp.inf)
 
 
 def mlp(module: nn.Module, x: Float[Array, '*axes D']) -> Float[Array, '*axes D']:
@@ -212,7 +228,13 @@ def _route(
     init = nn.initializers.normal(c.width**-0.5)
     router = module.param('router', init, (c.width, c.experts), c.param_dtype)
     scores = jax.nn.softmax((tokens @ router.astype(c.dtype)).astype(jnp.float32))
-    weights, chosen = jax.lax.top_k(scores, c.experts_per_token)
+    if module.has_variable(CHOSEN, 'experts'):  # see `models.routing`
+        chosen: Array = module.get_variable(CHOSEN, 'experts')
+        weights = jnp.take_along_axis(scores, chosen, axis=-1)
+    else:
+        weights, chosen = jax.lax.top_k(scores, c.experts_per_token)
+    for kind, name, value in ((RECORDED, 'experts', chosen), (PROBABILITIES, 'all', scores)):
+        module.sow(kind, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
     if c.normalize_experts:
         weights = weights / weights.sum(-1, keepdims=True)
     return weights.astype(tokens.dtype), chosen

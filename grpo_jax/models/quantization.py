@@ -5,7 +5,7 @@ for each output channel (Dettmers et al., LLM.int8(), arXiv 2208.07339, section 
 scale_j = max_i |W_ij| / 127 and values_ij = round(W_ij / scale_j). The scale multiplies the
 product, x W ~ (x values) * scale, so it costs nothing per weight. The error of a weight is at most
 scale / 2. Its effect on log-probs is corrected by importance weights, as in Yao et al. (2025); see
-`losses.importance_weights`.
+`off_policy.importance_weights`.
 """
 
 from typing import Any, NamedTuple

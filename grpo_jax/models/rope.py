@@ -34,6 +34,12 @@ _KINDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+def settings_of(kind: str) -> tuple[str, ...]:
+    """The settings that a kind of scaling reads, or none if it is unknown."""
+    needed, optional = _KINDS.get(kind, ((), ()))
+    return needed + optional
+
+
 def check_scaling(scaling: Settings) -> None:
     """Checks the settings of a `rope_scaling`.
 

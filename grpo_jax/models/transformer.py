@@ -28,7 +28,7 @@ from grpo_jax.models.block import (
 )
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.kernels.selection import caches_in_place
-from grpo_jax.models.layers import RMSNorm, softcap_logits
+from grpo_jax.models.layers import CHOSEN, PROBABILITIES, RECORDED, RMSNorm, finish_logits
 from grpo_jax.models.lora import split_adapters
 from grpo_jax.models.quantization import Quantized, lookup, unpack
 from grpo_jax.sharding import anchor
@@ -51,7 +51,7 @@ class Transformer(nn.Module):
         else:
             self.blocks = nn.scan(
                 block,
-                variable_axes={'params': 0},
+                variable_axes={'params': 0, CHOSEN: 0, RECORDED: 0, PROBABILITIES: 0},
                 split_rngs={'params': True},
                 in_axes=(0, 0, nn.broadcast),
                 length=c.layers,
@@ -166,7 +166,7 @@ class Transformer(nn.Module):
         rows = hidden.reshape(-1, c.width)  # two axes: see `layers.project`
         logits = jnp.matmul(rows, matrix.astype(c.dtype), preferred_element_type=jnp.float32)
         logits = logits if scale is None else logits * scale
-        return softcap_logits(c, logits).reshape(*hidden.shape[:-1], -1)
+        return finish_logits(c, logits).reshape(*hidden.shape[:-1], -1)
 
     def output_matrix(self) -> Float[Array, 'D V'] | Quantized:
         """The matrix that hidden states are multiplied with to obtain logits.
