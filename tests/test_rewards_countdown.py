@@ -80,6 +80,31 @@ def test_columns_as_texts():
     assert reward('25+3*7', json.dumps([3, 7, 26]), '46') == 0.0
 
 
+@pytest.mark.parametrize('numbers', [[5, -3], '[5, -3]', '5 −3', ['5', '-3'], (5.0, -3.0)])
+def test_negative_numbers_are_used_with_their_sign(numbers):
+    assert reward('5 + -3', numbers, 2) == 1.0
+    assert reward('5 - (-3)', numbers, 8) == 1.0
+    assert reward('-3 + 5', numbers, 2) == 1.0
+    assert reward('5 - 3', numbers, 2) == 0.0  # that is 3
+    assert reward('5 + 3', numbers, 8) == 0.0
+    assert reward('5 * -3', numbers, '-15') == 1.0
+
+
+@pytest.mark.parametrize(
+    ('numbers', 'target', 'message'),
+    [
+        ('[2.5, 7]', 46, "column numbers, row 0: '2.5' is not a whole number like 7 or -3"),
+        ([2.5, 7], 46, 'column numbers, row 0: 2.5 is not a whole number'),
+        ('3 or 7', 46, "column numbers, row 0: 'or' is not a whole number"),
+        ([3, 7], 46.5, 'column target, row 0: 46.5 is not a whole number'),
+        ([3, 7], 'many', "column target, row 0: 'many' is not a whole number"),
+    ],
+)
+def test_a_column_without_whole_numbers_is_an_error(numbers, target, message):
+    with pytest.raises(ValueError, match=message):
+        reward('3+7', numbers, target)
+
+
 def test_nesting_beyond_the_stack_is_wrong():
     def call(depth):
         return call(depth - 1) if depth else reward('(' * 140 + '1' + ')' * 140, [1], 1)

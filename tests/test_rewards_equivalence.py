@@ -3,6 +3,7 @@
 from fractions import Fraction
 
 import pytest
+from answer_pairs import RIGHT, WRONG
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -128,6 +129,25 @@ def test_pairs_by_hand():
     assert [p for p, same in zip(DIFFERENT, results[len(SAME) :], strict=True) if same] == []
     swapped = equivalent_pairs([(b, a) for a, b in SAME + DIFFERENT], seconds=30.0)
     assert swapped == results
+
+
+@pytest.fixture(scope='module')
+def verdicts():
+    """The results of all pairs in both orders, which the workers share."""
+    pairs = [pair for a, b in [*RIGHT, *WRONG] for pair in ((a, b), (b, a))]
+    return dict(zip(pairs, equivalent_pairs(pairs, seconds=30.0), strict=True))
+
+
+@pytest.mark.parametrize(('reference', 'answer'), RIGHT)
+def test_right_answers_are_accepted(verdicts, reference, answer):
+    assert verdicts[reference, answer] is True
+    assert verdicts[answer, reference] is True
+
+
+@pytest.mark.parametrize(('reference', 'answer'), WRONG)
+def test_wrong_answers_are_refused(verdicts, reference, answer):
+    assert verdicts[reference, answer] is False
+    assert verdicts[answer, reference] is False
 
 
 def test_equal_texts_and_numbers_need_no_worker(monkeypatch):

@@ -62,6 +62,29 @@ def test_math_answer():
     assert row('\\boxed{5}', 'Thus $\\boxed{5}$.') == 1.0
 
 
+def test_math_answer_of_several_boxes():
+    def row(completion, answer, **options):
+        (reward,) = math_answer([''], [completion], answer=[answer], **options)
+        return reward
+
+    two = r'$x = \boxed{1}$ or $x = \fbox{2}$'
+    assert row(two, '1, 2', boxes='all') == 1.0
+    assert row(two, '2, 1', boxes='all') == 1.0
+    assert row(two, '2', boxes='all') == 0.0
+    assert row(two, r'either \boxed{1} or \boxed{2}', boxes='all') == 1.0
+    assert row(two, '2') == 1.0
+    assert row(two, '1, 2') == 0.0
+    assert row(r'\boxed{5}, so \boxed{5}', '5', boxes='all') == 1.0
+
+
+@pytest.mark.parametrize('choice', ['The answer is (E) 15.', r'so \boxed{\textbf{(E)}\ 15}'])
+def test_a_choice_is_its_letter_or_its_value(choice):
+    assert one(math_answer, choice, answer='E') == 1.0
+    assert one(math_answer, choice, answer='15') == 1.0
+    assert one(math_answer, choice, answer='D') == 0.0
+    assert one(gsm8k_answer, choice, answer='15') == 1.0
+
+
 def test_math_answer_counts_what_takes_too_long_as_wrong():
     assert math_answer(
         ['', ''], ['\\boxed{9^{9^{9^9}}}', '\\boxed{2x}'], ['x+x', 'x+x'], seconds=1.0
@@ -75,6 +98,8 @@ def test_math_answer_counts_what_takes_too_long_as_wrong():
         ('x\n#### 18', '18'),
         ('a $\\boxed{x^2}$.', 'x^2'),
         (' (1, 2) ', '(1, 2)'),
+        ('so \\fbox{42}', '42'),
+        ('so \\boxed {5}', '5'),
         (7, '7'),
     ],
 )

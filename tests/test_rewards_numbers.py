@@ -88,6 +88,22 @@ def test_equal_fractions_have_one_spelling(p, q, factor):
         ('-2 \\frac{1}{2}', '-5/2', None, False),
         ('2 1/2', '5/2', None, False),
         ('$3.', '3', 0, False),
+        ('1.5e-3', '0.0015', 4, False),
+        ('3e8', '300000000', 0, False),
+        (r'1.50\times10^{3}', '1500', 0, False),
+        (r'1.5\cdot10^{-1}', '0.15', 2, False),
+        ('2^{10}', '1024', 0, False),
+        ('3 / 4', '3/4', None, False),
+        ('3/4.5', '2/3', None, False),
+        ('3:4', '3/4', None, False),
+        (r'70\,000', '70000', 0, False),
+        ('1 234.5', '1234.5', 1, False),
+        ("1'000", '1000', 0, False),
+        ('２½', '5/2', None, False),
+        ('-½', '-1/2', None, False),
+        (r'\cfrac34', '3/4', None, False),
+        (r'\mathbf{18}', '18', 0, False),
+        ('€5', '5', 0, False),
     ],
 )
 def test_parse_number(text, value, places, percent):
@@ -95,7 +111,29 @@ def test_parse_number(text, value, places, percent):
 
 
 @pytest.mark.parametrize(
-    'text', ['', '1,0001', '1/0', '\\frac{1}{0}', '18 eggs', '2 3', 'x', '%', '1' * 500, '1.2.3']
+    'text',
+    [
+        '',
+        '1,0001',
+        '1/0',
+        '\\frac{1}{0}',
+        '18 eggs',
+        '2 3',
+        'x',
+        '%',
+        '1' * 500,
+        '1.2.3',
+        '3:40',
+        '1/2/3',
+        '12 34',
+        '1,000,00',
+        '2.5 1/2',
+        '9^{999}',
+        '1e999',
+        '0^{-1}',
+        '3:0',
+        '1-2',
+    ],
 )
 def test_parse_number_rejects_other_text(text):
     assert parse_number(text) is None

@@ -32,6 +32,12 @@ SCRIPTED = textwrap.dedent("""
             time.sleep(order)
         print(json.dumps(order != 'no'), flush=True)
 """)
+# The same with copies of the process, as `worker.py` has them.
+COPIES = SCRIPTED.replace(
+    "print('ready', flush=True)",
+    'while os.fork():\n    if not os.wait()[1]:\n        sys.exit()\n'
+    "print('ready', os.getpid(), flush=True)",
+)
 
 
 @pytest.fixture
@@ -55,6 +61,10 @@ def alive(pid):
         return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def children(pid):
+    return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
 
 
 def pids(workers):
@@ -85,6 +95,37 @@ def test_a_deadline_costs_one_result_and_a_worker(real):
     assert real.evaluate([SAME, FOREVER, DIFFERENT, SAME], seconds=2.0) == [True, None, False, True]
     assert (real.timeouts, real.crashes) == (1, 0)
     assert real.evaluate([SAME], seconds=SECONDS) == [True]
+
+
+def test_a_deadline_costs_no_start_of_a_worker(real):
+    assert real.evaluate([SAME] * 4, seconds=SECONDS) == [True] * 4
+    started = pids(real)
+    expected = [None] * 5 + [True] * 4
+    start = time.monotonic()
+    assert real.evaluate([FOREVER] * 5 + [SAME] * 4, seconds=1.0) == expected
+    # Five on two workers take three seconds. The bound is for a machine with other work.
+    assert time.monotonic() - start < 60
+    assert (real.timeouts, real.crashes) == (5, 0)
+    assert pids(real) == started  # the same processes, with new copies
+
+
+def test_a_copy_that_dies_costs_its_result_and_no_start(tmp_path):
+    script = tmp_path / 'copies.py'
+    script.write_text(COPIES)
+    workers = pool.Pool(1, script=script)
+    try:
+        assert workers.evaluate(['yes'], seconds=SECONDS) == [True]
+        started = pids(workers)
+        assert workers.evaluate(['die', 'yes', 'wait', 'no', 'die'], seconds=3.0) == [
+            None, True, None, False, None,
+        ]  # fmt: skip
+        assert (workers.timeouts, workers.crashes) == (1, 2)
+        assert pids(workers) == started
+        copies = children(started[0])
+        assert len(copies) == 1
+    finally:
+        workers.close()
+    assert not any(map(alive, started + copies))
 
 
 def test_results_are_in_the_order_of_the_trees(scripted):

@@ -1,5 +1,6 @@
 """Rewards and extractors by name, and the options of a reward in a config."""
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -7,6 +8,7 @@ from grpo_jax.rewards import (
     RewardError,
     build,
     exact_answer,
+    extract_answers,
     extractor,
     gsm8k_answer,
     resolve,
@@ -60,6 +62,17 @@ def test_extractors():
 
 def first_word(text):
     return text.split()[0] if text else None
+
+
+def test_extractors_are_checked():
+    def leaving(text):
+        raise SystemExit(0)
+
+    assert extract_answers(first_word, ['a b', '']) == ['a', None]
+    with pytest.raises(RewardError, match="extractor 'leaving' raised SystemExit: 0"):
+        extract_answers(leaving, ['a'])
+    with pytest.raises(RewardError, match="extractor 'len' returned 1: return a text, or None"):
+        extract_answers(len, ['a'])
 
 
 def test_own_extractors():
@@ -138,6 +151,24 @@ def test_build_binds_options():
     assert total({f'{HERE}:keyword_only': 1}) == [1, 2]
 
 
+def test_functions_under_names_of_their_own():
+    spec = {
+        'path': {'function': f'{HERE}:scaled', 'weight': 2, 'scale': 3},
+        'built in': {'function': 'chain_format', 'weight': 1},
+        'object': {'function': named, 'weight': 0.5, 'times': 4},
+    }
+    functions, weights = build(spec)
+    assert list(functions) == list(spec)
+    assert functions['built in'] is resolve('chain_format')
+    assert weights == {'path': 2.0, 'built in': 1.0, 'object': 0.5}
+    assert total(spec) == [2 * 3 + 0.5 * 4, 2 * 6 + 0.5 * 8]
+
+
+def test_numbers_of_numpy_are_weights():
+    assert build({'chain_format': np.float32(0.5)})[1] == {'chain_format': 0.5}
+    assert build({'chain_format': np.int64(2)})[1] == {'chain_format': 2.0}
+
+
 def test_build_accepts_a_config_dict():
     spec = ConfigDict({f'{HERE}:scaled': {'weight': 2, 'scale': 3}, 'chain_format': 1.0})
     assert total(spec) == [6, 12]
@@ -160,6 +191,12 @@ def test_an_option_takes_precedence_over_a_column_of_its_name():
     [
         ({}, 'grpo.rewards is empty: name at least one'),
         ({'chain_format': '1'}, "grpo.rewards.chain_format='1': a weight is a finite number"),
+        ({'chain_format': True}, 'grpo.rewards.chain_format=True: a weight is a finite number'),
+        ({'chain_format': {'weight': False}}, 'chain_format=False: a weight'),
+        ({'chain_format': 10**400}, 'grpo.rewards.chain_format=1000.*: a weight is a finite'),
+        ({'chain_format': -(10**5000)}, 'grpo.rewards.chain_format=.*: a weight is a finite'),
+        ({'own': {'function': 3, 'weight': 1}}, 'own.function=3: give a name, a path or a func'),
+        ({'own': {'function': 'chain_fromat', 'weight': 1}}, "did you mean 'chain_format'"),
         ({'chain_format': float('nan')}, 'grpo.rewards.chain_format=nan: a weight'),
         ({'chain_format': {'weight': None}}, 'chain_format=None: a weight'),
         ({'soft_overlong': {'max_tokens': 9}}, 'soft_overlong has no weight: add one'),

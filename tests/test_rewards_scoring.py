@@ -1,6 +1,8 @@
 """Scores of a batch: weights, what may be returned, async functions, every error."""
 
 import asyncio
+import functools
+import sys
 
 import numpy as np
 import pytest
@@ -117,6 +119,80 @@ def test_async_functions_run_together_even_inside_an_event_loop():
     assert list(scores.parts) == ['a', 'sync', 'b']
 
 
+def wrapped(function):
+    return lambda *arguments, **columns: function(*arguments, **columns)
+
+
+class Callable:
+    def __init__(self, function):
+        self.function = function
+
+    async def __call__(self, **columns):
+        return await self.function(**columns)
+
+
+async def scaled(completions, *, scale=1.0, **_):
+    await asyncio.sleep(0)
+    return [scale] * len(completions)
+
+
+@pytest.mark.parametrize(
+    'function',
+    [
+        scaled,
+        functools.partial(scaled, scale=1.0),
+        functools.partial(functools.partial(scaled), scale=1.0),
+        wrapped(scaled),
+        functools.wraps(scaled)(wrapped(scaled)),
+        wrapped(functools.partial(scaled)),
+        Callable(scaled),
+        functools.partial(Callable(scaled), scale=1.0),
+        wrapped(Callable(scaled)),
+        Callable(scaled).__call__,
+    ],
+)
+def test_async_functions_inside_wrappers(function):
+    np.testing.assert_array_equal(run({'a': function, 'b': constant(1, 2)}).total, [2, 3])
+
+
+@pytest.mark.filterwarnings('error')
+def test_nothing_is_left_unawaited_after_an_error():
+    with pytest.raises(RewardError, match=r"reward 'b'.* raised KeyError"):
+        run({'a': scaled, 'b': failure})
+
+
+def leaving(**_):
+    sys.exit(0)
+
+
+async def async_leaving(**_):
+    sys.exit()
+
+
+async def cancelled(**_):
+    raise asyncio.CancelledError
+
+
+@pytest.mark.parametrize(
+    ('function', 'error'),
+    [(leaving, 'SystemExit: 0'), (async_leaving, 'SystemExit'), (cancelled, 'CancelledError')],
+)
+def test_a_reward_that_ends_the_program_is_an_error(function, error):
+    with pytest.raises(RewardError, match=f"reward 'bad', .* raised {error}"):
+        run({'bad': function})
+    with pytest.raises(RewardError, match=f"step rewards 'bad', .* raised {error}"):
+        rewards.score_steps('bad', function, ['p'], ['c'], {})
+
+
+def test_an_interrupt_names_the_reward():
+    def interrupted(**_):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run({'slow': interrupted})
+    assert caught.value.__notes__ == ["reward 'slow' was running"]
+
+
 async def async_failure(**_):
     raise KeyError('gone')
 
@@ -153,7 +229,6 @@ def failure(**_):
         (constant(1, [2]), "reward 'bad' returned .2. for row 1"),
         (lambda **_: np.ones((2, 1)), r"reward 'bad' returned \[1.0\] for row 0"),
         (constant(1j, 1), "reward 'bad' returned 1j for row 0"),
-        (constant(None, None), '2 of 2 rows have no reward, first row 0 .*: bad returned None'),
     ],
 )
 def test_score_names_the_function_that_is_wrong(function, message):
@@ -161,9 +236,14 @@ def test_score_names_the_function_that_is_wrong(function, message):
         run({'bad': function})
 
 
-def test_score_names_the_row_without_a_reward():
-    with pytest.raises(RewardError, match=r"1 of 2 rows .* row 1 \(prompt 'p1'.*: a, b return"):
-        run({'a': constant(1, None), 'b': constant(None, None)})
+def test_a_row_without_a_reward_is_skipped_and_counted():
+    scores = run({'a': constant(1, None), 'b': constant(None, None)}, {'a': 2, 'b': 3})
+    np.testing.assert_array_equal(scores.total, [2, np.nan])
+    metrics = statistics(scores)
+    assert metrics['rewards/skipped'] == 1.0
+    assert metrics['rewards/a/mean'] == 1.0
+    assert 'rewards/b/mean' not in metrics
+    assert 'rewards/skipped' not in statistics(run({'a': constant(1, 2)}))
 
 
 @pytest.mark.parametrize(
@@ -173,6 +253,8 @@ def test_score_names_the_row_without_a_reward():
         ({'a': 1, 'b': 1}, r"weights \['a', 'b'\] differ"),
         ({'a': float('nan')}, "weight of reward 'a' is nan"),
         ({'a': '1'}, "weight of reward 'a' is '1'"),
+        ({'a': True}, "weight of reward 'a' is True"),
+        ({'a': 10**400}, "weight of reward 'a' is 1000"),
         ({'a': 3e38}, 'weighted sum for row 1 .* does not fit float32'),
     ],
 )
@@ -210,3 +292,19 @@ def test_comparisons_that_time_out_are_counted():
     assert scores.timeouts == 1
     assert statistics(scores)['rewards/timeouts'] == 1.0
     assert 'rewards/timeouts' not in statistics(run({'a': constant(1, 2)}))
+
+
+def test_differences_that_float32_rounds_away(caplog):
+    """20,000,001 is no float32; nor are the differences below what an advantage is made of."""
+    functions = {'points': lambda completions, **_: [20_000_000, 20_000_001]}
+    arguments = {'prompts': ['a', 'b'], 'completions': ['c', 'd'], 'columns': {}}
+    scores = score(functions, {'points': 1.0}, **arguments)
+    assert scores.total[0] == scores.total[1]
+    assert (
+        'rewards from 20000000.0 to 20000001.0 are rounded to float32, which changes' in caplog.text
+    )
+    caplog.clear()
+    for values in ([0.1 + 0.2, 0.3], [5000.0001, 5003.0], [1e30, 2e30], [1, 1]):
+        functions = {'points': lambda completions, values=values, **_: values}
+        score(functions, {'points': 1.0}, **arguments)
+    assert not caplog.text

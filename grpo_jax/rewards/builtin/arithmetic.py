@@ -9,6 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from grpo_jax.rewards.messages import on_texts
+
 # Only the shortest spelling of a number is valid (not `007`, `+5` or `-0`), so numbers are equal if
 # and only if their texts are. Possessive quantifiers (`*+`) never backtrack: matching is linear.
 _INTEGER = r'(0|-?[1-9][0-9]*+)'
@@ -28,6 +30,7 @@ class Step(NamedTuple):
     right: bool
 
 
+@on_texts
 def exact_answer(
     prompts: Sequence[str], completions: Sequence[str], answer: Sequence[object], **columns: object
 ) -> list[float | None]:
@@ -89,6 +92,7 @@ def check_steps(prompt: str, completion: str) -> list[Step] | None:
     return steps
 
 
+@on_texts
 def arithmetic_steps(
     prompts: Sequence[str], completions: Sequence[str], **columns: object
 ) -> list[float | None]:

@@ -6,11 +6,13 @@
 from collections.abc import Sequence
 
 from grpo_jax.rewards.builtin.arithmetic import STEP
+from grpo_jax.rewards.messages import on_texts
 from grpo_jax.rewards.verify.numbers import normalize_number
 
 _TAGS = ('<think>', '</think>', '<answer>', '</answer>')
 
 
+@on_texts
 def chain_format(
     prompts: Sequence[str], completions: Sequence[str], **columns: object
 ) -> list[float | None]:
@@ -21,6 +23,7 @@ def chain_format(
     return [float(_is_chain(completion)) for completion in completions]
 
 
+@on_texts
 def hash_format(
     prompts: Sequence[str], completions: Sequence[str], **columns: object
 ) -> list[float | None]:
@@ -28,6 +31,7 @@ def hash_format(
     return [float(_ends_in_hashes(completion)) for completion in completions]
 
 
+@on_texts
 def think_format(
     prompts: Sequence[str], completions: Sequence[str], **columns: object
 ) -> list[float | None]:
@@ -41,6 +45,7 @@ def think_format(
     return [float(_is_thought_and_answer(text)) for text in texts]
 
 
+@on_texts
 def tag_count(
     prompts: Sequence[str], completions: Sequence[str], **columns: object
 ) -> list[float | None]:

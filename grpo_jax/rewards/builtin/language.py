@@ -3,6 +3,8 @@
 import re
 from collections.abc import Sequence
 
+from grpo_jax.rewards.messages import on_texts
+
 SCRIPTS = ('question', 'chinese', 'latin')
 
 _HAN = re.compile(r'[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]')
@@ -14,6 +16,7 @@ _NEUTRAL = re.compile(
 )
 
 
+@on_texts
 def language_mix(
     prompts: Sequence[str],
     completions: Sequence[str],

@@ -5,7 +5,10 @@ They are negative themselves, so their weights are positive.
 
 from collections.abc import Sequence
 
+from grpo_jax.rewards.messages import on_texts
 
+
+@on_texts
 def soft_overlong(
     prompts: Sequence[str],
     completions: Sequence[str],
@@ -31,6 +34,7 @@ def soft_overlong(
     return [-min(max((len(ids) - free) / cache_tokens, 0.0), 1.0) for ids in completion_ids]
 
 
+@on_texts
 def repetition(
     prompts: Sequence[str],
     completions: Sequence[str],

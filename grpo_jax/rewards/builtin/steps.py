@@ -7,9 +7,11 @@ each completion, in order.
 from collections.abc import Sequence
 
 from grpo_jax.rewards.builtin.arithmetic import check_steps
+from grpo_jax.rewards.messages import on_texts
 from grpo_jax.rewards.scoring import StepReward
 
 
+@on_texts
 def right_steps(
     prompts: Sequence[str], completions: Sequence[str], **columns: object
 ) -> list[list[StepReward]]:
@@ -32,6 +34,7 @@ def right_steps(
     return rewards
 
 
+@on_texts
 def separated_steps(
     prompts: Sequence[str], completions: Sequence[str], *, separator: str = '\n', **columns: object
 ) -> list[list[StepReward]]:

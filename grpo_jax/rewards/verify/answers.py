@@ -60,10 +60,14 @@ def grade_answers(
     return _grade_numbers(dataset, references, completions)
 
 
-def reference_answer(text: object) -> str:
-    r"""Return the reference in a column `answer`: after `####`, in `\boxed{…}`, or all of it."""
-    answer = str(text).rpartition('####')[2].strip()
-    return (extract_math(answer) or '') if '\\boxed' in answer else answer
+def reference_answer(text: object, *, boxes: str = 'last') -> str:
+    r"""Return the reference in a column `answer`: after `####`, in `\boxed{…}`, or all of it.
+
+    `boxes` is that of `extract_math`.
+    """
+    answer = '' if text is None else str(text).rpartition('####')[2].strip()
+    has_box = any(command in answer for command in ('\\boxed', '\\fbox', '\\framebox'))
+    return (extract_math(answer, boxes=boxes) or '') if has_box else answer
 
 
 def reference_number(text: object) -> Number | None:

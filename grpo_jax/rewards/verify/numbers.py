@@ -4,25 +4,34 @@ All arithmetic is exact. Every search takes time linear in the length of the tex
 """
 
 import re
+from decimal import Decimal
 from fractions import Fraction
 from typing import NamedTuple
+
+from grpo_jax.rewards.verify.notation import plain_notation
 
 _MAX_CHARACTERS = 100  # longer numbers are not parsed: no exact arithmetic on hostile text
 
 # Every repetition is possessive (`++`, `*+`) and starts at a character that no other part of the
 # pattern can start at, so a search over n characters takes O(n) steps. A hyphen after a word or a
 # closing bracket is an operator or a dash, not a sign.
-NUMBER = (
-    r'(?P<sign>(?<![\w)}\]%])[+-])?(?:\\?\$)?'
-    r'(?P<value>[0-9]++(?:,[0-9]++)*+(?:\.[0-9]++)?|(?<![\w.])\.[0-9]++)'
-    r'(?:/(?P<divisor>[0-9]++))?'
+_VALUE = (
+    r'(?P<sign>(?<![A-Za-z0-9_)}\]%])[+-])?(?:(?:\\?\$|[€£¥₹₩]) ?)?'
+    r'(?P<value>[0-9]++(?:,[0-9]++)*+(?:\.[0-9]++)?|(?<![A-Za-z0-9_.])\.[0-9]++)'
 )
-_NUMBER = re.compile(NUMBER)
+_NUMBER = re.compile(_VALUE + r'(?:/(?P<divisor>[0-9]++))?')
+# What belongs to the number: 1.5e3, 1.5*10^3, 2^10, the fraction of 2 1/2, the divisor of 3 / 4.
+QUANTITY = (
+    rf'(?P<quantity>{_VALUE}'
+    r'(?:[eE](?P<exponent>[+-]?[0-9]{1,3})(?![A-Za-z0-9])'
+    r'| ?[*xX] ?10 ?(?:\^|\*\*) ?\{? ?(?P<ten_power>[+-]?[0-9]{1,3})(?![0-9]) ?\}?'
+    r'|(?:\^|\*\*) ?\{? ?(?P<power>-?[0-9]{1,3})(?![0-9]) ?\}?'
+    r'|(?: | and )(?P<top>[0-9]++)/(?P<bottom>[0-9]++)(?!/)'
+    r'|(?: ?/ ?|:(?=[1-9])| : )(?P<divisor>[0-9]++(?:\.[0-9]++)?))?)'
+)
+_QUANTITY = re.compile(QUANTITY)
+_CLOCK_TIME = re.compile(r'[+-]?[0-9]{1,2}:[0-5][0-9]')
 _GROUPED = re.compile(r'[0-9]{1,3}(?:,[0-9]{3})++(?:\.[0-9]++)?')
-_LATEX_FRACTION = re.compile(r'(?<![0-9])\\[dt]?frac\{([0-9]++)\}\{([0-9]++)\}')
-_MIXED = re.compile(r'(?P<sign>[+-]?)(?P<whole>[0-9]++)\\frac\{([0-9]++)\}\{([0-9]++)\}')
-_QUOTIENT = re.compile(r'([+-]?)\\frac\{([+-]?[0-9]++)\}\{([+-]?[0-9]++)\}')
-_UNIT_POWER = re.compile(r'(?<=[A-Za-z}])\^(?:[23]|\{[23]\})')  # the 2 of cm^2 is no number
 
 
 class Number(NamedTuple):
@@ -40,34 +49,51 @@ def normalize_number(text: str) -> str | None:
     zeros: `$1,000.50.` becomes `1000.5`. Fractions with a finite decimal expansion become decimals
     (`1/2` and `\frac{1}{2}` become `0.5`); others are reduced (`2/6` becomes `1/3`). Commas must
     separate thousands: `1,2` is a list, not a number. A text of more than 100 characters is not a
-    number.
+    number, and neither are the sum, product or power in `2 1/2`, `1.5e3` and `10^3`, which
+    `parse_number` parses.
     """
-    text = plain_notation(text).strip().rstrip('.').removesuffix('%').removesuffix('\\').strip('$ ')
-    match = _NUMBER.fullmatch(text)
+    match = _NUMBER.fullmatch(_unwrapped(plain_notation(text))[0])
     return _canonical(match) if match else None
 
 
 def parse_number(text: str) -> Number | None:
     r"""Parse the number that `text` is, as it was written; return None if it is anything else.
 
-    In addition to what `normalize_number` accepts, parses `-\frac{1}{-2}`, and `2\frac{1}{2}` and
-    `2 1/2` as 5/2.
+    In addition to what `normalize_number` accepts, parses `-\frac{1}{-2}`, `2\frac{1}{2}` and
+    `2 1/2` as 5/2, `1.5e-3`, `1.5\times10^{-3}`, powers of whole numbers such as `2^{10}`, and the
+    ratio `3:4` as 3/4, but not the time `3:40`.
     """
     text = text.strip()
     if len(text) > 2 * _MAX_CHARACTERS:
         return None
-    text = text.replace('\N{MINUS SIGN}', '-').rstrip('.').strip('$ ')
-    text, percent = text.removesuffix('%').removesuffix('\\').strip('$ '), text.endswith('%')
-    text = re.sub(r'\\[dt]frac', r'\\frac', text)
-    text = re.sub(r'([0-9]) *(?: ([0-9]+)/([0-9]+))$', r'\1\\frac{\2}{\3}', text)
-    if match := _QUOTIENT.fullmatch(text) or _MIXED.fullmatch(text.replace(' ', '')):
-        return _parse_fraction(match, percent)
-    match = _NUMBER.fullmatch(plain_notation(text))
-    number = _absolute_value(match) if match else None
-    if match is None or number is None:
+    text, percent = _unwrapped(plain_notation(text))
+    match = _QUANTITY.fullmatch(text)
+    spelled = spell_quantity(match) if match else None
+    number = _NUMBER.fullmatch(spelled) if spelled else None
+    if number is None:
         return None
-    decimals = None if match['divisor'] else len(match['value'].partition('.')[2])
-    return Number(-number if match['sign'] == '-' else number, decimals, percent)
+    value = _absolute_value(number)
+    assert value is not None  # `spell_quantity` writes no other number
+    decimals = None if number['divisor'] else len(number['value'].partition('.')[2])
+    return Number(-value if number['sign'] else value, decimals, percent)
+
+
+def spell_quantity(match: re.Match[str]) -> str | None:
+    """Write a match of `QUANTITY` as a decimal as written or a fraction: `-1,000.50`, `5/2`.
+
+    None if it is longer than 100 characters, has commas that do not separate thousands, is divided
+    by zero or is the time of a day.
+    """
+    text = match['quantity']
+    value, bottom = match['value'], match['divisor'] or match['bottom']
+    if len(text) > _MAX_CHARACTERS or (',' in value and not _GROUPED.fullmatch(value)):
+        return None
+    if bottom and (not bottom.strip('0.') or _CLOCK_TIME.fullmatch(text)):
+        return None
+    number = _evaluate(match, value.replace(',', ''))
+    if number is None or len(number) > _MAX_CHARACTERS:
+        return None
+    return number if match['sign'] != '-' else f'-{number}'
 
 
 def same_number(a: Number, b: Number) -> bool:
@@ -89,10 +115,32 @@ def same_number(a: Number, b: Number) -> bool:
     return _equal_or_rounded(number, share) or _equal_or_rounded(number, fraction)
 
 
-def plain_notation(text: str) -> str:
-    """Rewrite the typographic minus, LaTeX thousands separators and fractions in plain notation."""
-    text = text.replace('\N{MINUS SIGN}', '-').replace('{,}', ',').replace('\\!', '')
-    return _UNIT_POWER.sub('', _LATEX_FRACTION.sub(r'\1/\2', text))
+def _unwrapped(text: str) -> tuple[str, bool]:
+    """Return the text without dollar signs, percent sign and trailing period; was there a %?"""
+    text = text.strip().rstrip('.').strip('$ ')
+    return text.removesuffix('%').removesuffix('\\').strip('$ '), text.endswith('%')
+
+
+def _evaluate(match: re.Match[str], value: str) -> str | None:
+    """Write the absolute value of a match of `QUANTITY`, whose first number is `value`."""
+    if shift := match['exponent'] or match['ten_power']:
+        sign, digits, places = Decimal(value).as_tuple()
+        assert isinstance(places, int)
+        if abs(int(shift)) > _MAX_CHARACTERS:
+            return None
+        return format(Decimal((sign, digits, places + int(shift))), 'f')
+    if exponent := match['power']:
+        if len(value) * abs(int(exponent)) > _MAX_CHARACTERS or not Fraction(value):
+            return None
+        return str(Fraction(value) ** int(exponent))
+    if match['bottom']:
+        if not value.isdecimal():
+            return None
+        return f'{int(value) * int(match["bottom"]) + int(match["top"])}/{match["bottom"]}'
+    if divisor := match['divisor']:
+        whole = divisor.isdecimal()
+        return f'{value}/{divisor}' if whole else str(Fraction(value) / Fraction(divisor))
+    return match['value']
 
 
 def _canonical(match: re.Match[str]) -> str | None:
@@ -119,16 +167,6 @@ def _absolute_value(match: re.Match[str]) -> Fraction | None:
     if ',' in value and not _GROUPED.fullmatch(value):
         return None
     return Fraction(value.replace(',', '')) / int(divisor)
-
-
-def _parse_fraction(match: re.Match[str], percent: bool) -> Number | None:
-    """Parse a LaTeX fraction, with or without a whole part before it."""
-    sign, *_, top, bottom = match.groups()
-    if not int(bottom):
-        return None
-    whole = int(match.groupdict().get('whole') or 0)
-    value = whole + Fraction(int(top), int(bottom))
-    return Number(-value if sign == '-' else value, None, percent)
 
 
 def _equal_or_rounded(a: Number, b: Number) -> bool:

@@ -1,8 +1,11 @@
 """A pool of processes that compare expressions, with an enforced deadline for each comparison.
 
 A worker is `worker.py` run as a script. It shares nothing with this process, so threads, JAX
-devices and notebooks do not interfere. The caller waits for results and kills a worker that exceeds
-its deadline; no signal handler or timer is involved, so the pool works in any thread.
+devices and notebooks do not interfere. The caller waits for results and kills a comparison that
+exceeds its deadline; no signal handler or timer is involved, so the pool works in any thread.
+
+A worker takes seconds to import SymPy, so it compares in a copy of its warm process: where the copy
+is killed, the next one is there in milliseconds, and a deadline does not delay other comparisons.
 """
 
 import atexit
@@ -13,6 +16,7 @@ import json
 import os
 import pathlib
 import selectors
+import signal
 import subprocess
 import sys
 import threading
@@ -27,7 +31,11 @@ _SCRIPT = pathlib.Path(__file__).with_name('worker.py')
 
 
 class Worker:
-    """A worker process and the comparison that it works on."""
+    """A worker process, its copy that compares, and the comparison that it works on.
+
+    The process prints `ready` and the process id of its copy whenever there is a new copy. A script
+    that prints `ready` alone compares itself.
+    """
 
     def __init__(self, script: pathlib.Path, memory: int):
         # A session of its own, so that an interrupt from the keyboard does not reach it. `-P` keeps
@@ -47,6 +55,7 @@ class Worker:
         self.task: int | None = None  # index of the comparison
         self.deadline = time.monotonic() + _START_SECONDS
         self._buffer = b''
+        self._copy: int | None = None  # process id
 
     @property
     def idle(self) -> bool:
@@ -62,24 +71,36 @@ class Worker:
         self.task, self.deadline = task, time.monotonic() + seconds
         return True
 
-    def receive(self) -> str | None:
-        """Return a line from the process: '' if it is incomplete, None if the process has ended."""
+    def receive(self) -> list[str] | None:
+        """Return the complete lines that have arrived; None if the process has ended."""
         data = os.read(self.fileno(), 4096)
-        self._buffer += data
         if not data:
             return None
-        line, newline, rest = self._buffer.partition(b'\n')
-        if not newline:
-            return ''
-        self._buffer = rest
-        return line.decode()
+        *lines, self._buffer = (self._buffer + data).split(b'\n')
+        return [line.decode() for line in lines]
+
+    def ready(self, line: str) -> None:
+        """Take note of a line `ready`."""
+        _, _, copy = line.partition(' ')
+        self.started, self.task, self._copy = True, None, int(copy) if copy else None
+
+    def restart(self) -> bool:
+        """Kill the copy, so that there is a new one; return False if the worker has none."""
+        if self._copy is None:
+            return False
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(self._copy, signal.SIGKILL)
+        self.started, self.task, self._copy = False, None, None
+        self.deadline = time.monotonic() + _START_SECONDS
+        return True
 
     def fileno(self) -> int:
         return self._results.fileno()
 
     def kill(self) -> None:
-        """Kill the process and wait until it has ended."""
-        self.process.kill()
+        """Kill the process and its copy, and wait until the process has ended."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):  # both have ended
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         self._results.close()
         with contextlib.suppress(OSError):  # the buffer may hold a request that cannot be sent
@@ -165,19 +186,24 @@ class Pool:
                 self._receive(worker, results)
             elif worker.deadline <= time.monotonic():
                 self.timeouts += worker.started
-                self._fail(worker)
-                self._workers.append(Worker(self._script, self._memory))  # for the next comparisons
+                if not worker.restart():
+                    self._fail(worker)
+                    self._workers.append(Worker(self._script, self._memory))  # for the next ones
 
     def _receive(self, worker: Worker, results: list[bool | None]) -> None:
-        line = worker.receive()
-        if line is None:
+        lines = worker.receive()
+        if lines is None:
             self.crashes += worker.started
             self._fail(worker)
-        elif line and worker.task is not None:
-            results[worker.task] = line == 'true'
-            worker.task = None
-        elif line:
-            worker.started, self._failures = True, 0
+            return
+        for line in lines:
+            if line.startswith('ready'):
+                self.crashes += worker.task is not None  # its copy ended without a result
+                worker.ready(line)
+                self._failures = 0
+            elif worker.task is not None:
+                results[worker.task] = line == 'true'
+                worker.task = None
 
     def _fail(self, worker: Worker) -> None:
         """Discard a worker; give up if it is one of several in a row that did not start."""

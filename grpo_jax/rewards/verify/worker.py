@@ -9,56 +9,66 @@ caller is killed.
 import contextlib
 import functools
 import gc
+import importlib.util
 import json
 import logging
 import math
 import os
-import re
+import pathlib
 import resource
 import sys
 from typing import Any
 
 import sympy
-from latex2sympy2_extended import NormalizationConfig
-from math_verify import LatexExtractionConfig, parse, verify
+from latex2sympy2_extended import latex2sympy
+from latex2sympy2_extended.latex2sympy2 import ConversionConfig
 from sympy.core.function import AppliedUndef
+from sympy.core.relational import Relational
 
-_CONFIG = [
-    LatexExtractionConfig(
-        boxed_match_priority=0,
-        normalization_config=NormalizationConfig(
-            basic_latex=True, units=False, malformed_operators=True, nits=True, boxed='last'
-        ),
-    )
-]
-_DIGITS = 40  # precision of numerical values
-_EQUAL = sympy.Float('1e-25', _DIGITS)  # relative difference of equal values
-# For smaller values the difference is absolute: cancellation leaves rounding errors near 1e-100.
-_SMALLEST = sympy.Float('1e-65', _DIGITS)
-_POINTS = 4  # points at which expressions with variables are compared
-_MIN_POINTS = 2  # points at which both must have a value
-_DECIMAL = re.compile(r'-?[0-9]*\.([0-9]+)')
+
+def _load(name: str) -> Any:
+    """Import a module beside this script without importing the package."""
+    path = pathlib.Path(__file__).with_name(f'{name}.py')
+    spec = importlib.util.spec_from_file_location(f'_{name}', path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+_values = _load('values')
+_CONFIG = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
 _WARM_UP = (  # the parser is slow the first time that it parses a construction
     r'\frac{1+\sqrt{2}}{2}', 'x^2-2x+1', r'-3\pi', 'e^{-2}', r'2x\cdot y', r'\frac{x(x-1)}{y^2}',
-    r'\sqrt[3]{5}', '3-4i', '2(x+3)(x-1)', r'-\frac{7}{2}', 'y=2x+3', 'x+2y-5=0', 'f(x)', r'x\le 2',
-    '|x-1|', r'\log_2 8', '5!', r'\frac{\pi}{6}+2k', r'\sin x', '(a+b)/c', '2^{10}', '[1,2)',
+    r'\sqrt[3]{5}', '3-4i', '2(x+3)(x-1)', r'-\frac{7}{2}', 'y=2x+3', 'x+2y-5=0', 'x_1', r'x\le 2',
+    '|x-1|', r'\log_2 8', '5!', r'\frac{\pi}{6}+2k', r'\sin x', '(a+b)/c', '2^{10}', 'a^2b',
 )  # fmt: skip
 
 
 def main() -> None:
-    """Evaluate the trees on standard input until it ends."""
+    """Evaluate the trees on standard input until it ends, in a copy of this process."""
     results = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)  # keep what libraries print out of the results
     logging.disable()
     for text in _WARM_UP:
-        same(text, text)
+        same('is', text, text)
     gc.collect()
     gc.freeze()  # the parser's tables are permanent: exclude them from collection
     gc.set_threshold(20_000)
     memory = int(sys.argv[1])
     with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
         resource.setrlimit(resource.RLIMIT_AS, (memory, memory))
-    print('ready', file=results, flush=True)
+    # This process keeps the warm libraries; copies of it compare. It replaces one that is killed in
+    # milliseconds, and ends after one that has read all of the input.
+    while os.fork():
+        _, status = os.wait()
+        if not status:
+            return
+    try:
+        print('ready', os.getpid(), file=results, flush=True)
+    except BrokenPipeError:  # the caller has been killed
+        os._exit(0)
     for line in sys.stdin:
         seconds, tree = json.loads(line)
         _limit_processor_time(seconds)
@@ -70,21 +80,41 @@ def evaluate(tree: Any) -> bool:
     if isinstance(tree, bool):
         return tree
     kind, *rest = tree
-    if kind == 'is':
-        return same(*rest)
+    if kind in ('is', 'sets'):
+        return same(kind, *rest)
+    if kind == 'matching':
+        return _matching(rest[0])
     return (all if kind == 'all' else any)(evaluate(branch) for branch in rest[0])
 
 
-def same(a: str, b: str) -> bool:
-    """Return whether two expressions are equal; False if one of them cannot be parsed."""
-    try:
-        x, y = _parse(a), _parse(b)
-        if x is None or y is None:
+def _matching(table: list[list[Any]]) -> bool:
+    """Return whether rows and columns can be paired so that each pair's tree is true."""
+    columns = list(range(len(table)))
+    for row in table:
+        equal = next((column for column in columns if evaluate(row[column])), None)
+        if equal is None:
             return False
-        equal = _compare_values(x, y, a, b)
-        if equal is not None:
-            return equal
-        return bool(verify(x, y, timeout_seconds=None, allow_set_relation_comp=True))
+        columns.remove(equal)
+    return True
+
+
+def same(kind: str, a: Any, b: Any) -> bool:
+    """Return whether two expressions or sets are equal; False if one cannot be parsed."""
+    try:
+        if kind == 'sets':
+            return _same_sets(_real_set(a), _real_set(b))
+        x, y = _parse(a), _parse(b)
+        if a != b and x == y:  # equal texts ask whether there is a value
+            return True
+        if isinstance(x, sympy.Expr) and isinstance(y, sympy.Expr):
+            return (
+                _values.same_values(x, y)
+                or _values.is_rounded(x, y, a)
+                or _values.is_rounded(y, x, b)
+            )
+        if isinstance(x, Relational) and isinstance(y, Relational):
+            return _same_relations(x, y)
+        return bool(x == y)
     except MemoryError:
         os._exit(1)  # the state of the process is unknown
     except Exception:  # an answer that the libraries cannot handle counts as not equal
@@ -93,73 +123,116 @@ def same(a: str, b: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _parse(text: str) -> Any:
-    """Parse `text` to a SymPy object with exact decimals; return None if it cannot be parsed."""
-    boxed = '\\boxed{' + text.replace('%', '\\%') + '}'
-    parsed = parse(boxed, _CONFIG, extraction_mode='first_match', parsing_timeout=None)
-    if not parsed or isinstance(parsed[0], str):
-        return None
-    expression = parsed[0]
-    floats = expression.atoms(sympy.Float) if isinstance(expression, sympy.Basic) else ()
+    """Parse `text` to a SymPy object with exact decimals.
+
+    Raises:
+        Exception: the text cannot be parsed.
+    """
+    expression = latex2sympy(
+        text, is_real=None, normalization_config=None, conversion_config=_CONFIG
+    )
+    if not isinstance(expression, sympy.Basic):
+        return expression
+    if expression.has(AppliedUndef):
+        raise ValueError(f'unknown function in {text!r}')
+    floats = expression.atoms(sympy.Float)
     exact = {number: sympy.Rational(str(number)) for number in floats}
+    exact |= {s: sympy.I for s in expression.free_symbols if s.name == 'i'}
     return expression.xreplace(exact) if exact else expression
 
 
-def _compare_values(x: Any, y: Any, a: str, b: str) -> bool | None:
-    """Compare two expressions by their values at several points; None if they have no values.
-
-    Except for contrived expressions, those that agree to 25 digits at four points are equal. This
-    is faster than simplification, and its time is bounded.
-    """
-    if not isinstance(x, sympy.Expr) or not isinstance(y, sympy.Expr):
-        return None
-    if x.has(AppliedUndef) or y.has(AppliedUndef):
-        return None
-    names = sorted({s.name for s in x.free_symbols | y.free_symbols} - {'i'})
-    if not names:
-        values = _value(x, {}), _value(y, {})
-        if None in values:
-            return None
-        p, q = values
-        return _equal(p, q) or _rounded(p, q, a) or _rounded(q, p, b)
-    agreed = 0
-    for k in range(_POINTS):
-        point = {
-            # Distinct rationals of both signs; none is whole, as an odd number over an even one.
-            name: sympy.Rational((-1) ** (k + j * (k // 2)) * (10 * k + 6 * j + 15), 4 * j + 8)
-            for j, name in enumerate(names)
-        }
-        values = _value(x, point), _value(y, point)
-        if None in values:
-            continue
-        if not _equal(*values):
-            return False
-        agreed += 1
-    return True if agreed >= _MIN_POINTS else None
-
-
-def _value(x: Any, point: dict[str, Any]) -> Any:
-    """Evaluate `x` at a point as a finite complex number; None if it has no such value."""
-    symbols = {s: sympy.I if s.name == 'i' else point[s.name] for s in x.free_symbols}
-    value = x.xreplace(symbols).evalf(_DIGITS, chop=False)
-    real, imaginary = value.as_real_imag()
-    finite = all(part.is_Float or part.is_Rational for part in (real, imaginary))
-    return value if finite and value.is_finite else None
-
-
-def _equal(x: Any, y: Any) -> bool:
-    return bool(abs(x - y) <= _EQUAL * max(abs(x), abs(y), _SMALLEST))
-
-
-def _rounded(decimal: Any, value: Any, text: str) -> bool:
-    """Return whether the decimal `text` is `value` rounded or truncated.
-
-    The tolerance is that of `numbers.same_number`.
-    """
-    match = _DECIMAL.fullmatch(text)
-    if not match or not value.is_real or _equal(value, sympy.Integer(round(value))):
+def _same_relations(x: Any, y: Any) -> bool:
+    """Return whether one relation is a multiple of the other, or both have the same solutions."""
+    p, q = (r.gts - r.lts if r.func in _INEQUALITIES else r.lhs - r.rhs for r in (x, y))
+    strict = [r.func in (sympy.StrictLessThan, sympy.StrictGreaterThan) for r in (x, y)]
+    directed = x.func in _INEQUALITIES
+    if directed != (y.func in _INEQUALITIES) or (not directed and x.func != y.func):
         return False
-    error = abs(decimal - value)
-    return bool(error * 10 ** len(match[1]) < 1 and error * 1000 <= max(abs(decimal), abs(value)))
+    if strict[0] == strict[1] and _proportional(p, q, directed):
+        return True
+    if not directed:
+        tops = [sympy.fraction(sympy.together(side))[0] for side in (p, q)]
+        return _proportional(tops[0], tops[1], False)
+    variables = x.free_symbols | y.free_symbols
+    return len(variables) == 1 and _same_sets(x.as_set(), y.as_set())
+
+
+_INEQUALITIES = (
+    sympy.LessThan,
+    sympy.GreaterThan,
+    sympy.StrictLessThan,
+    sympy.StrictGreaterThan,
+)
+
+
+def _proportional(p: Any, q: Any, positive: bool) -> bool:
+    """Return whether p is a constant multiple of q, with a positive factor if `positive`."""
+    names = sorted({s.name for s in p.free_symbols | q.free_symbols})
+    for k in range(_values.POINTS):
+        point = _values.sample_point(names, k, False)
+        with contextlib.suppress(ArithmeticError, ValueError):
+            at_p, at_q = _values.substitute(p, point), _values.substitute(q, point)
+            zeros = [_values.same_numbers(value, sympy.Integer(0)) for value in (at_p, at_q)]
+            if zeros[0] != zeros[1]:
+                return False
+            if not zeros[0]:
+                if positive and not (at_p / at_q).evalf(15).is_positive:
+                    return False
+                return _values.same_values(p * at_q, q * at_p)
+    return False
+
+
+def _real_set(node: Any) -> Any:
+    """Build the SymPy set of a description (see `real_sets`)."""
+    kind, *rest = node
+    if kind == 'interval':
+        return sympy.Interval(*(_parse(end).doit() for end in rest[:2]), *rest[2:])
+    if kind == 'points':
+        return sympy.FiniteSet(*map(_parse, rest[0]))
+    if kind == 'relation':
+        relation = _parse(rest[0])
+        if isinstance(relation, sympy.And):
+            return sympy.Intersection(*(part.as_set() for part in relation.args))
+        return relation.as_set()
+    if kind == 'minus':
+        return _real_set(rest[0]) - _real_set(rest[1])
+    return (sympy.Union if kind == 'union' else sympy.Intersection)(*map(_real_set, rest[0]))
+
+
+def _same_sets(x: Any, y: Any) -> bool:
+    """Return whether two unions of intervals and points are the same."""
+    pieces = [_pieces(each) for each in (x, y)]
+    return len(pieces[0]) == len(pieces[1]) and all(
+        p.left_open == q.left_open
+        and p.right_open == q.right_open
+        and (p.start == q.start or _values.same_values(p.start, q.start))
+        and (p.end == q.end or _values.same_values(p.end, q.end))
+        for p, q in zip(*pieces, strict=True)
+    )
+
+
+def _pieces(union: Any) -> list[Any]:
+    """Return the intervals of a union in increasing order; a point is an interval."""
+    intervals: list[Any] = []
+    for piece in union.args if isinstance(union, sympy.Union) else [union]:
+        if isinstance(piece, sympy.Interval):
+            intervals.append(piece)
+        elif piece == sympy.S.Reals:
+            intervals.append(sympy.Interval(-sympy.oo, sympy.oo))
+        elif isinstance(piece, sympy.FiniteSet):
+            intervals += [_Point(element) for element in piece.args]
+        elif piece is not sympy.S.EmptySet:
+            raise ValueError(f'{piece} is no interval')
+    return sorted(intervals, key=lambda interval: interval.start)
+
+
+class _Point:
+    """A closed interval of one point, which SymPy would turn into a finite set."""
+
+    left_open = right_open = False
+
+    def __init__(self, value: Any):
+        self.start = self.end = value
 
 
 def _limit_processor_time(seconds: float) -> None:

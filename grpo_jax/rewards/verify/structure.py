@@ -1,0 +1,195 @@
+"""The structure of a normal form: values in brackets and lists, names of values, intervals."""
+
+import re
+from typing import NamedTuple
+
+from grpo_jax.rewards.verify.normal_form import is_product
+
+_MATRIX = re.compile(
+    r'(?:[(\[|]|\\\{)*\\begin\{([pbvBV]?(?:small)?matrix|array|cases|aligned)\}(?:\{[lcr|]*\})?(.*)'
+    r'\\end\{\1\}[)\]|]*'
+)
+_OPENING, _CLOSING = '([{', ')]}'
+_BRACKETS = (('\\{', '\\}'), ('(', ')'), ('[', ']'), ('(', ']'), ('[', ')'))
+_LETTER = re.compile(
+    r'(?<![\\A-Za-z])[A-Za-z]|\\(?:alpha|beta|gamma|theta|lambda|mu|phi)(?![A-Za-z])'
+)
+_SUBSCRIPT = r'(?:_(?:[0-9A-Za-z]|\{[^{}]*\}))?'
+_NO_SYMBOL = 'ln|log|sin|cos|tan|sqrt|frac|pi|infty|pm|in|ne|le|ge|cup|cap|lor|land'
+_SYMBOL = rf"(?:[A-Za-z]|\\(?!(?:{_NO_SYMBOL})(?![a-z]))[a-z]+){_SUBSCRIPT}'*"
+_POINTS = r"[A-Z]'?[A-Z]'?[A-Z]?"
+_NAME = re.compile(
+    rf'{_SYMBOL}(?:\([A-Za-z](?:,[A-Za-z])*\))?'
+    rf"|(?:[fgh]|[A-Z]|[A-Z][a-z]{{1,2}}){_SUBSCRIPT}(?:\^\{{-1\}})?'*[(\[].*[)\]]"  # f(3), P(X=3)
+    rf'|m?\\(?:angle|triangle|widehat|overline|vec|hat|bar)[ {{(]?(?:{_POINTS}|[A-Za-z])[)}}]?'
+    rf'|\|?{_POINTS}\|?'
+    r'|\\(?:sin|cos|tan|cot|sec|csc) ?(?:[A-Z]|\\angle ?[A-Z]+|\([A-Z]\)|\\[a-z]+)'
+    rf'|\\vec\{{?[a-zA-Z]+\}}?\\cdot ?\\vec\{{?[a-zA-Z]+\}}?'
+    r'|\|(?:z|\\vec\{?[a-z]\}?)\|'
+    r'|\\(?:frac|d?frac)\{d[a-z]?\}\{d[a-z]\}[a-z]?|\\(?:sum|int|lim|prod|det|gcd|lcm|max|min|dim|deg|Pr)(?![a-z]).*'
+    r'|[A-Za-z]{3,}'  # a word
+)
+_NAMES = re.compile(rf'\(({_SYMBOL}(?:[,;]{_SYMBOL})+)\)')
+_MEMBER = re.compile(rf'({_SYMBOL})\\in(?![A-Za-z])')
+_BRACES_IN_NAME = re.compile(r'\\(?:overline|bar|vec|hat)(?![A-Za-z])|m(?=\\angle)|[ {}|]')
+_FUNCTION_OF_X = re.compile(r'[fgh]\(x\)')
+
+
+class Parts(NamedTuple):
+    """An answer that consists of several answers."""
+
+    kind: str  # the brackets, 'list', 'union' or 'matrix RxC'
+    elements: tuple[str, ...]
+
+    @property
+    def ordered(self) -> bool:
+        return self.kind not in ('list', 'union', r'\{\}')
+
+
+def split_parts(text: str) -> Parts | None:
+    """Return the elements of a list, tuple, interval, set, union or matrix; None for one value."""
+    matrix = _MATRIX.fullmatch(text)
+    if matrix:
+        rows = [row.split('&') for row in matrix[2].removesuffix('\\\\').split('\\\\')]
+        equations = all('=' in cell for row in rows for cell in row)
+        kind = 'cases' if matrix[1] in ('cases', 'aligned') or equations else 'matrix'
+        kind = 'determinant' if text.startswith('|') or matrix[1].startswith(('v', 'V')) else kind
+        shape = f'{kind} {len(rows)}x{"x".join(str(len(row)) for row in rows)}'
+        return Parts(shape, tuple(cell.rstrip(',') for row in rows for cell in row))
+    if '\\begin' in text:
+        return None
+    union = split_outside(text, '\\cup')
+    if len(union) > 1:
+        return Parts('union', tuple(union))
+    elements = split_elements(text)
+    if len(elements) > 1:
+        return Parts('list', expand_signs(elements))
+    if '\\pm' in text or '\\mp' in text:
+        expanded = expand_signs([text])
+        return Parts('list', expanded) if len(expanded) > 1 else None
+    for opening, closing in _BRACKETS:
+        if text.startswith(opening) and text.endswith(closing):
+            inside = text[len(opening) : -len(closing)]
+            elements = split_elements(inside)
+            if elements and (len(elements) > 1 or opening == '\\{'):
+                unordered = opening == '\\{'
+                return Parts(
+                    opening + closing, expand_signs(elements) if unordered else tuple(elements)
+                )
+    return None
+
+
+def expand_signs(elements: list[str]) -> tuple[str, ...]:
+    r"""Replace each element that contains `\pm` by its two values."""
+    return tuple(
+        value
+        for element in elements
+        for value in (
+            [
+                element.replace('\\pm', '+').replace('\\mp', '-').lstrip('+').replace('=+', '='),
+                element.replace('\\pm', '-').replace('\\mp', '+').lstrip('+').replace('=+', '='),
+            ]
+            if '\\pm' in element or '\\mp' in element
+            else [element]
+        )
+    )
+
+
+def split_elements(text: str) -> list[str]:
+    """Split at commas and semicolons outside brackets; no pieces if brackets do not match."""
+    by_semicolon = split_outside(text, ';')
+    if len(by_semicolon) < 2:
+        return split_outside(text, ',')
+    return [piece for part in by_semicolon for piece in split_outside(part, ',')]
+
+
+def split_outside(text: str, separator: str) -> list[str]:
+    """Split at separators outside brackets; return no pieces if brackets do not match."""
+    pieces: list[str] = []
+    depth = start = position = 0
+    while position < len(text):
+        depth += (text[position] in _OPENING) - (text[position] in _CLOSING)
+        if depth < 0:
+            return []
+        if not depth and text.startswith(separator, position):
+            pieces.append(text[start:position])
+            position += len(separator)
+            start = position
+        else:
+            position += 1
+    return [] if depth else [*pieces, text[start:]]
+
+
+def split_name(text: str) -> tuple[str, str]:
+    r"""Return the name of a value, '' if there is none, and the value.
+
+    `('x', '5')` for `x=5`, `5=x` and `x=10/2=5`, `('', '5')` for `2+3=5`, `('x', '[0,1)')` for
+    `x\in[0,1)`, `('P(X=3)', r'\frac{1}{8}')` for `P(X=3)=\frac{1}{8}`. An equation, such as
+    `x+y=5` or `-x=3`, has neither name nor value: `('', text)`.
+    """
+    member = _MEMBER.match(text)
+    if member and not _MEMBER.search(text, member.end()):
+        return member[1], text[member.end() :]
+    if '\\begin' in text.partition('=')[0]:
+        return '', text
+    pieces = split_outside(text, '=')
+    first, rest = pieces[:1], pieces[1:]
+    if not rest or not all(pieces) or any(',' in p or ';' in p for p in rest[:-1]):
+        return '', text
+    left, last = first[0], rest[-1]
+    if is_name(left):
+        return _canonical_name(left), last
+    if not _LETTER.search(text):
+        return '', last
+    return (_canonical_name(last), left) if len(rest) == 1 and is_name(last) else ('', text)
+
+
+def is_equation(text: str) -> bool:
+    """Return whether the text is one equation; a list such as `x=1,x=2` is none."""
+    return '=' in text and len(split_outside(text, '=')) > 1 and len(split_elements(text)) < 2
+
+
+def is_name(text: str) -> bool:
+    """Return whether the text is what a value can be called: `x`, `S_{10}`, `f(3)`, `AB`."""
+    if _NAMES.fullmatch(text):
+        return True
+    first = min((text.find(c) for c in '([' if c in text), default=-1)
+    one_call = first < 0 or bool(split_outside(text[first + 1 : -1], '\0'))
+    return bool(_NAME.fullmatch(text)) and one_call and not is_product(text)
+
+
+def same_name(a: str, b: str) -> bool:
+    """Return whether two names may stand for the same value; '' may stand for any."""
+    if not a or not b or a == b:
+        return True
+    return 'y' in (a, b) and bool(_FUNCTION_OF_X.fullmatch(a) or _FUNCTION_OF_X.fullmatch(b))
+
+
+def named_values(parts: Parts) -> dict[str, str] | None:
+    """Return the values of a list by their different names; None if it is no such list."""
+    if parts.kind == 'list' or parts.kind.startswith('cases') or parts.kind == '()':
+        named = [split_name(element) for element in parts.elements]
+        if all(name for name, _ in named) and len({name for name, _ in named}) == len(named):
+            return dict(named)
+    return None
+
+
+def tuple_names(text: str) -> Parts | None:
+    """Return `(x,y)=(1,2)` as the list x=1, y=2; None if the text is anything else."""
+    pieces = split_outside(text, '=')
+    names = _NAMES.fullmatch(pieces[0]) if len(pieces) > 1 else None
+    values = split_parts(pieces[-1]) if names else None
+    if not names or not values or values.kind != '()':
+        return None
+    letters = re.split('[,;]', names[1])
+    if len(letters) != len(values.elements):
+        return None
+    return Parts('list', tuple(f'{n}={v}' for n, v in zip(letters, values.elements, strict=True)))
+
+
+def _canonical_name(name: str) -> str:
+    """Return one spelling of a name; '' for a description in words."""
+    if re.fullmatch('[A-Za-z]{3,}', name) and not name.isupper():
+        return ''
+    name = _BRACES_IN_NAME.sub('', name)
+    return ''.join(sorted(name)) if re.fullmatch('[A-Z]{2}', name) else name
