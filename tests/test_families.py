@@ -7,12 +7,14 @@ import json
 import checkpoints
 import numpy as np
 import pytest
+import safetensors.torch
 import tiny
 from checkpoints import rope, torch, transformers
 from test_transformer import decode_logits, group_logits
 
 from grpo_jax.algorithm.reward_model import outcome_scores
 from grpo_jax.algorithm.sample import sample
+from grpo_jax.models import hf
 from grpo_jax.models.hf import model_config
 from grpo_jax.models.hf.families import FAMILIES
 from grpo_jax.types import Sampling
@@ -152,6 +154,57 @@ def test_logits_equal_transformers(case, tmp_path):
     extended, decoded = compare(tmp_path, *case[1])
     assert extended < TOLERANCE
     assert decoded < TOLERANCE
+
+
+def write_with_images(folder, names):
+    """A Gemma 3 for text and images whose text is that of a small `gemma3_text`."""
+    text = checkpoints.make_config('gemma3_text')
+    vision = {
+        'hidden_size': 8, 'image_size': 8, 'intermediate_size': 8, 'num_attention_heads': 2,
+        'num_hidden_layers': 1, 'patch_size': 4, 'model_type': 'siglip_vision_model',
+    }  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4,
+        eos_token_id=[1, 6],
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration._from_config(
+        config, attn_implementation='eager', dtype=torch.float32
+    ).eval()
+    reference = checkpoints.make_torch(text)
+    missing = model.model.language_model.load_state_dict(reference.model.state_dict())
+    assert not missing.missing_keys
+    model.save_pretrained(folder)
+    stored = safetensors.torch.load_file(folder / 'model.safetensors')
+    renamed = {names(name): tensor for name, tensor in stored.items()}
+    safetensors.torch.save_file(renamed, folder / 'model.safetensors', metadata={'format': 'pt'})
+    return model
+
+
+@pytest.mark.parametrize('prefix', ['language_model.model.', 'model.language_model.'])
+def test_the_text_part_of_a_model_with_images(prefix, tmp_path):
+    def names(name):
+        """As published checkpoints have them, or as some versions of transformers write them."""
+        if prefix == 'language_model.model.':
+            return name
+        return f'model.{name}'.replace('model.language_model.model.', prefix)
+
+    reference = write_with_images(tmp_path, names)
+    stored = safetensors.torch.load_file(tmp_path / 'model.safetensors')
+    assert f'{prefix}embed_tokens.weight' in stored
+    model, params, _ = checkpoints.read(tmp_path)
+    expected = checkpoints.completion_logits(reference, ROLLOUT)
+    ours = tiny.jit(lambda params: group_logits(model, params, ROLLOUT))(params)
+    assert checkpoints.error(ours, expected) < TOLERANCE
+    fields = hf.read_config(tmp_path)
+    assert (fields['model_type'], fields['eos_token_id']) == ('gemma3_text', [1, 6])
+    exported = tmp_path / 'text'
+    exported.mkdir()
+    (exported / 'config.json').write_text(json.dumps(fields))
+    hf.save(params, model.config, fields, exported, dtype='float32')
+    again, complaints = checkpoints.open_torch(exported)
+    assert not complaints
+    assert checkpoints.error(checkpoints.completion_logits(again, ROLLOUT), expected) < TOLERANCE
 
 
 def test_every_family_is_a_case():

@@ -164,9 +164,47 @@ def test_an_old_config_means_the_same(checkpoint, kind):
 def test_tensors_without_use_are_let_be(broken):
     """What older checkpoints stored besides: rotary frequencies, and a tied head."""
     edit_json(broken / 'config.json', lambda fields: fields.update(tie_word_embeddings=True))
-    rewrite(broken, lambda t: t.update({'model.rotary_emb.inv_freq': torch.ones(4)}))
+
+    def add(tensors):
+        tensors['model.rotary_emb.inv_freq'] = torch.ones(4)
+        tensors['lm_head.weight'] = tensors['model.embed_tokens.weight'].clone()
+
+    rewrite(broken, add)
     _, params, _ = checkpoints.read(broken)
     assert 'head' not in params
+
+
+def test_a_tied_head_that_differs_is_refused(broken):
+    """transformers does not tie it: the config and what is stored cannot both be right."""
+    edit_json(broken / 'config.json', lambda fields: fields.update(tie_word_embeddings=True))
+    message = refusal(broken)
+    assert 'lm_head.weight differs from model.embed_tokens.weight, but config.json has ' in message
+    assert 'tie_word_embeddings=true: set it to false' in message
+    edit_json(broken / 'config.json', lambda fields: fields.update(tie_word_embeddings=False))
+    assert 'head' in checkpoints.read(broken)[1]
+
+
+def test_a_tied_embedding_may_be_stored_as_the_head(broken):
+    edit_json(broken / 'config.json', lambda fields: fields.update(tie_word_embeddings=True))
+    expected = tensors_of(broken)['lm_head.weight'].numpy()
+    rewrite(broken, lambda tensors: tensors.pop('model.embed_tokens.weight'))
+    params = checkpoints.read(broken)[1]
+    np.testing.assert_array_equal(params['embedding'], expected)
+    reference, complaints = checkpoints.open_torch(broken)
+    np.testing.assert_array_equal(reference.get_input_embeddings().weight.detach(), expected)
+    assert not complaints
+
+
+def test_a_single_file_comes_before_shards(checkpoint, tmp_path):
+    """As in transformers; also where the other files are no part of the checkpoint."""
+    folder = shutil.copytree(checkpoint('llama', max_shard_size='20KB'), tmp_path / 'copy')
+    single = checkpoint('qwen3')
+    shutil.copyfile(single / 'model.safetensors', folder / 'model.safetensors')
+    shutil.copyfile(single / 'config.json', folder / 'config.json')
+    assert tiny.same(checkpoints.read(folder)[1], checkpoints.read(single)[1])
+    assert not checkpoints.open_torch(folder)[1]
+    shutil.copyfile(single / 'model.safetensors', folder / 'consolidated.safetensors')
+    assert tiny.same(checkpoints.read(folder)[1], checkpoints.read(single)[1])
 
 
 # Refusals
@@ -205,6 +243,27 @@ def test_a_long_list_of_tensors_is_cut(broken):
     assert '54 tensors do not fit' in message
     assert message.count('is missing') == 20
     assert message.endswith('; and 34 more')
+
+
+def test_stored_names_are_shown_beside_missing_ones(broken):
+    def rename(tensors):
+        for name in [*tensors]:
+            tensors[f'transformer.{name}'] = tensors.pop(name)
+
+    rewrite(broken, rename)
+    message = refusal(broken)
+    assert '60 tensors do not fit' in message
+    assert message.count('is missing') == message.count('is unknown') == 10
+    assert 'transformer.model.embed_tokens.weight is unknown' in message
+    assert message.endswith('; and 40 more')
+
+
+def test_a_folder_of_an_adapter_names_its_base(broken, tmp_path):
+    (tmp_path / 'adapter_config.json').write_text('{"base_model_name_or_path": "some/base"}')
+    (tmp_path / 'adapter_model.safetensors').write_bytes(b'')
+    assert f'{tmp_path} holds an adapter of some/base, not a model. Merge' in refusal(tmp_path)
+    (broken / 'adapter_config.json').write_text('{}')  # transformers would load another base
+    assert f'{broken} holds an adapter of an unnamed base' in refusal(broken)
 
 
 def test_fused_and_expert_tensors_are_checked(checkpoint, tmp_path):

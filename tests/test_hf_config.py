@@ -1,11 +1,16 @@
 """A family's config.json: what it means, what of it the decoder lacks, and what is written back."""
 
+import ast
+import importlib
+import inspect
+
 import checkpoints
+import published
 import pytest
 import tiny
-from checkpoints import rope
+from checkpoints import rope, transformers
 
-from grpo_jax.models.hf import hugging_face_fields, model_config
+from grpo_jax.models.hf import families, hugging_face_fields, model_config
 from grpo_jax.models.hf.families import FAMILIES
 
 # The telling fields of published checkpoints, as transformers 4 wrote them, and what they mean.
@@ -180,9 +185,9 @@ def raw_config(kind, **fields):
             r'architecture LlamaForTokenClassification is not supported',
         ),
         (
-            'llama',
-            {'alibi': True, 'clip_qkv': 8.0, 'pad_token_id': 3},
-            r'a llama checkpoint has fields that are not supported: alibi=True, clip_qkv=8.0$',
+            'gemma3_text',
+            {'attention_dropout': 0.1, 'attn_logit_softcapping': 9.0, 'pad_token_id': 3},
+            r'fields that are not supported: attention_dropout=0.1, attn_logit_softcapping=9.0$',
         ),
         (
             'llama',
@@ -199,7 +204,7 @@ def raw_config(kind, **fields):
             r'use_bidirectional_attention=True$',
         ),
         ('gemma3_text', {'attn_logit_softcapping': 5.0}, r'attn_logit_softcapping=5.0$'),
-        ('llama', rope('default', partial_rotary_factor=0.5), r'partial_rotary_factor'),
+        ('llama', rope('linear', factor=2.0, partial_rotary_factor=0.5), r'partial_rotary_factor'),
         (
             'gemma3_text',
             {
@@ -215,6 +220,164 @@ def raw_config(kind, **fields):
 def test_configs_that_are_refused(kind, fields, message):
     with pytest.raises(ValueError, match=message):
         model_config(raw_config(kind, **fields))
+
+
+@pytest.mark.parametrize('name', published.CONFIGS)
+def test_whole_configs_of_published_checkpoints(name):
+    fields, expected = published.CONFIGS[name]
+    config = model_config(fields, dtype='bfloat16')
+    assert {option: getattr(config, option) for option in expected} == expected
+    if 'text_config' not in fields:
+        assert (config.width, config.layers) == (
+            fields['hidden_size'], fields['num_hidden_layers'],
+        )  # fmt: skip
+
+
+def fields_read(kind):
+    """The fields of a config that the code of transformers reads for a family of text models."""
+    module = importlib.import_module(transformers.CONFIG_MAPPING[kind].__module__)
+    path = module.__name__.replace('configuration', 'modeling')
+    tree = ast.parse(inspect.getsource(importlib.import_module(path)))
+    names = set()
+    for part in tree.body:
+        if getattr(part, 'name', '') in WITH_IMAGES:
+            continue
+        for node in ast.walk(part):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value).endswith('config'):
+                names.add(node.attr)
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in ('getattr', 'hasattr'):
+                owner, name, *_ = node.args
+                if ast.unparse(owner).endswith('config') and isinstance(name, ast.Constant):
+                    names.add(name.value)
+    return names
+
+
+WITH_IMAGES = {
+    'Gemma3Model', 'Gemma3MultiModalProjector', 'Gemma3ForConditionalGeneration',
+    'Gemma3ForSequenceClassification', 'Gemma3PreTrainedModel', 'create_causal_mask_mapping',
+    'get_block_sequence_ids_for_mask',
+}  # fmt: skip
+# What transformers calls a field whose older name a family's table has, and fields of positions.
+RENAMED = {'num_experts': 'num_local_experts', 'partial_rotary_factor': 'rope_parameters'}
+
+
+@pytest.mark.parametrize('kind', FAMILIES)
+def test_the_fields_of_a_family_are_those_that_transformers_reads(kind):
+    family = FAMILIES[kind]
+    listed = {
+        *families.COMMON_FIELDS.values(), *families.COMMON_SPECIAL, *families.UNUSED_FIELDS,
+        *family.fields.values(), *family.special, *family.only,
+    }  # fmt: skip
+    everywhere = {*families.COMMON_ONLY, 'tie_word_embeddings', *families.UNUSED_FIELDS}
+    read = {RENAMED.get(name, name) for name in fields_read(kind)}
+    listed = {RENAMED.get(name, name) for name in listed}
+    assert read - listed - everywhere == set()
+    assert listed - read - everywhere - {'head_dim', 'intermediate_size'} == set()
+
+
+# Fields of other families, or of programs, that a family's code does not read.
+IGNORED = {
+    'a window in a Llama': ('llama', {'sliding_window': 3, 'use_sliding_window': True}),
+    'a window in an OLMo 2': (
+        'olmo2', {'sliding_window': 3, 'layer_types': ['sliding_attention'] * 3},
+    ),
+    'full layers in a Llama': ('llama', {'layer_types': ['full_attention'] * 3}),
+    'layers without positions in a Qwen3': ('qwen3', {'no_rope_layers': [0, 1, 0]}),
+    'layer types of a Mistral': ('mistral', {'layer_types': ['full_attention'] * 3}),
+    'layer types of a Qwen3-MoE': (
+        'qwen3_moe',
+        {'layer_types': ['full_attention', 'sliding_attention', 'full_attention'], 'qkv_bias': True}
+        | {'shared_expert_intermediate_size': 9, 'max_window_layers': 1},
+    ),
+    'soft caps in a Qwen2': (
+        'qwen2', {'final_logit_softcapping': 2.0, 'attn_logit_softcapping': 1.0},
+    ),
+    'scales of other families': (
+        'smollm3',
+        {'logits_scaling': 8.0, 'embedding_multiplier': 12.0, 'residual_multiplier': 0.2}
+        | {'attention_multiplier': 0.1, 'query_pre_attn_scalar': 3},
+    ),
+    'biases of a Mistral': ('mistral', {'attention_bias': True, 'mlp_bias': True, 'alibi': True}),
+    'clipping in a Llama': ('llama', {'clip_qkv': 1.0, 'use_qk_norm': True, 'alibi': True}),
+    'partial rotation in a Llama': ('llama', rope('default', partial_rotary_factor=0.5)),
+    'settings of other scalings': (
+        'llama', rope('linear', factor=2.0, beta_fast=4, low_freq_factor=2.0, finetuned=True),
+    ),
+    'another name of the activation': ('llama', {'hidden_activation': 'gelu_pytorch_tanh'}),
+    'an older name in a Gemma 3': ('gemma3_text', {'hidden_act': 'relu', 'embd_pdrop': 0.5}),
+    'dropout in a Phi-3': ('phi3', {'embd_pdrop': 0.5, 'qk_layernorm': True}),
+    'a router in a Llama': ('llama', {'num_local_experts': 7, 'num_experts_per_tok': 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', IGNORED)
+def test_fields_that_transformers_ignores_are_ignored(name):
+    kind, fields = IGNORED[name]
+    plain = raw_config(kind)
+    if 'rope_parameters' in fields:
+        rope_fields = fields['rope_parameters']
+        known = {k: v for k, v in rope_fields.items() if k in ('rope_type', 'rope_theta', 'factor')}
+        plain |= {'rope_parameters': known}
+    assert model_config(raw_config(kind) | fields) == model_config(plain)
+    logits = []
+    tokens = checkpoints.torch.arange(3, 14)[None]
+    state = None
+    for raw in (plain, raw_config(kind) | fields):
+        config = transformers.CONFIG_MAPPING[kind].from_dict(dict(raw))
+        model = checkpoints.make_torch(config)
+        state = state or model.state_dict()
+        model.load_state_dict(state)
+        with checkpoints.torch.no_grad():
+            logits.append(model(tokens, use_cache=False).logits)
+    assert checkpoints.torch.equal(*logits)
+
+
+def test_ignored_fields_are_named_once_they_could_mean_something(caplog):
+    model_config(raw_config('llama', alibi=True, clip_qkv=8.0, qkv_bias=False, auto_map={'a': 'b'}))
+    assert 'fields without effect in transformers' in caplog.text
+    assert caplog.text.strip().endswith(': alibi=True, clip_qkv=8.0')
+    caplog.clear()
+    model_config(raw_config('qwen3_moe', shared_expert_intermediate_size=0, use_qk_norm=False))
+    assert not caplog.text
+
+
+def test_quantized_checkpoints_are_refused_in_few_words():
+    """Their configs list every layer that was left alone."""
+    skipped = [f'model.layers.{n}.self_attn.q_proj' for n in range(200)]
+    for settings, named in (
+        ({'quant_method': 'gptq', 'bits': 4, 'modules_in_block_to_quantize': skipped}, 'gptq in 4'),
+        ({'quant_method': 'bitsandbytes', 'load_in_4bit': True}, 'bitsandbytes in 4 bits'),
+        ({'quant_method': 'fp8', 'modules_to_not_convert': skipped}, 'fp8'),
+        ({'quant_method': 'compressed-tensors', 'ignore': skipped}, 'compressed-tensors'),
+        ({'weird': skipped}, 'unnamed'),
+    ):
+        for field in ('quantization_config', 'compression_config'):
+            with pytest.raises(ValueError, match=named) as caught:
+                model_config(raw_config('llama', **{field: settings}))
+            assert len(str(caught.value)) <= 200
+
+
+@pytest.mark.parametrize(
+    ('fields', 'message'),
+    [
+        ({'hidden_size': 'big'}, r"llama checkpoint has a wrong value: .*'hidden_size'"),
+        ({'rms_norm_eps': [1]}, r"wrong value: .*'rms_norm_eps'"),
+        ({'rope_parameters': {'rope_type': 'linear', 'rope_theta': 1.0}}, r"'factor'"),
+        ({'rope_scaling': 'linear', 'rope_parameters': None}, r'wrong value: '),
+        ({'hidden_size': None}, r"wrong value: .*'hidden_size'"),
+        ({'layer_types': ['full_attention']}, r'wrong value: .*layer_types'),
+    ],
+)
+def test_errors_of_transformers_are_translated(fields, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        model_config(raw_config('llama') | fields)
+    assert '\n' not in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
+def test_a_model_with_images_without_its_text():
+    with pytest.raises(ValueError, match='a gemma3 checkpoint has no text_config'):
+        model_config({'model_type': 'gemma3'})
 
 
 SCRATCH = {

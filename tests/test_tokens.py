@@ -1,5 +1,7 @@
 """Tokenizers, stop strings and the texts of completions."""
 
+import json
+
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
@@ -8,7 +10,16 @@ import tiny
 import tokenizers
 import transformers
 
-from grpo_jax.data import byte_tokenizer, completion_texts, eos_ids, load_tokenizer, stop_table
+from grpo_jax.data import (
+    byte_tokenizer,
+    check_token_ids,
+    completion_texts,
+    eos_ids,
+    load_tokenizer,
+    stop_table,
+    token_ids,
+    token_ranges,
+)
 
 BYTES = byte_tokenizer()
 
@@ -40,6 +51,98 @@ def test_load_tokenizer(tmp_path):
         load_tokenizer(str(tmp_path / 'adding'))
     with pytest.raises(ValueError, match="/none' cannot be loaded: give 'bytes', a folder"):
         load_tokenizer(str(tmp_path / 'none'))
+
+
+BOS, EOS = '<｜begin▁of▁sentence｜>', '<｜end▁of▁sentence｜>'
+
+
+def write_bytewise(folder, post_processor=None, digits=True, **settings):
+    """A byte-level tokenizer whose folder names a class for sentencepiece ones, as DeepSeek's."""
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    splits = [
+        tokenizers.pre_tokenizers.Split(tokenizers.Regex(r'\s?\p{L}+'), 'isolated'),
+        tokenizers.pre_tokenizers.Digits(individual_digits=digits),
+        tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ]
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(splits)
+    model.decoder = tokenizers.decoders.ByteLevel()
+    letters = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300, initial_alphabet=letters, show_progress=False
+    )
+    model.train_from_iterator(['How many apples are there? It is 12345.'] * 9, trainer)
+    model.add_special_tokens([BOS, EOS])
+    byte_level = tokenizers.processors.ByteLevel(trim_offsets=False)
+    model.post_processor = (post_processor and post_processor(model)) or byte_level
+    folder.mkdir(parents=True)
+    model.save(str(folder / 'tokenizer.json'))
+    described = {
+        'bos_token': BOS, 'eos_token': EOS, 'pad_token': EOS, 'unk_token': None, 'legacy': True,
+        'clean_up_tokenization_spaces': False, 'tokenizer_class': 'LlamaTokenizerFast',
+    } | settings  # fmt: skip
+    (folder / 'tokenizer_config.json').write_text(json.dumps(described))
+    (folder / 'config.json').write_text('{"model_type": "llama"}')
+    return str(folder)
+
+
+def adding_bos(model):
+    return tokenizers.processors.TemplateProcessing(
+        single=f'{BOS} $A', special_tokens=[(BOS, model.token_to_id(BOS))]
+    )
+
+
+@pytest.mark.parametrize('processor', [None, adding_bos], ids=['plain', 'adding'])
+@pytest.mark.parametrize('stated', [True, False, None])
+@pytest.mark.parametrize('kind', ['LlamaTokenizerFast', 'PreTrainedTokenizerFast'])
+def test_bos_is_added_as_the_configuration_says(processor, stated, kind, tmp_path):
+    settings = {} if stated is None else {'add_bos_token': stated, 'add_eos_token': False}
+    name = write_bytewise(tmp_path / 'x', processor, tokenizer_class=kind, **settings)
+    tokenizer = load_tokenizer(name)
+    adds = processor is not None if stated is None else stated
+    ids = tokenizer('The answer', add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids) == 'The answer'
+    assert tokenizer('The answer').input_ids == [tokenizer.bos_token_id] * adds + ids
+    tokenizer.save_pretrained(tmp_path / 'again')
+    assert load_tokenizer(str(tmp_path / 'again'))('The answer').input_ids == (
+        tokenizer('The answer').input_ids
+    )
+
+
+def test_a_tokenizer_whose_ids_differ_from_its_file(tmp_path):
+    """A class that splits texts by its own rules: Qwen2's splits numbers into digits."""
+    name = write_bytewise(tmp_path / 'x', digits=False, tokenizer_class='Qwen2Tokenizer')
+    (tmp_path / 'x' / 'config.json').write_text('{"model_type": "qwen2"}')
+    stored = tokenizers.Tokenizer.from_file(f'{name}/tokenizer.json')
+    loaded = transformers.AutoTokenizer.from_pretrained(name)
+    text = 'How many apples are 12345 + 67?'
+    differs = loaded(text, add_special_tokens=False).input_ids != stored.encode(text).ids
+    assert differs, 'another class of transformers has to be found for this test'
+    with pytest.raises(ValueError, match=r"loads it as Qwen2\w+, .*tokenizer_class to 'PreTrained"):
+        load_tokenizer(name)
+    (tmp_path / 'x' / 'config.json').unlink()
+    (tmp_path / 'x' / 'tokenizer_config.json').write_text(
+        json.dumps({'eos_token': EOS, 'tokenizer_class': 'PreTrainedTokenizerFast'})
+    )
+    assert load_tokenizer(name)(text).input_ids == stored.encode(text).ids
+
+
+def test_errors_of_other_libraries_name_the_tokenizer(tmp_path):
+    name = write_bytewise(tmp_path / 'x')
+    for text in ('{', '{"model": {"type": "BPE"}}', '[]'):
+        (tmp_path / 'x' / 'tokenizer.json').write_text(text)
+        with pytest.raises(ValueError, match=r'/x. cannot be loaded: give .bytes., a') as e:
+            load_tokenizer(name)
+        assert len(str(e.value)) < 600
+
+
+def test_ids_of_a_tokenizer():
+    assert token_ids(BYTES).tolist() == list(range(258))
+    assert token_ranges(np.arange(258)) == ((0, 258),)
+    assert token_ranges(np.array([0, 1, 2, 5, 7, 8])) == ((0, 3), (5, 6), (7, 9))
+    check_token_ids(np.array([0, 257]), BYTES, 258)
+    check_token_ids(np.array([], int), BYTES, 258)
+    with pytest.raises(ValueError, match=r"'<eos>' is token 257 of the tokenizer, .* embeds 257 t"):
+        check_token_ids(np.array([[1, 257]]), BYTES, 257)
 
 
 @pytest.mark.parametrize(

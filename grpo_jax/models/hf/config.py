@@ -1,88 +1,88 @@
 """The `config.json` of Hugging Face checkpoints: reading it as a `ModelConfig`, and writing it."""
 
+import functools
+import logging
+import pathlib
+from collections.abc import Mapping
 from typing import Any
 
+from grpo_jax.models import rope
 from grpo_jax.models.config import ModelConfig
-from grpo_jax.models.hf.families import COMMON_FIELDS, FAMILIES, Family, Json, family_of
+from grpo_jax.models.hf.families import (
+    COMMON_FIELDS,
+    COMMON_ONLY,
+    COMMON_SPECIAL,
+    FAMILIES,
+    Family,
+    Json,
+    family_of,
+    text_part,
+)
+from grpo_jax.models.hf.folder import read_json
+
+log = logging.getLogger('grpo_jax')
 
 _ACTIVATIONS = {'silu': 'silu', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu'}
 
-# Fields that `model_config` handles individually.
-_SPECIAL = {
-    'model_type', 'architectures', 'head_dim', 'hidden_act', 'hidden_activation', 'layer_types',
-    'sliding_window', 'use_sliding_window', 'max_window_layers', 'query_pre_attn_scalar',
-    'rope_parameters', 'rope_theta', 'rope_scaling', 'rope_local_base_freq',
-    'partial_rotary_factor', 'sliding_window_pattern', '_sliding_window_pattern', 'num_experts',
-    'max_position_embeddings', 'original_max_position_embeddings', 'no_rope_layers',
-    'no_rope_layer_interval', 'id2label', 'label2id', 'num_labels',
+# Older names of the fields that families read, and what transformers computes those from.
+_SOURCES = {
+    'layer_types': ('max_window_layers', 'sliding_window_pattern', '_sliding_window_pattern'),
+    'no_rope_layers': ('no_rope_layer_interval',),
+    'num_local_experts': ('num_experts',),
+    'rope_parameters': (
+        'rope_theta', 'rope_scaling', 'rope_local_base_freq', 'partial_rotary_factor',
+        'original_max_position_embeddings',
+    ),
+    'sliding_window': ('use_sliding_window',),
 }  # fmt: skip
 
-# Fields that do not change what the model computes.
-_WITHOUT_EFFECT = {
-    'bos_token_id', 'eos_token_id', 'pad_token_id', 'dtype', 'torch_dtype', 'transformers_version',
-    'use_cache', 'initializer_range', '_name_or_path', 'auto_map', 'cache_implementation',
-    'output_router_logits', 'router_aux_loss_coef', 'router_jitter_noise', '_attn_implementation',
-    'attn_implementation', 'chunk_size_feed_forward', 'problem_type',
-    'return_dict', 'output_attentions', 'output_hidden_states', 'is_encoder_decoder',
-    'pretraining_tp', 'is_llama_config', 'transformers.js_config', 'unsloth_fixed', 'use_mrope',
-}  # fmt: skip
+_LONGEST = 120  # characters of a value in an error message
 
-# Fields that are supported only with this value or None, unless the family reads them.
-_SINGLE_VALUE: dict[str, Any] = {
-    'attention_bias': False,
-    'attention_dropout': 0.0,
-    'attn_logit_softcapping': None,
-    'embd_pdrop': 0.0,
-    'resid_pdrop': 0.0,
-    'full_attn_mod': 1,
-    'interpolate_factor': 1,
-    'lm_head_bias': False,
-    'mlp_bias': False,
-    'rope_interleaved': False,
-    'use_bidirectional_attention': False,
-    'mlp_only_layers': [],
-    'decoder_sparse_step': 1,
-    'quantization_config': None,
-}
+
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+    """The `config.json` of a folder, or that of the text part of a model with images."""
+    return dict(text_part(read_json(folder / 'config.json')))
 
 
 def model_config(raw: Json, **computed: Any) -> ModelConfig:
     """The `ModelConfig` of a checkpoint.
 
+    What the code of transformers does not read for this family is ignored, as transformers does.
+
     Args:
       raw: its `config.json`, written by any version of transformers.
-      **computed: dtype, param_dtype, attention, remat and lora.
+      **computed: dtype, param_dtype, attention, remat, lora and token_ranges.
 
     Raises:
-      ValueError: the architecture or some fields are not supported; the message lists all of them.
+      ValueError: the architecture or some fields are not supported, or transformers cannot read
+        them; the message lists all that are not supported.
     """
+    raw = text_part(raw)
     family = family_of(raw)
-    _check_fields(raw, family)
-    from transformers import CONFIG_MAPPING  # slow to import
-
-    # transformers adds the defaults that older files omit and renames fields that it has renamed.
-    hf_config = CONFIG_MAPPING[raw['model_type']].from_dict(dict(raw))
+    hf_config = _parse(raw)
+    fields = hf_config.to_dict()
+    _check_fields(raw, fields, family)
     scorer = family.scorer in (raw.get('architectures') or [])
     if scorer and hf_config.num_labels != 1:
         raise ValueError(
             f'{family.scorer} with num_labels={hf_config.num_labels} is not supported: a reward '
             'model has num_labels=1'
         )
-    fields = hf_config.to_dict()
     options = dict(family.options)
     for option, field in (COMMON_FIELDS | dict(family.fields)).items():
         options[option] = fields.get(field) or type(_default(option))()
-    activation = fields.get('hidden_activation') or fields['hidden_act']
+    (activation_field,) = family.special & {'hidden_act', 'hidden_activation'}
+    activation = fields[activation_field]
     if activation not in _ACTIVATIONS:
         raise ValueError(
             f'activation {activation!r} is not supported: supported are {", ".join(_ACTIVATIONS)}'
         )
     head_dim = fields.get('head_dim') or options['width'] // options['heads']
-    scalar = fields.get('query_pre_attn_scalar')
+    scalar = fields['query_pre_attn_scalar'] if 'query_pre_attn_scalar' in family.special else 0
     return ModelConfig(
         **options,
-        **_windows(fields),
-        **_rope(fields),
+        **_windows(fields, family),
+        **_rope(fields, family),
         head_dim=head_dim,
         activation=_ACTIVATIONS[activation],
         attention_scale=scalar**-0.5 if scalar else 0.0,
@@ -91,37 +91,102 @@ def model_config(raw: Json, **computed: Any) -> ModelConfig:
     )
 
 
+def _parse(raw: Json) -> Any:
+    """The config object of transformers, which renames old fields and adds defaults."""
+    from transformers import CONFIG_MAPPING  # slow to import
+
+    quantized = raw.get('quantization_config') or raw.get('compression_config')
+    if quantized:
+        described = quantized if isinstance(quantized, Mapping) else {}
+        method = str(described.get('quant_method', 'unnamed'))[:40]
+        bits = [f'{n} bits' for n in (8, 4) if described.get(f'load_in_{n}bit')]
+        bits += [f'{described["bits"]} bits'] if isinstance(described.get('bits'), int) else []
+        method = ' in '.join([method, *bits])
+        raise ValueError(
+            f'quantized weights are not supported: quantization_config={method}; use the '
+            'checkpoint that was quantized, in 16 or 32 bits'
+        )
+    try:
+        return CONFIG_MAPPING[raw['model_type']].from_dict(dict(raw))
+    except Exception as error:  # of many types, some of them from other libraries
+        missing = f'{error} is missing' if isinstance(error, KeyError) else str(error)
+        reason = ' '.join(missing.split())
+        raise ValueError(
+            f'config.json of a {raw["model_type"]} checkpoint has a wrong value: {reason[:300]}; '
+            'copy it again, or correct it'
+        ) from error
+
+
 def _default(option: str) -> Any:
     default = ModelConfig.__dataclass_fields__[option].default
     return default if isinstance(default, bool | int | float) else 0
 
 
-def _check_fields(raw: Json, family: Family) -> None:
-    known = {*COMMON_FIELDS.values(), *family.fields.values()} | _SPECIAL | _WITHOUT_EFFECT
+def _check_fields(raw: Json, fields: Json, family: Family) -> None:
+    """Refuses values that the family applies and this package does not; warns of unknown fields."""
     unsupported = [
-        f'{name}={value!r}'
-        for name, value in raw.items()
-        if name not in known
-        and not (name in _SINGLE_VALUE and value in (None, _SINGLE_VALUE[name]))
+        f'{name}={str(fields[name])[:_LONGEST]}'
+        for name, value in {**COMMON_ONLY, **family.only}.items()
+        if fields.get(name) not in (None, value)
     ]
     if unsupported:
         raise ValueError(
             f'config.json of a {raw["model_type"]} checkpoint has fields that are not supported: '
             f'{", ".join(unsupported)}'
         )
+    read = {*COMMON_FIELDS.values(), *family.fields.values(), *COMMON_SPECIAL, *family.special}
+    sources = {source for name in read for source in _SOURCES.get(name, ())}
+    known = read | sources | {*COMMON_ONLY, *family.only, *_standard_fields(raw['model_type'])}
+    ignored = [
+        f'{name}={str(value)[:_LONGEST]}'
+        for name, value in raw.items()
+        if name not in known and name not in _DESCRIPTIONS and value not in (None, False, 0, [], {})
+    ]
+    if ignored:
+        log.warning(
+            'config.json of a %s checkpoint has fields without effect in transformers, which are '
+            'ignored here too: %s',
+            raw['model_type'],
+            ', '.join(ignored),
+        )
 
 
-def _windows(fields: Json) -> dict[str, Any]:
-    layers = fields['num_hidden_layers']
-    window = fields.get('sliding_window')
-    types = fields.get('layer_types') or ['sliding_attention'] * layers
-    windowed = tuple(n for n, kind in enumerate(types) if kind == 'sliding_attention')
+# Fields that describe a checkpoint or set up a program, and that some published checkpoints have.
+_DESCRIPTIONS = {
+    '_name_or_path', '_attn_implementation', '_attn_implementation_autoset', 'attn_implementation',
+    'auto_map', 'cache_implementation', 'is_llama_config', 'pretraining_tp', 'torch_dtype',
+    'transformers.js_config', 'transformers_version', 'unsloth_fixed', 'unsloth_version',
+    'use_cache', 'use_mrope',
+}  # fmt: skip
+
+
+@functools.cache
+def _standard_fields(kind: str) -> frozenset[str]:
+    """The fields that transformers defines for a family, most of them for all families."""
+    from transformers import CONFIG_MAPPING
+
+    return frozenset(CONFIG_MAPPING[kind]().to_dict())
+
+
+def _windows(fields: Json, family: Family) -> dict[str, Any]:
+    layers = range(fields['num_hidden_layers'])
+    window = fields.get('sliding_window') if 'sliding_window' in family.special else None
+    windowed = tuple(layers)
+    if 'layer_types' in family.special:
+        types = fields['layer_types']
+        other = {*types} - {'full_attention', 'sliding_attention'}
+        if other:
+            raise ValueError(
+                f'layer_types of {fields["model_type"]}: {", ".join(sorted(other))} is not '
+                'supported: supported are full_attention and sliding_attention'
+            )
+        windowed = tuple(n for n in layers if types[n] == 'sliding_attention')
     if not window or not windowed:
         return {}
     return {'window': window, 'window_layers': windowed}
 
 
-def _rope(fields: Json) -> dict[str, Any]:
+def _rope(fields: Json, family: Family) -> dict[str, Any]:
     parameters = fields['rope_parameters']
     options: dict[str, Any] = {}
     if 'full_attention' in parameters:
@@ -130,29 +195,40 @@ def _rope(fields: Json) -> dict[str, Any]:
             raise ValueError(f'rope scaling of windowed layers is not supported: {dict(local)}')
         options['local_rope_theta'] = float(local.get('rope_theta', 0.0))
         parameters = parameters['full_attention']
-    scaling = {k: v for k, v in parameters.items() if v is not None}
-    options['rope_theta'] = float(scaling.pop('rope_theta'))
-    options['rope_fraction'] = fraction = scaling.pop('partial_rotary_factor', 1.0)
-    if fraction != 1 and fields['model_type'] != 'phi3':  # transformers reads it for phi3 only
+    settings = {k: v for k, v in parameters.items() if v is not None}
+    options['rope_theta'] = float(settings['rope_theta'])
+    kind = settings.get('rope_type', 'default')
+    fraction = settings.get('partial_rotary_factor', 1.0)
+    if 'partial_rotary_factor' in family.special:
+        options['rope_fraction'] = fraction
+    elif fraction != 1 and kind != 'default':  # without scaling, the other families ignore it
         raise ValueError(
-            f'partial_rotary_factor={fraction} is not supported for {fields["model_type"]}'
+            f'partial_rotary_factor={fraction} with rope_type={kind!r} is not supported for '
+            f'{fields["model_type"]}'
         )
-    scaling.pop('type', None)  # the older name of rope_type
-    kind = scaling.get('rope_type', 'default')
+    unrotated = []
+    if 'no_rope_layers' in family.special:
+        unrotated = [n for n, rotated in enumerate(fields['no_rope_layers']) if not rotated]
+    return options | {
+        'rope_scaling': _scaling(kind, settings, fields),
+        'unrotated_layers': tuple(unrotated),
+    }
+
+
+def _scaling(kind: str, settings: Json, fields: Json) -> dict[str, Any]:
+    """The settings that a kind of scaling reads; transformers ignores the others, too."""
+    if kind == 'default':
+        return {}
+    scaling = {k: v for k, v in settings.items() if k in ('rope_type', *rope.settings_of(kind))}
     longest = fields['max_position_embeddings']
     if kind == 'dynamic':
         scaling['max_position_embeddings'] = longest
-        scaling.pop('original_max_position_embeddings', None)
     elif kind == 'longrope':
         original = scaling.setdefault(
             'original_max_position_embeddings', fields.get('original_max_position_embeddings')
         )
         scaling.setdefault('factor', longest / original)
-    unrotated = [n for n, rotated in enumerate(fields.get('no_rope_layers') or []) if not rotated]
-    return options | {
-        'rope_scaling': {} if kind == 'default' else scaling,
-        'unrotated_layers': tuple(unrotated),
-    }
+    return scaling
 
 
 def hugging_face_fields(config: ModelConfig) -> dict[str, Any]:

@@ -7,6 +7,7 @@ arrays, and because its memory map would keep in memory what has been read.
 import json
 import math
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -19,6 +20,19 @@ DTYPES = {
     'BF16': np.dtype(ml_dtypes.bfloat16),
 }
 INDEX = 'model.safetensors.index.json'
+SINGLE = 'model.safetensors'
+ADAPTER = 'adapter_config.json'
+
+# Prefixes of tensor names in models with images -> those of a model of text; None: not of the text.
+_TEXT_PREFIXES: dict[str, str | None] = {
+    'language_model.model.': 'model.',
+    'model.language_model.': 'model.',
+    'language_model.lm_head.': 'lm_head.',
+    'vision_tower.': None,
+    'model.vision_tower.': None,
+    'multi_modal_projector.': None,
+    'model.multi_modal_projector.': None,
+}
 
 
 class StoredTensor(NamedTuple):
@@ -52,6 +66,7 @@ def find_folder(name: str) -> pathlib.Path:
                 f'pretrained={name!r} is neither a folder nor a checkpoint that the Hugging Face '
                 f'hub returned: give the path of a folder ({type(error).__name__}: {error})'
             ) from error
+    _check_no_adapter(folder)
     if not (folder / 'config.json').is_file():
         raise ValueError(f'{folder} holds no config.json: give the folder of a checkpoint')
     if not _files(folder):
@@ -67,6 +82,18 @@ def find_folder(name: str) -> pathlib.Path:
             )
         raise ValueError(f'{folder} holds no *.safetensors file: give the folder of a checkpoint')
     return folder
+
+
+def _check_no_adapter(folder: pathlib.Path) -> None:
+    """Refuses a folder of adapters, of which transformers would load the base instead."""
+    if (folder / ADAPTER).is_file():
+        base = read_json(folder / ADAPTER).get('base_model_name_or_path') or 'an unnamed base'
+        raise ValueError(
+            f'{folder} holds an adapter of {base}, not a model. Merge it into that base first: '
+            'python -c "from peft import AutoPeftModelForCausalLM as M; '
+            f"M.from_pretrained('{folder}').merge_and_unload().save_pretrained('{folder}-merged')"
+            f'", copy the tokenizer of the base, and set pretrained to {folder}-merged'
+        )
 
 
 def description_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -91,8 +118,10 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:
-    """The safetensors files that belong to the checkpoint."""
+    """The safetensors files that belong to the checkpoint: a single one comes before shards."""
     index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
     if not index.is_file():
         return sorted(folder.glob('*.safetensors'))
     weight_map = read_json(index).get('weight_map')
@@ -134,6 +163,17 @@ def list_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
                 )
             tensors[name] = stored
     return tensors
+
+
+def text_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """The tensors of the decoder of text, under the names that a model of text alone has."""
+    renamed = {}
+    for name, stored in tensors.items():
+        prefix = next((p for p in _TEXT_PREFIXES if name.startswith(p)), '')
+        replacement = _TEXT_PREFIXES.get(prefix, '')
+        if replacement is not None:
+            renamed[replacement + name.removeprefix(prefix)] = stored
+    return renamed
 
 
 def _header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:

@@ -20,6 +20,11 @@ _OUTSIDE_LAYERS = {  # parameter outside the layers -> tensor, without '.weight'
 }
 
 
+EMBEDDING = 'model.embed_tokens.weight'
+TIED_HEAD = 'lm_head.weight'  # stored beside the embedding by some checkpoints with a tied head
+_SHOWN = 20  # most tensors that an error message names
+
+
 class Part(NamedTuple):
     """A parameter's part of a tensor: all of it, or some of its rows."""
 
@@ -80,15 +85,19 @@ def check_tensors(
     """Compares a checkpoint's tensors with the layout of its parameters.
 
     Raises:
-      ValueError: tensors are missing, unknown, of another shape or not floats; lists all of them.
+      ValueError: tensors are missing, unknown, of another shape or not floats; lists all of them,
+        the first of each kind.
     """
-    tied = not {'lm_head.weight', 'score.weight'} & {*layout}
-    ignored = {'lm_head.weight'} if tied else set()
-    wrong = [f'{name} is missing' for name in layout if name not in tensors]
+    missing = [f'{name} is missing' for name in layout if name not in tensors]
+    ignored = set() if 'score.weight' in layout else {TIED_HEAD}
+    unknown = [
+        f'{name} is unknown'
+        for name in tensors
+        if name not in layout and name not in ignored and not name.endswith('rotary_emb.inv_freq')
+    ]
+    wrong = []
     for name, stored in tensors.items():
         if name not in layout:
-            if name not in ignored and not name.endswith('rotary_emb.inv_freq'):
-                wrong.append(f'{name} is unknown')
             continue
         rows = [part.shape for part in layout[name]]
         shape = (sum(r[0] for r in rows), *rows[0][1:])
@@ -96,6 +105,12 @@ def check_tensors(
             wrong.append(f'{name} has shape {stored.shape}, config.json says {shape}')
         if stored.dtype not in DTYPES:
             wrong.append(f'{name} is stored as {stored.dtype}, not as a float of 16 or more bits')
-    if wrong:
-        shown = '; '.join(wrong[:20]) + (f'; and {len(wrong) - 20} more' if wrong[20:] else '')
-        raise ValueError(f'{folder}: {len(wrong)} tensors do not fit its config.json: {shown}')
+    count = len(missing) + len(unknown) + len(wrong)
+    if count:
+        # Unknown names are shown beside missing ones, which may be the same tensors.
+        room = max(_SHOWN - min(len(unknown) + len(wrong), _SHOWN // 2), 0)
+        shown = (missing[:room] + unknown + wrong)[:_SHOWN]
+        more = f'; and {count - len(shown)} more' if count > len(shown) else ''
+        raise ValueError(
+            f'{folder}: {count} tensors do not fit its config.json: {"; ".join(shown)}{more}'
+        )

@@ -21,9 +21,16 @@ from safetensors.numpy import save_file
 
 from grpo_jax import sharding
 from grpo_jax.models.config import PROJECTIONS, ModelConfig
-from grpo_jax.models.hf.families import family_of, layer_names
-from grpo_jax.models.hf.folder import INDEX, StoredTensor, list_tensors, read_json, read_rows
-from grpo_jax.models.hf.layout import Part, check_tensors, parameter_layout
+from grpo_jax.models.hf.families import family_of, layer_names, text_part
+from grpo_jax.models.hf.folder import (
+    INDEX,
+    StoredTensor,
+    list_tensors,
+    read_json,
+    read_rows,
+    text_tensors,
+)
+from grpo_jax.models.hf.layout import EMBEDDING, TIED_HEAD, Part, check_tensors, parameter_layout
 from grpo_jax.types import Params
 
 _SHARD_BYTES = 4 * 2**30  # largest file that is written
@@ -43,9 +50,16 @@ def load(folder: pathlib.Path, config: ModelConfig, shapes: Params, mesh: Mesh |
       ValueError: tensors are missing, unknown or of another shape; lists all of them, before
         anything is read.
     """
-    layout = parameter_layout(config, family_of(read_json(folder / 'config.json')), shapes)
+    raw = read_json(folder / 'config.json')
+    layout = parameter_layout(config, family_of(text_part(raw)), shapes)
     tensors = list_tensors(folder)
+    if text_part(raw) is not raw:
+        tensors = text_tensors(tensors)
+    if config.tied_head and EMBEDDING not in tensors and TIED_HEAD in tensors:
+        tensors[EMBEDDING] = tensors[TIED_HEAD]  # the one tensor may have either name
     check_tensors(folder, tensors, layout)
+    if config.tied_head and TIED_HEAD in tensors:
+        _check_tied_head(folder, tensors[EMBEDDING], tensors[TIED_HEAD])
     shardings = None if mesh is None else sharding.shardings(shapes, mesh)
     params = _zeros(shapes, shardings)
     for name, parts in layout.items():
@@ -56,6 +70,22 @@ def load(folder: pathlib.Path, config: ModelConfig, shapes: Params, mesh: Mesh |
                 _write_rows(params, part, first, _put_rows(rows, mesh), shardings)
             offset += part.shape[0]
     return params
+
+
+def _check_tied_head(folder: pathlib.Path, embedding: StoredTensor, head: StoredTensor) -> None:
+    """Refuses a head that differs from the embedding that it is tied to: both cannot be right."""
+    equal = embedding.shape == head.shape
+    part = Part((), (), embedding.shape)
+    for first, count in _row_ranges(embedding, part) if equal else ():
+        shape = (count, *embedding.shape[1:])
+        ours, theirs = (read_rows(x, first, shape).astype(np.float32) for x in (embedding, head))
+        equal = equal and np.array_equal(ours, theirs, equal_nan=True)
+    if not equal:
+        raise ValueError(
+            f'{folder}: {TIED_HEAD} differs from {EMBEDDING}, but config.json has '
+            'tie_word_embeddings=true: set it to false to use both tensors, or remove '
+            f'{TIED_HEAD}'
+        )
 
 
 def _row_ranges(stored: StoredTensor, part: Part) -> Iterator[tuple[int, int]]:
