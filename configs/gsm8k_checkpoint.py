@@ -17,7 +17,7 @@ from grpo_jax.run import config as grpo_config
 
 def get_config() -> ConfigDict:
     config = grpo_config.defaults()
-    config.pretrained = 'runs/tiny'
+    config.pretrained = '../runs/tiny'  # relative to the folder of this file
     config.data.update(
         name='gsm8k',
         prompt='Question: {question}\nAnswer:',

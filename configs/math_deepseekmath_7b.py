@@ -20,7 +20,7 @@ from grpo_jax.run import config as grpo_config
 
 def get_config() -> ConfigDict:
     config = grpo_config.defaults()
-    config.pretrained = 'deepseek-math-7b-instruct'
+    config.pretrained = '../deepseek-math-7b-instruct'  # relative to the folder of this file
     config.model.dtype = 'bfloat16'
     config.mesh.fsdp = -1
     config.data.update(

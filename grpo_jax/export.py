@@ -1,37 +1,36 @@
-"""Writes a run's newest checkpoint as a Hugging Face folder that `transformers` and vLLM load.
+"""Writes a checkpoint of a run as a Hugging Face folder that `transformers` and vLLM load.
 
-python -m grpo_jax.export --workdir=FOLDER --output=FOLDER [--dtype=bfloat16] [--adapter]
+python -m grpo_jax.export --workdir=FOLDER --output=FOLDER
 
-If the run trains adapters, the folder holds the merged weights or, with --adapter, a PEFT adapter
-for the pretrained checkpoint.
+--checkpoint=sft/60  or grpo/40, sft (its newest), 40; default: the newest of all
+--dtype=bfloat16     of the weights; default: that of the pretrained checkpoint or the parameters
+--adapter            a PEFT adapter for the pretrained checkpoint, in place of merged weights
 """
 
-import sys
+from typing import Any
 
-from grpo_jax.run.arguments import parse, take
-from grpo_jax.run.command import one_line_errors
+from grpo_jax.run.arguments import run_command
 from grpo_jax.run.export import export, export_adapter
+
+
+def main(
+    config: Any, workdir: str, *, output: str, dtype: str, checkpoint: str, adapter: bool
+) -> None:
+    """Exports a checkpoint of a run."""
+    if not output:
+        raise ValueError('--output=FOLDER is missing: name the folder to write')
+    if not adapter:
+        export(config, workdir, output, dtype=dtype, checkpoint=checkpoint)
+        return
+    if dtype:
+        raise ValueError('--dtype has no effect with --adapter, which is float32: remove it')
+    export_adapter(config, workdir, output, checkpoint=checkpoint)
 
 
 def run() -> None:
     """Runs the console command."""
-    arguments = sys.argv[1:]
-    if '--help' in arguments:
-        print(__doc__)
-        return
-    with one_line_errors():
-        adapter = '--adapter' in arguments
-        arguments = [argument for argument in arguments if argument != '--adapter']
-        output, dtype = take(arguments, 'output'), take(arguments, 'dtype')
-        if not output:
-            raise ValueError('--output=FOLDER is missing: name the folder to write')
-        if adapter and dtype:
-            raise ValueError('--dtype has no effect with --adapter, which is float32: remove it')
-        config, workdir = parse(arguments, saved=True)
-        if adapter:
-            export_adapter(config, workdir, output)
-        else:
-            export(config, workdir, output, dtype=dtype)
+    options = ('output', 'dtype', 'checkpoint')
+    run_command(main, usage=__doc__, sections=(), saved=True, flags=('adapter',), options=options)
 
 
 if __name__ == '__main__':

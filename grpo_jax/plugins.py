@@ -1,27 +1,46 @@
 """Load objects that a config names by their path, such as a loss in the user's own file.
 
 A path is `'package.module:name'` or `'package.module.name'`, as in `'optax.contrib:muon'` or
-`'my_rewards:bonus'`. Python has to find the module: it is installed, in the working directory of
-`python -m`, or in a folder on `PYTHONPATH`.
+`'my_rewards:bonus'`, or the path of a file, as in `'./my_rewards.py:bonus'`. A module is looked for
+in the folders of `set_folders` first, the first of which is that of the config file, and then where
+Python looks. A relative file is relative to the first of these folders.
 """
 
+import contextlib
 import difflib
+import hashlib
 import importlib
+import importlib.util
+import os
+import pathlib
 import pkgutil
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
+
+_folders: list[pathlib.Path] = []
+# Folder -> names in `sys.modules` of the modules that its files have imported from beside them.
+_siblings: dict[pathlib.Path, set[str]] = {}
 
 
 class PluginError(ValueError):
     """No callable has this name or path; the message says why and suggests a similar name."""
 
 
+def set_folders(folders: Sequence[str | os.PathLike[str]]) -> None:
+    """Set the folders where `load` looks for modules before it looks where Python does.
+
+    They are not added to `sys.path`: no other import finds what is in them.
+    """
+    _folders[:] = [pathlib.Path(folder).resolve() for folder in folders]
+
+
 def load(path: str) -> Callable[..., Any]:
     """Import the callable at `path`.
 
     Args:
-        path: 'package.module:name' or 'package.module.name'.
+        path: 'package.module:name', 'package.module.name' or 'folder/file.py:name'.
 
     Returns:
         The function, class or other callable. Its signature is not checked here: callers check the
@@ -32,22 +51,54 @@ def load(path: str) -> Callable[..., Any]:
             module), or it has no such name (suggests the nearest) or one that is not callable.
     """
     module_name, _, name = path.rpartition(':' if ':' in path else '.')
-    if not all(part.isidentifier() for part in [*module_name.split('.'), name]):
-        raise PluginError(f"{path!r} is not of the form 'package.module:name'")
+    is_file = module_name.endswith('.py')
+    parts = name.split('.') if is_file else [*module_name.split('.'), *name.split('.')]
+    if not all(part.isidentifier() for part in parts):
+        raise PluginError(f"{path!r} is not of the form 'package.module:name' or './file.py:name'")
     try:
-        module = importlib.import_module(module_name)
-    except Exception as error:
+        module = import_file(_locate(module_name)) if is_file else _import_module(module_name)
+    except (Exception, SystemExit) as error:
         hint = _hint_for_missing_module(module_name, error)
         raise PluginError(
             f'{path!r}: importing {module_name} raised {type(error).__name__}: {error}{hint}'
         ) from error
-    if not hasattr(module, name):
-        hint = did_you_mean(name, dir(module))
-        raise PluginError(f'{path!r}: {module_name} has no {name!r}{hint}')
-    value: Callable[..., Any] = getattr(module, name)
+    value: Any = module
+    for part in name.split('.'):
+        if not hasattr(value, part):
+            hint = did_you_mean(part, dir(value))
+            raise PluginError(f'{path!r}: {module_name} has no {name!r}{hint}')
+        value = getattr(value, part)
     if not callable(value):
         raise PluginError(f'{path!r} is {value!r}, which cannot be called')
     return value
+
+
+def path_of(function: Callable[..., Any]) -> str:
+    """Return the path with which `load` finds a function again, from any folder.
+
+    Raises:
+        PluginError: no path leads to it: a lambda, a function inside another one, an object without
+            a name such as a `functools.partial`, or one that is defined in a notebook.
+    """
+    name = getattr(function, '__qualname__', '')
+    module = sys.modules.get(getattr(function, '__module__', None) or '')
+    reached: Any = module
+    for part in name.split('.'):
+        reached = getattr(reached, part, None)
+    file = getattr(module, '__file__', None)
+    in_file = module is not None and module.__name__.partition('.')[0].startswith(_PREFIX)
+    in_script = module is not None and module.__name__ == '__main__'
+    if reached is not function or module is None or (in_script and file is None):
+        raise PluginError(
+            f'{function!r} cannot be saved with the run, because no path leads to it: define it at '
+            "the top level of a file, with a name, and use it or its path './file.py:name'"
+        )
+    if not (in_file or in_script):
+        return f'{module.__name__}:{name}'
+    location = pathlib.Path(str(file)).resolve()
+    if _folders and location.parent == _folders[0]:
+        return f'./{location.name}:{name}'
+    return f'{location}:{name}'
 
 
 def lookup(kind: str, name: str, builtin: Mapping[str, Callable[..., Any]]) -> Callable[..., Any]:
@@ -70,7 +121,7 @@ def lookup(kind: str, name: str, builtin: Mapping[str, Callable[..., Any]]) -> C
         raise PluginError(
             f'unknown {kind} {name!r}{did_you_mean(name, builtin)} '
             f'(built in are {", ".join(sorted(builtin))}; '
-            "for your own write 'package.module:function')"
+            "for your own write 'package.module:function' or './file.py:function')"
         )
     return builtin[name]
 
@@ -91,7 +142,111 @@ def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.0) -> str
     return f', did you mean {nearest[0]!r}?' if nearest else ''
 
 
-def _hint_for_missing_module(module_name: str, error: Exception) -> str:
+def import_file(file: str | os.PathLike[str], *, fresh: bool = False) -> ModuleType:
+    """Import a Python file, wherever it is.
+
+    It may import modules beside it, absolutely or relatively, while it is imported. Neither it nor
+    its folder is left where other imports find them.
+
+    Args:
+        file: its path.
+        fresh: import it again even if it was imported before.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+    """
+    path = pathlib.Path(file).resolve()
+    name = f'{_package_of(path.parent)}.{path.stem.replace(".", "_")}'
+    if name in sys.modules and not fresh:
+        return sys.modules[name]
+    if not path.is_file():
+        raise FileNotFoundError(f'no such file: {path}')
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ImportError(f'{path} is not a Python file')
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        with _importing_from(path.parent):
+            spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+_PREFIX = 'grpo_jax_files_of_'  # of the packages that stand for folders
+
+
+def _locate(file: str) -> pathlib.Path:
+    """Return a file's path; a relative one is relative to the first of the folders."""
+    base = _folders[0] if _folders else pathlib.Path.cwd()
+    return base / pathlib.Path(file).expanduser()
+
+
+def _import_module(name: str) -> ModuleType:
+    """Import a module from the folders, or else from where Python looks."""
+    for folder in _folders:
+        base = folder.joinpath(*name.split('.'))
+        files = (base.with_name(f'{base.name}.py'), base / '__init__.py')
+        file = next((file for file in files if file.is_file()), None)
+        if file is not None and not _finds(name, file):
+            with _importing_from(folder):
+                return importlib.import_module(f'{_package_of(folder)}.{name}')
+    return importlib.import_module(name)
+
+
+def _finds(name: str, file: pathlib.Path) -> bool:
+    """Return whether Python itself finds this file as the module `name`."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, AttributeError, ValueError):
+        return False
+    return spec is not None and spec.has_location and os.path.samefile(str(spec.origin), file)
+
+
+def _package_of(folder: pathlib.Path) -> str:
+    """Return the name of a package whose modules are the files of a folder.
+
+    The name is one that no other import uses.
+    """
+    name = _PREFIX + hashlib.sha256(str(folder).encode()).hexdigest()[:12]
+    if name not in sys.modules:
+        package = ModuleType(name)
+        package.__path__ = [str(folder)]
+        sys.modules[name] = package
+    return name
+
+
+@contextlib.contextmanager
+def _importing_from(folder: pathlib.Path) -> Iterator[None]:
+    """Let imports find the modules in a folder, as if a file there were run as a script.
+
+    Modules of the same name from another folder, imported in this way before, are not used again.
+    """
+    for other, names in _siblings.items():
+        if other != folder:
+            for name in names:
+                sys.modules.pop(name, None)
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    importlib.invalidate_caches()
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        files = {name: getattr(sys.modules[name], '__file__', None) for name in sys.modules}
+        _siblings.setdefault(folder, set()).update(
+            name
+            for name, file in files.items()
+            if name not in before
+            and not name.startswith(_PREFIX)
+            and file is not None
+            and folder in pathlib.Path(file).parents
+        )
+
+
+def _hint_for_missing_module(module_name: str, error: BaseException) -> str:
     """Return a suggestion where the module itself is missing, not one that it imports."""
     missing = error.name if isinstance(error, ModuleNotFoundError) else None
     if missing is None or not f'{module_name}.'.startswith(f'{missing}.'):
@@ -99,5 +254,11 @@ def _hint_for_missing_module(module_name: str, error: Exception) -> str:
     parent, _, name = missing.rpartition('.')
     folders = getattr(sys.modules[parent], '__path__', []) if parent else None  # None: sys.path
     modules = [module.name for module in pkgutil.iter_modules(folders)]
+    if not parent:
+        modules += [module.name for module in pkgutil.iter_modules(map(str, _folders))]
     nearest = did_you_mean(name, modules, cutoff=0.6)
-    return nearest or ('' if parent else ': is the folder of its file on PYTHONPATH?')
+    return nearest or (
+        ''
+        if parent
+        else ': is the folder of its file on PYTHONPATH, or the file beside the config file?'
+    )

@@ -4,6 +4,10 @@
 
 The same command resumes an interrupted run. The batch and the random numbers of a step depend only
 on the seed and the step, so a resumed run computes the same numbers as an uninterrupted one.
+
+  --extend    continue the run in the folder for more steps (sft.steps, grpo.steps, ...)
+  --override  continue it with other steps, learning rates, or keys of eval, log and checkpoint
+  --help=KEY  the keys of a section, such as --help=grpo.algorithm
 """
 
 import logging
@@ -15,7 +19,7 @@ from grpo_jax.run.training import train
 def run() -> None:
     """Runs the console command."""
     logging.basicConfig(format='%(levelname)s %(message)s')
-    run_command(train, usage=__doc__)
+    run_command(train, usage=__doc__, flags=('extend', 'override'))
 
 
 if __name__ == '__main__':

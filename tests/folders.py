@@ -1,5 +1,6 @@
 """Tiny Hugging Face checkpoints made without PyTorch, and runs that begin with them."""
 
+import dataclasses
 import json
 
 import jax
@@ -52,6 +53,11 @@ def write(folder, *, tokenizer=None, generation=None, fields=None, params=None, 
 
 def make_model(**options):
     return tiny.make_model(**({'vocab_size': VOCAB, 'layers': 1, 'head_dim': 4} | options))
+
+
+def all_ids(model):
+    """The model with logits of the ids that the tokenizer has no tokens for, too."""
+    return model.clone(config=dataclasses.replace(model.config, token_ranges=()))
 
 
 def writing(*likely):

@@ -76,10 +76,10 @@ def compiled_once():
         yield
 
 
-def train(config, workdir):
+def train(config, workdir, **options):
     """Trains and returns what was printed."""
     with compiled_once(), contextlib.redirect_stdout(io.StringIO()) as printed:
-        command.train(config, str(workdir))
+        command.train(config, str(workdir), **options)
     return printed.getvalue()
 
 

@@ -9,10 +9,9 @@ import sys
 import pytest
 import runs
 
-from grpo_jax import train
-from grpo_jax.run import arguments, saved_config
-from grpo_jax.run import config as grpo_config
-from grpo_jax.run.config import flatten
+from grpo_jax import evaluate, export, train
+from grpo_jax.run import arguments, saved_config, sections
+from grpo_jax.run.config import defaults, flatten
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMOKE = f'--config={ROOT}/configs/smoke.py'
@@ -52,6 +51,7 @@ def test_parse():
 
 FREE = {
     'data.options': "{'train_size': 80, 'operations': '+'}",
+    'data.chat_template_kwargs': '{"enable_thinking": false}',
     'grpo.rewards': "{'my_package.my_module:bonus': 1.0, 'chain_format': {'weight': 2}}",
     'grpo.step_rewards': '{"right_steps": 1.0}',
     'model.rope_scaling': "{'rope_type': 'linear', 'factor': 2.0}",
@@ -67,7 +67,7 @@ def test_dictionaries_are_replaced_as_a_whole(key):
     config, _ = arguments.parse([SMOKE, '--workdir=w', f'--config.{key}={FREE[key]}'])
     text = FREE[key].replace('false', 'False')
     assert flatten(config.to_dict())[key] == ast.literal_eval(text)
-    assert list(FREE) == list(dict.fromkeys([*FREE, *grpo_config.FREE]))
+    assert list(FREE) == list(dict.fromkeys([*FREE, *sections.FREE]))
 
 
 def test_entries_of_dictionaries():
@@ -162,11 +162,12 @@ def test_parse_refuses(given, message):
     [
         (
             'config.grpo.sampling.temperatur = 1.0',
-            "unknown config key 'temperatur': did you mean 'grpo.sampling.temperature'?",
+            "unknown config key 'grpo.sampling.temperatur': did you mean "
+            "'grpo.sampling.temperature'?",
         ),
         (
             'config.checkpoint.update(kept=1)',
-            "unknown config key 'kept': did you mean 'checkpoint.keep'?",
+            "unknown config key 'checkpoint.kept': did you mean 'checkpoint.keep'?",
         ),
         (
             'config.unlock(); config.grpo.sampling.temperatur = 1.0',
@@ -174,7 +175,7 @@ def test_parse_refuses(given, message):
         ),
         (
             "config.grpo.steps = 'ten'",
-            "config key 'steps' is ten: give a value of type <class 'int'>\n",
+            "config key 'grpo.steps' is 'ten': give a value of type int\n",
         ),
         ("raise ValueError('no preset of that name')", 'mine.py: no preset of that name\n'),
         (
@@ -192,6 +193,7 @@ def test_a_config_file_refuses(tmp_path, monkeypatch, capsys, body, message):
         'from grpo_jax.run.config import defaults',
         'def get_config():',
         '  config = defaults()',
+        "  config.grpo.rewards = {'exact_answer': 1.0}",
     )
     path.write_text('\n'.join((*lines, f'  {body}', '  return config')))
     monkeypatch.setattr('sys.argv', ['train', f'--config={path}', f'--workdir={tmp_path}/run'])
@@ -261,3 +263,64 @@ def test_configs_name_their_command(path):
     )
     config, _ = arguments.parse([f'--config={path.parent}/{command[1]}', '--workdir=w'])
     assert config.is_locked
+
+
+# Help
+
+
+def helped(monkeypatch, capsys, command, *options):
+    monkeypatch.setattr('sys.argv', ['command', *options])
+    command.run()
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize('option', ['--help', '-help', '-h'])
+def test_help_lists_every_key_with_its_default(option, monkeypatch, capsys):
+    printed = helped(monkeypatch, capsys, train, option)
+    assert '--config=FILE.py --workdir=FOLDER' in printed
+    for key, value in flatten(defaults().to_dict()).items():
+        assert f'\n  {key}={value!r}' in printed
+    assert '\n[grpo.algorithm]\n' in printed
+    assert re.search(r'grpo.group_size=8 +G, completions per prompt\n', printed)
+
+
+def test_help_of_a_section(monkeypatch, capsys):
+    printed = helped(monkeypatch, capsys, train, '--help=grpo.sampling')
+    lines = printed.splitlines()
+    assert lines[0] == '[grpo.sampling]'
+    assert {line.partition('=')[0] for line in lines if '=' in line[:40]} == {
+        f'  grpo.sampling.{name}' for name in ('min_p', 'temperature', 'top_k', 'top_p')
+    }
+    with pytest.raises(SystemExit):
+        helped(monkeypatch, capsys, train, '--help=grpo.algoritm')
+    expected = "--help=grpo.algoritm: no such config key or section: did you mean 'grpo.algorithm'?"
+    assert capsys.readouterr().err == f'error: {expected}\n'
+
+
+def test_help_of_the_other_commands(monkeypatch, capsys):
+    printed = helped(monkeypatch, capsys, evaluate, '--help')
+    assert '--checkpoint=sft/60' in printed
+    assert '\n  eval.samples=8 ' in printed
+    assert '--adapter' in helped(monkeypatch, capsys, export, '-help')
+
+
+def test_flags():
+    rest = ['--extend', '--override=false', '--seed=1']
+    assert arguments.take_flag(rest, 'extend')
+    assert not arguments.take_flag(rest, 'override')
+    assert not arguments.take_flag(rest, 'adapter')
+    assert rest == ['--seed=1']
+    with pytest.raises(ValueError, match='extend=maybe: neither true nor false'):
+        arguments.take_flag(['--extend=maybe'], 'extend')
+
+
+def test_the_command_prints_a_line_for_each_problem(monkeypatch, capsys):
+    monkeypatch.setattr('sys.argv', ['train', SMOKE, '--config.lr=1', '--config.seed=x'])
+    with pytest.raises(SystemExit) as stopped:
+        train.run()
+    assert stopped.value.code == 2
+    assert [line.split(':')[:2] for line in capsys.readouterr().err.splitlines()] == [
+        ['error', ' --workdir=FOLDER is missing'],
+        ['error', " unknown config key 'lr'"],
+        ['error', ' --config.seed=x'],
+    ]

@@ -158,7 +158,6 @@ BAD = [
     ({'grpo.rewards': {'runs:bonuss': 1.0}}, "runs has no 'bonuss', did you mean 'bonus'"),
     ({'grpo.rewards': {'no_module:f': 1.0}}, 'importing no_module raised ModuleNotFoundError'),
     ({'eval.correct': 'right'}, "unknown reward 'right'"),
-    ({'eval.extract': ''}, 'eval.extract is empty: name the function that finds the answer'),
     ({'eval.k': (1, 5)}, 'eval.k=5 needs at least 5 samples: eval.samples=4'),
     ({'data.prompt_length': 3}, 'all 10 prompts are longer than prompt_length=3 tokens: raise it'),
     ({'data.completion_length': 2}, 'all 90 completions are longer than completion_length=2'),

@@ -290,3 +290,12 @@ def test_real_references(tmp_path, dataset):
     assert other < 0.06  # small numbers are right by chance
     assert found['accuracy'] == pytest.approx((own + other) / 2)
     assert found['rows'] == len(solutions)
+
+
+@pytest.mark.parametrize('answer', ['0.10', '1e-7', '145.0', '12345678901234567890123', '-0'])
+def test_numbers_are_not_spelled_in_another_way(tmp_path, answer):
+    path = tmp_path / 'mine.jsonl'
+    path.write_text(f'{{"answer": {answer}, "completions": ["x"], "scores": [0.10]}}')
+    (row,) = completions.read(path)
+    assert row.answer == answer
+    assert row.scores == [0.1]

@@ -1,14 +1,15 @@
 """The config: every key is used, and dictionaries with keys of their own."""
 
 import json
+import pathlib
 from collections.abc import Mapping
 
 import pytest
 import runs
 from ml_collections import ConfigDict
 
+from grpo_jax.run import arguments, config_checks, config_problems, errors, suggestions
 from grpo_jax.run import config as grpo_config
-from grpo_jax.run import config_checks
 
 # Every key is read
 
@@ -66,6 +67,7 @@ def test_the_recorder_notes_values_only():
 def test_every_key_is_read(tmp_path):
     config = runs.get_config()
     config.log.completions = 3
+    config.module_folders = (str(pathlib.Path(runs.__file__).parent),)
     with config.unlocked():
         config.log.left_alone = 1
     seen = set()
@@ -73,6 +75,7 @@ def test_every_key_is_read(tmp_path):
     completions = runs.lines(tmp_path / 'completions.jsonl')
     assert [row['step'] for row in completions] == [step for step in range(8) for _ in range(3)]
     other = runs.get_config()  # with a critic and a reward model
+    other.module_folders = config.module_folders
     other.grpo.update(steps=2, rewards={})
     other.grpo.algorithm.update(baseline='critic', scale='none', kl='k1', kl_place='reward')
     other.reward_model.update(weight=1.0, steps=1, batch_size=2, group_size=2, microbatch=2)
@@ -142,3 +145,184 @@ def test_differing_defaults():
         ("critic.optimizer.options={'a': 1}", 'no critic'),
         ('reward_model.steps=3', 'no model'),
     ]
+
+
+# All problems at once
+
+
+def write_config(folder, *lines):
+    path = folder / 'mine.py'
+    head = ('from grpo_jax.run.config import defaults', 'def get_config():', '  c = defaults()')
+    path.write_text('\n'.join((*head, *(f'  {line}' for line in lines), '  return c')))
+    return path
+
+
+def test_a_config_file_with_several_wrong_keys(tmp_path):
+    path = write_config(
+        tmp_path,
+        'c.grpo.stepz = 3',
+        'c.gpro.algorithm.update(beta=1.0)',
+        "c.grpo.steps = 'ten'",
+        "c.eval.update(evry=2, correct='exact_answer')",
+        "assert not hasattr(c, 'my_section') or True",
+        'c.seed = c.sead',
+        'c.num_generations = 4',
+    )
+    config, problems = grpo_config.read(path)
+    assert config.eval.correct == 'exact_answer'
+    assert problems == [
+        f'--config={path}: {text}'
+        for text in (
+            "unknown config key 'grpo.stepz': did you mean 'grpo.steps'?",
+            "unknown config key 'gpro': did you mean 'grpo'?",
+            "config key 'grpo.steps' is 'ten': give a value of type int",
+            "unknown config key 'eval.evry': did you mean 'eval.every'?",
+            "unknown config key 'sead': did you mean 'seed'?",
+            "unknown config key 'num_generations': did you mean 'grpo.group_size'?",
+        )
+    ]
+    with pytest.raises(errors.ConfigError) as error:
+        grpo_config.load(path)
+    assert list(error.value.problems) == problems
+
+
+def test_an_error_of_the_file_comes_after_the_wrong_keys(tmp_path):
+    path = write_config(tmp_path, 'c.grpo.stepz = 3', 'from grpo_jax import preset',
+                        "preset('dapo', clip_hihg=0.3)")  # fmt: skip
+    config, problems = grpo_config.read(path)
+    assert config is None
+    assert len(problems) == 2
+    assert "'grpo.stepz'" in problems[0]
+    assert "'clip_hihg', did you mean 'clip_high'?" in problems[1]
+
+
+def test_keys_outside_of_a_config_file():
+    config = grpo_config.defaults()
+    for action in (
+        lambda: config.grpo.sampling.temperatur,
+        lambda: setattr(config.grpo.sampling, 'temperatur', 1.0),
+        lambda: config.grpo.sampling.update(temperatur=1.0),
+    ):
+        with pytest.raises(AttributeError) as error:
+            action()
+        assert str(error.value) == (
+            "unknown config key 'grpo.sampling.temperatur': did you mean "
+            "'grpo.sampling.temperature'?"
+        )
+    with pytest.raises(TypeError, match=r"^config key 'seed' is 'a': give a value of type int$"):
+        config.seed = 'a'
+    copy = config.copy_and_resolve_references()
+    with pytest.raises(AttributeError, match=r"'grpo.algorithm.betta'"):
+        copy.grpo.algorithm.betta = 1.0
+    assert copy == config
+
+
+def test_values_are_checked_beside_the_keys(tmp_path):
+    """Every kind of problem on the command line and in the file, in one error."""
+    path = write_config(
+        tmp_path,
+        'c.grpo.stepz = 3',
+        "c.grpo.algorithm.update(loss='clip', beta=-1.0)",
+        "c.grpo.optimizer.decay = 'cosin'",
+        "c.grpo.rewards = {'exact_anwser': 1.0}",
+        'c.grpo.sampling.update(temperature=0.0, top_p=2.0)',
+        'c.eval.every = 0',
+        "c.grpo.drop = ('x',)",
+        'c.sft.update(steps=1, microbatch=5)',
+    )
+    given = (
+        f'--config={path}',
+        '--config.lr=3',
+        '--config.seed=x',
+        '--config.eval.samples=-3',
+        'm',
+    )
+    with pytest.raises(errors.ConfigError) as error:
+        arguments.parse(given)
+    expected = (
+        '--workdir=FOLDER is missing',
+        f'--config={path}: unknown config key',
+        "unknown config key 'lr': did you mean 'critic.optimizer.learning_rate', ",
+        '--config.seed=x: invalid literal',
+        "unexpected argument 'm'",
+        'eval.samples=-3 is out of range',
+        'eval.every=0 is out of range',
+        "grpo.algorithm.loss='clip' is unknown",
+        'grpo.algorithm.beta=-1.0 is out of range',
+        "grpo.drop names 'x'",
+        'sft.microbatch=5 does not cut',
+        'sampling temperature=0.0: ',
+        'sampling top_p=2.0: ',
+        "grpo.optimizer: decay='cosin'",
+        "unknown reward 'exact_anwser', did you mean 'exact_answer'?",
+    )
+    assert len(error.value.problems) == len(expected)
+    for found, beginning in zip(error.value.problems, expected, strict=True):
+        assert found.startswith(beginning)
+
+
+def test_what_follows_from_a_wrong_value_is_left_out():
+    """With loss='clipped' instead, label_smoothing would have no effect: that is not its fault."""
+    config = grpo_config.defaults()
+    config.grpo.rewards = {'exact_answer': 1.0}
+    config.grpo.algorithm.update(loss='dp', scale='none', baseline='none', label_smoothing=0.1)
+    problems, repaired = config_problems.find_problems(config)
+    assert len(problems) == 1
+    assert problems[0].startswith("grpo.algorithm.loss='dp' is unknown")
+    assert (repaired.grpo.algorithm.loss, config.grpo.algorithm.loss) == ('clipped', 'dp')
+
+
+def test_data_and_model_are_checked_beside_the_values(tmp_path):
+    config = runs.get_config()
+    config.data.name = 'arithmetc'
+    config.model.heads = 3
+    config.eval.every = 0
+    with pytest.raises(errors.ConfigError) as error:
+        runs.train(config, tmp_path)
+    begins = ('eval.every=0 is', 'model heads=3 is', "unknown data set 'arithmetc'")
+    assert [text[: len(b)] for text, b in zip(error.value.problems, begins, strict=True)] == [
+        *begins
+    ]
+
+
+# Suggestions
+
+RATES = [f'{s}.optimizer.learning_rate' for s in ('critic', 'grpo', 'reward_model', 'sft')]
+
+
+@pytest.mark.parametrize(
+    ('key', 'expected'),
+    [
+        ('learning_rate', RATES),
+        ('lr', RATES),
+        ('optimizer.learning_rate', RATES),
+        ('grpo.lr', RATES[1:2]),
+        ('grpo.learning_rate', RATES[1:2]),
+        ('steps', ['grpo.steps', 'reward_model.steps', 'sft.steps']),
+        ('temperature', ['grpo.sampling.temperature']),
+        ('eval.temprature', ['eval.temperature']),
+        ('grpo.temperature', ['grpo.sampling.temperature']),
+        ('grpo.sampling.temp', ['grpo.sampling.temperature']),
+        ('max_completion_length', ['data.completion_length']),
+        ('num_generations', ['grpo.group_size']),
+        ('actor_rollout_ref.rollout.n', ['grpo.group_size']),
+        ('epsilon', ['grpo.algorithm.clip_low', 'grpo.algorithm.clip_high']),
+        ('beta', ['grpo.algorithm.beta']),
+        ('grpo.beta', ['grpo.algorithm.beta']),
+        ('checkpoint.kept', ['checkpoint.keep']),
+        ('gpro', ['grpo']),
+        ('gropu_size', ['grpo.group_size']),
+        ('zzz', []),
+    ],
+)
+def test_suggestions(key, expected):
+    assert suggestions.candidates(key) == expected
+
+
+def test_names_of_other_trainers_lead_to_keys():
+    known = suggestions._known()
+    for name, targets in suggestions._ALIASES.items():
+        assert set(targets) <= set(known), name
+        assert suggestions.candidates(name) == list(targets)
+    text = suggestions.suggest('epsilon')
+    assert text == "did you mean 'grpo.algorithm.clip_low' or 'grpo.algorithm.clip_high'?"

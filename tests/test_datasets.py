@@ -40,7 +40,7 @@ def serve(name, split='dev', *, folder, cache_dir, **options):
     return list(data.load(name, split, folder=folder, cache_dir=cache_dir, **options))
 
 
-def test_jsonl_columns_are_text(data_dir, cache_dir):
+def test_jsonl_columns_keep_their_types(data_dir, cache_dir):
     rows = [
         {'b/c': ' x ', 'a': '', 'ü': '算'},
         {'b/c': 1, 'a': 145.0, 'ü': None},
@@ -48,11 +48,9 @@ def test_jsonl_columns_are_text(data_dir, cache_dir):
     ]
     write(data_dir / 'own', 'dev.jsonl', json.dumps(rows[0]), '', *map(json.dumps, rows[1:]), ' ')
     served = data.load('jsonl', 'dev', folder='own', cache_dir=cache_dir)
-    assert list(served) == [
-        rows[0],
-        {'b/c': '1', 'a': '145.0', 'ü': 'null'},
-        {'b/c': '[1, "é"]', 'a': '{"k": false}', 'ü': 'true'},
-    ]
+    assert list(served) == rows
+    for row, prepared in zip(rows, served, strict=True):
+        assert all(type(prepared[name]) is type(value) for name, value in row.items())
     part = data.load('jsonl', 'dev[1:]', folder=data_dir / 'own', cache_dir=cache_dir)
     assert list(part) == list(served)[1:]
     assert served[1:] == list(served)[1:]
@@ -85,10 +83,10 @@ def test_columns_are_renamed(tmp_path, cache_dir):
     write(tmp_path, 'dev.jsonl', json.dumps({'problem': 'p', 'final': 7, 'level': 1}))
     options = {'folder': tmp_path, 'cache_dir': cache_dir}
     columns = {'question': 'problem', 'answer': 'final', 'text': 'problem'}
-    expected = {'question': 'p', 'answer': '7', 'text': 'p', 'level': '1'}
+    expected = {'question': 'p', 'answer': 7, 'text': 'p', 'level': 1}
     assert serve('jsonl', columns=columns, **options) == [expected]
     swapped = {'final': 'level', 'level': 'final'}
-    expected = {'problem': 'p', 'final': '1', 'level': '7'}
+    expected = {'problem': 'p', 'final': 1, 'level': 7}
     assert serve('jsonl', columns=swapped, **options) == [expected]
     message = r"dev\.jsonl:1: column 'query' is missing, there are problem, final, level: fix"
     with pytest.raises(ValueError, match=message):
@@ -107,7 +105,7 @@ def test_parquet_in_parts(tmp_path, cache_dir):
     for part, values in enumerate([['a', None], ['c']]):
         table = pyarrow.table({'q': values, 'n': [[part]] * len(values)})
         parquet.write_table(table, tmp_path / 'data' / f'dev-0000{part}-of-00002.parquet')
-    expected = [{'q': 'a', 'n': '[0]'}, {'q': 'null', 'n': '[0]'}, {'q': 'c', 'n': '[1]'}]
+    expected = [{'q': 'a', 'n': [0]}, {'q': None, 'n': [0]}, {'q': 'c', 'n': [1]}]
     options = {'folder': tmp_path, 'cache_dir': cache_dir}
     assert serve('parquet', **options) == expected
     assert serve('hf', **options) == expected
@@ -129,7 +127,7 @@ def test_hugging_face_datasets_on_disk(tmp_path, cache_dir):
     both['test'].save_to_disk(tmp_path / 'one')
     options = {'columns': {'question': 'problem'}, 'cache_dir': cache_dir}
     for folder, text in (('both', 'old'), ('one', 'new')):
-        expected = [{'question': text, 'level': '1'}, {'question': text, 'level': '2'}]
+        expected = [{'question': text, 'level': 1}, {'question': text, 'level': 2}]
         assert serve('hf', 'train', folder=tmp_path / folder, **options) == expected
     state = (tmp_path / 'one' / 'state.json').read_text()
     both['train'].save_to_disk(tmp_path / 'one')  # the same names with other data
@@ -212,7 +210,7 @@ def test_missing_files(data_dir, cache_dir, monkeypatch):
         (
             'cmath',
             {'grade': 1, 'question': '问', 'golden': '4/6 '},
-            {'question': '问', 'answer': '4/6', 'grade': '1'},
+            {'question': '问', 'answer': '4/6', 'grade': 1},
         ),
         (
             'svamp',
@@ -288,6 +286,7 @@ def test_math_in_folders(tmp_path, cache_dir):
         (r'$\boxed 5$ of 6', '5'),
         ('\\boxed  x+1\nend', 'x+1'),
         (r'\fbox{C}', 'C'),
+        (r'\framebox{C}', 'C'),
         (r'\boxed{1}, which is \fbox{ 2 }', '2'),
         (r'$\boxed{3}$, not \boxedset{4}', '3'),
         (r'\boxed {7}', '7'),
@@ -403,8 +402,8 @@ def test_one_file_is_split_in_two(tmp_path, cache_dir):
     assert part == cut[1][:3]
     with pytest.raises(ValueError, match="jsonl has no split 'test': choose train or heldout"):
         serve('jsonl', 'test', heldout=0.3, file='train.jsonl', **options)
-    for heldout in (-0.1, 1.5, -3):
-        with pytest.raises(ValueError, match=f'heldout is {heldout}: make it a fraction below 1'):
+    for heldout in (-0.1, 1.5, -3, True, '1'):
+        with pytest.raises(ValueError, match=f'heldout is {heldout!r}: make it a fraction below 1'):
             serve('jsonl', 'train', heldout=heldout, **options)
     with pytest.raises(ValueError, match="column 'question' is missing, there are q: rename"):
         serve('jsonl', 'train', heldout=0.3, **{**options, 'columns': {}})

@@ -14,8 +14,9 @@ import pytest
 import grpo_jax
 from docs.hooks import tables
 from grpo_jax import rewards
+from grpo_jax.run import arguments, evaluation, key_help, methods, problems
 from grpo_jax.run import config as run_config
-from grpo_jax.run import evaluation, methods
+from grpo_jax.run import defaults as run_defaults
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCS = sorted((ROOT / 'docs').rglob('*.md'))
@@ -79,6 +80,26 @@ def test_examples_run(page, capsys):
         assert namespace['metrics']['reward'] > 0.9
 
 
+def test_own_data_and_reward_from_start_to_end(tmp_path, monkeypatch):
+    """The three files of the page work together, from any folder."""
+    page = (ROOT / 'docs/data.md').read_text().partition('## Your own data and reward')[2]
+    (tmp_path / 'mine').mkdir()
+    names = ('train.jsonl', 'my_reward.py', 'config.py')
+    for file, (_, code) in zip(names, FENCE.findall(page), strict=False):
+        (tmp_path / 'mine' / file).write_text(code)
+    monkeypatch.chdir(tmp_path)
+    config, _ = arguments.parse(['--config=mine/config.py', '--workdir=runs/mine'])
+    rows = problems.load_rows(config, tmp_path / 'runs', 'train')
+    monkeypatch.chdir('/')
+    functions, weights = rewards.build(config.grpo.rewards)
+    rewards.check_arguments(functions, list(rows[0]))
+    columns = {'target': [14, 14, 14], 'nums': [[7, 7]] * 3, 'question': ['q'] * 3}
+    texts = ['7+7=14', '14', '7']
+    scores = rewards.score(functions, weights, prompts=texts, completions=texts, columns=columns)
+    assert scores.total.tolist() == [1.0, 0.5, 0.0]
+    assert len(rows) == 3
+
+
 COMMANDS = [
     (page, line)
     for page in PAGES
@@ -114,7 +135,7 @@ def check_command(words):
         if option.startswith('config.'):
             key = option.removeprefix('config.')
             known = run_config.flatten(run_config.defaults())
-            assert key in known or key.startswith(run_config.FREE), f'unknown key {key}'
+            assert key in known or key.startswith(run_defaults.FREE), f'unknown key {key}'
         else:
             assert f'--{option}' in documented or f'{option!r}' in documented, f'unknown {argument}'
         if option == 'config':
@@ -128,7 +149,7 @@ def test_the_readme_is_short():
 
 
 def test_every_config_key_is_described():
-    descriptions = tables.config_descriptions()
+    descriptions = key_help.descriptions()
     assert descriptions.keys() == run_config.flatten(run_config.defaults()).keys()
     assert not [key for key, text in descriptions.items() if len(text) < 3]
     page = tables.config_keys()

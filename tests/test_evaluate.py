@@ -1,7 +1,9 @@
 """Evaluation of a policy by hand, and the command on the folder of a run."""
 
 import json
+import operator
 
+import jax
 import numpy as np
 import pytest
 import runs
@@ -142,6 +144,60 @@ def test_evaluate_without_samples():
     assert sorted(found.metrics) == ['eval/accuracy', 'eval/clipped_ratio', 'eval/mean_length']
 
 
+def greedy_sampler(params, prompts, *, step, sampling, group_size):
+    if float(sampling.temperature):
+        texts = [SAMPLES[ROWS[i]['question']] for i in prompts.index]
+    else:
+        texts = [[GREEDY[ROWS[i]['question']]] for i in prompts.index]
+    assert len(texts[0]) == group_size
+    return make_rollout(prompts, texts)
+
+
+def test_without_an_extractor_nothing_votes():
+    settings = {'correct': right, 'batch_size': 5, 'samples': 3, 'k': (1, 3)}
+    found = evaluation.answer_problems(greedy_sampler, None, problems(), **settings)
+    assert found.values.keys() == {
+        'eval/accuracy', 'eval/clipped_ratio', 'eval/mean_length', 'eval/avg@3', 'eval/pass@1',
+        'eval/pass@3',
+    }  # fmt: skip
+    assert found.values['eval/pass@3'].tolist() == [1, 1, 1, 1, 0]
+    (row, *_) = evaluation.answer_records(found)
+    assert row == {
+        'prompt': '1+1=', 'completion': '2', 'correct': True,
+        'sampled_correct': [True, False, False],
+    }  # fmt: skip
+
+
+def test_the_reward_alone():
+    """Rewards of the greedy answers '2', '1', '4', '600', '8' by hand: their values less one."""
+
+    def value(completions, **columns):
+        return [float(text) - 1 for text in completions]
+
+    grader = grading.Grader(problems(), {'value': value}, {'value': 0.5})
+
+    def reward(rollout):
+        return grader.grade(rollout, None)
+
+    settings = {'reward': reward, 'batch_size': 2, 'samples': 3, 'k': (1,), 'extract': str.strip}
+    found = evaluation.evaluate(greedy_sampler, None, problems(), **settings)
+    by_hand = np.array([0.5, 0, 1.5, 299.5, 3.5])
+    assert found.rewards == by_hand.tolist()
+    assert found.correct == ()
+    assert found.metrics == {
+        'eval/reward': pytest.approx(61.0),
+        'eval/reward_std': pytest.approx(np.std(by_hand, ddof=1)),
+        'eval/mean_length': pytest.approx((2 + 2 + 2 + 3 + 2) / 5),
+        'eval/clipped_ratio': pytest.approx(1 / 5),
+    }
+    answers = evaluation.answer_problems(greedy_sampler, None, problems(), **settings)
+    assert [row['reward'] for row in evaluation.answer_records(answers)] == by_hand.tolist()
+    one = answers._replace(values={'eval/reward': by_hand[:1]})
+    assert evaluation.spread(one) == {'eval/reward_std': 0.0}
+    with pytest.raises(ValueError, match='nothing grades the answers: give correct or reward'):
+        evaluation.evaluate(greedy_sampler, None, problems(), batch_size=2)
+
+
 def test_reward_functions_get_the_row_of_every_completion():
     seen = {}
 
@@ -180,7 +236,7 @@ def test_batches_are_concatenated():
     at_once = grading.grade_texts(make_rollout(whole, written), problems(), *functions)
     parts = []
     for groups in (slice(0, 1), slice(1, 4)):
-        prompts = type(whole)(*(column[groups] for column in whole))
+        prompts = jax.tree.map(operator.itemgetter(groups), whole)
         rollout = make_rollout(prompts, written[groups])
         parts.append(grading.grade_texts(rollout, problems(), *functions))
     joined = grading.concatenate_texts(parts)
@@ -262,7 +318,6 @@ def test_the_command_needs_a_checkpoint(tmp_path, monkeypatch, capsys):
     ('changes', 'message'),
     [
         ({'samples': 3}, 'eval.k=4 needs at least 4 samples: eval.samples=3'),
-        ({'correct': ''}, 'eval.correct is empty: name the reward function that is 1 where'),
         ({'correct': 'exact_anwser'}, "unknown reward 'exact_anwser', did you mean 'exact_answer'"),
         (
             {'extract': 'last'},

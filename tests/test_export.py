@@ -114,7 +114,8 @@ def test_adapters_are_folded_in(adapted, tmp_path):
     export.export(config, str(workdir), str(tmp_path / 'out'))
     found, merged = again(tmp_path / 'out', tmp_path / 'next')
     assert not models.split_adapters(merged)[1]
-    logits = tiny.jit(functools.partial(group_logits, prepared.model))
+    whole = folders.all_ids(prepared.model)
+    logits = tiny.jit(functools.partial(group_logits, whole))
     expected = np.asarray(logits(params, ROLLOUT))
     np.testing.assert_allclose(naive(found, merged), expected, atol=3e-5)
     assert np.abs(naive(found, models.split_adapters(params)[0]) - expected).max() > 0.1

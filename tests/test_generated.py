@@ -218,7 +218,7 @@ def test_two_processes_prepare_at_once(tmp_path):
         'config = datasets.ArithmeticConfig(train_size=3000)\n'
         'print("ready", flush=True); input()\n'
         'builder = datasets.prepare(datasets.Arithmetic, config, sys.argv[1])\n'
-        'print(len(datasets.TextRows(builder.as_data_source("train"))))'
+        'print(len(datasets.PreparedRows(builder.as_data_source("train"))))'
     )
     command = [sys.executable, '-c', program, str(tmp_path / 'new' / 'cache')]
     pipes = {'stdin': subprocess.PIPE, 'stdout': subprocess.PIPE, 'stderr': subprocess.PIPE}

@@ -1,15 +1,21 @@
 """Rewards by functions, by steps and by a reward model, by hand; where steps end."""
 
+import dataclasses
+from types import SimpleNamespace
+
 import hypothesis
 import hypothesis.strategies as st
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from grpo_jax import data, rewards
 from grpo_jax.data import byte_tokenizer, char_to_token
 from grpo_jax.run import grading
+from grpo_jax.run.collector import RolloutCollector
 from grpo_jax.run.grading import Grader
 from grpo_jax.run.problems import Problems
+from grpo_jax.run.rollouts import Position, completion_records
 from grpo_jax.types import Prompts, Rollout, StepRewards
 
 BYTES = byte_tokenizer()
@@ -286,3 +292,106 @@ def test_a_text_without_its_last_token():
     """Cut off by length: the last token that is used."""
     ids, mask = np.array([list(b'abcd')]), np.array([[True, True, True, False]])
     assert char_to_token(BYTES, ids, mask, ['abc'], [[1, 3]]) == [[0, 2]]
+
+
+# Completions without a reward
+
+
+def make_grader(*values):
+    """A grader whose only reward function returns these values for the completions in order."""
+    iterator = iter(values)
+    return Grader(problems(), {'f': lambda completions, **_: [next(iterator) for _ in completions]},
+                  {'f': 1.0})  # fmt: skip
+
+
+def test_a_completion_without_a_reward_is_skipped():
+    graded = make_grader(1, None, 3, None, None, None).grade(make_rollout(), None)
+    assert graded.skipped.tolist() == [[False, True, False], [True, True, True]]
+    assert graded.total.tolist() == [[1, 2, 3], [0, 0, 0]]  # the mean of the others; 0 without any
+    assert graded.informative().tolist() == [True, False]
+    assert rewards.statistics(graded.texts.scores)['rewards/skipped'] == 4
+    assert graded.select(np.array([1])).skipped.tolist() == [[True, True, True]]
+    records = completion_records(graded, 3)
+    assert [record['reward'] for record in records] == [1.0, None, 3.0]
+    whole = make_grader(*range(6)).grade(make_rollout(), None)
+    assert whole.skipped is None
+    joined = grading.concatenate_rewards([whole, graded])
+    assert joined.skipped.tolist() == [[False] * 3] * 2 + graded.skipped.tolist()
+
+
+def test_a_batch_without_any_reward():
+    with pytest.raises(rewards.RewardError, match='none of the 6 completions of a batch has a rew'):
+        make_grader(*[None] * 6).grade(make_rollout(), None)
+
+
+def test_sums_that_float32_cannot_hold():
+    """Of finite rewards and finite scores, each of which it can."""
+    scorer = lambda params, rollout: np.full(rollout.ended.shape, 3e38, np.float32)  # noqa: E731
+    grader = dataclasses.replace(make_grader(*[3e38] * 6), scorer=scorer, score_weight=1.0)
+    with pytest.raises(rewards.RewardError, match=r'is 6e\+38, which does not fit float32: lower'):
+        grader.grade(make_rollout(), None)
+    grader = dataclasses.replace(make_grader(*[3e38] * 6), scorer=scorer, score_weight=-1.0)
+    assert (grader.grade(make_rollout(), None).total == 0).all()
+
+
+def test_another_reward_is_enough():
+    scorer = lambda params, rollout: np.ones(rollout.ended.shape, np.float32)  # noqa: E731
+    grader = dataclasses.replace(make_grader(*[None] * 6), scorer=scorer, score_weight=2.0)
+    graded = grader.grade(make_rollout(), None)
+    assert graded.skipped is None
+    assert graded.total.tolist() == [[2.0] * 3] * 2
+
+
+def test_skipped_completions_are_not_kept(caplog):
+    graded = make_grader(1, None, 3, 4, 5, 6).grade(make_rollout(), None)
+    config = ConfigDict({'grpo': {'drop': ()}})
+    setup, algorithm = (
+        SimpleNamespace(config=config),
+        SimpleNamespace(pairwise=False, uses_function_rewards=False),
+    )
+    for drop, kept in (((), [True, False, True]), (('truncated',), [True, False, True])):
+        config.grpo.drop = drop
+        collector = SimpleNamespace(setup=setup, algorithm=algorithm)
+        arguments = (collector, Position(), make_rollout(), graded)
+        rollout, totals, _ = RolloutCollector._select(*arguments)
+        ended = make_rollout().ended[0] if drop else [True] * 3
+        assert rollout.kept[0].tolist() == [a and b for a, b in zip(kept, ended, strict=True)]
+        # Not the mean, which would change the deviation that the others are divided by.
+        np.testing.assert_array_equal(totals, [[1, np.nan, 3], [4, 5, 6]])
+    assert 'step 1: 1 completions have no reward' in caplog.text
+
+
+def test_conversations_reach_the_functions():
+    conversations = [[{'role': 'user', 'content': f'{i}?'}] for i in range(5)]
+    seen = []
+
+    def watching(prompts, completions, answer, **columns):
+        seen.extend(zip(prompts, completions, answer, strict=True))
+        return [0.0] * len(completions)
+
+    functions, weights = {'f': watching}, {'f': 1.0}
+    given = problems()._replace(conversations=conversations)
+    graded = grading.grade_texts(make_rollout(), given, functions, weights)
+    expected = [
+        (conversations[i], [{'role': 'assistant', 'content': text}], str(i))
+        for i, text in zip(np.repeat(INDEX, 3), graded.completions, strict=True)
+    ]
+    assert seen == expected
+    assert graded.completions[0] == 'ab;cd'
+
+
+def test_logs_reach_the_records():
+    def logging(completions, log_metric, log_extra, trainer_state, **columns):
+        log_metric('found', len(completions))
+        log_extra('length', [len(text) for text in completions])
+        return [float(trainer_state.global_step)] * len(completions)
+
+    state = rewards.TrainerState(5, 9)
+    grader = Grader(problems(), {'f': logging}, {'f': 1.0}, trainer_state=state)
+    rollout = make_rollout()
+    ended = rollout._replace(ended=np.array([[True] * 3, [False] * 3]))
+    early = grader.grade_early([ended])  # two calls, each with one group
+    graded = grader.grade(rollout, None, early)
+    assert rewards.statistics(graded.texts.scores)['found'] == 3
+    assert [r['length'] for r in completion_records(graded, 6)] == [5, 5, 0, 6, 1, 3]
+    assert graded.total.tolist() == [[5.0] * 3] * 2

@@ -1,5 +1,7 @@
 """Objects named by a path: modules, functions, classes, and every error."""
 
+import functools
+import pathlib
 import subprocess
 import sys
 
@@ -121,3 +123,136 @@ def test_imports_neither_jax_nor_other_parts_of_the_package(module):
     assert not {'jax', 'flax', 'sympy', 'math_verify', 'asyncio'} & set(names)
     ours = {name.split('.')[1] for name in names if name.startswith('grpo_jax.')}
     assert ours <= {'plugins', 'rewards', 'types'}
+
+
+# Files, and modules in the folders of `set_folders`
+
+
+@pytest.fixture(autouse=True)
+def no_folders():
+    yield
+    plugins.set_folders([])
+
+
+def write(folder, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / f'{name}.py').write_text(text)
+    return folder
+
+
+def number(value):
+    return f'def f():\n    return {value}\n'
+
+
+def test_a_folder_is_searched_without_being_on_the_path(tmp_path):
+    folder = write(tmp_path, beside_one=number(1), beside_two=number(2))
+    plugins.set_folders([folder])
+    before = list(sys.path)
+    assert plugins.load('beside_one:f')() == 1
+    assert plugins.load('beside_one.f')() == 1
+    assert sys.path == before
+    with pytest.raises(ModuleNotFoundError):
+        __import__('beside_two')
+    with pytest.raises(
+        PluginError, match=r"importing beside_tow raised .*did you mean 'beside_two"
+    ):
+        plugins.load('beside_tow:f')
+
+
+def test_equal_names_in_two_folders(tmp_path):
+    import_helper = 'from helper_beside import f\n'
+    loaded = []
+    for value in (1, 2):
+        folder = write(tmp_path / str(value), beside=import_helper, helper_beside=number(value))
+        plugins.set_folders([folder])
+        loaded.append(plugins.load('beside:f'))
+        assert plugins.load('beside:f') is loaded[-1]
+    assert [f() for f in loaded] == [1, 2]
+
+
+def test_the_folder_comes_before_the_path(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(write(tmp_path / 'path', twice_there=number(1)))
+    plugins.set_folders([write(tmp_path / 'folder', twice_there=number(2))])
+    assert plugins.load('twice_there:f')() == 2
+
+
+def test_a_module_of_the_standard_library_is_not_replaced(tmp_path):
+    plugins.set_folders([write(tmp_path, math=number(5), uses='import math\nf = math.gcd\n')])
+    assert plugins.load('math:f')() == 5
+    assert plugins.load('uses:f')(4, 6) == 2
+    assert __import__('math').gcd(4, 6) == 2
+
+
+def test_packages_in_a_folder(tmp_path):
+    package = write(tmp_path / 'own_package', a='from .b import f\nfrom own_package.b import g\n')
+    write(package, b=f'{number(3)}g = f\n')
+    plugins.set_folders([tmp_path])
+    assert plugins.load('own_package.a:f')() == 3  # without an __init__.py
+    write(package, __init__='')
+    assert plugins.load('own_package.b:g')() == 3
+
+
+def test_a_module_that_python_finds_is_the_same_module(monkeypatch):
+    plugins.set_folders([pathlib.Path(__file__).parent])
+    assert plugins.load('test_plugins:double') is double
+    assert plugins.load('optax.contrib:muon') is optax.contrib.muon
+
+
+def test_files(tmp_path, monkeypatch):
+    folder = write(tmp_path / 'a', mine=number(1))
+    write(tmp_path / 'a', **{'run-1.5b': number(15)})
+    plugins.set_folders([folder])
+    assert plugins.load('./mine.py:f')() == plugins.load('mine.py:f')() == 1
+    assert plugins.load('../a/mine.py:f')() == 1
+    assert plugins.load(f'{folder}/mine.py:f') is plugins.load('./mine.py:f')
+    assert plugins.load('./mine.py:f') is plugins.load('mine:f')
+    assert plugins.load('./run-1.5b.py:f')() == 15
+    plugins.set_folders([])
+    monkeypatch.chdir(tmp_path)
+    assert plugins.load('./a/mine.py:f')() == 1  # relative to the working directory
+    with pytest.raises(PluginError, match=r'importing ./b/mine.py raised FileNotFound.*/b/mine.py'):
+        plugins.load('./b/mine.py:f')
+    with pytest.raises(PluginError, match=r"has no 'g', did you mean 'f'"):
+        plugins.load('./a/mine.py:g')
+    with pytest.raises(PluginError, match=r'not of the form'):
+        plugins.load('./a/mine.py')
+
+
+@pytest.mark.parametrize('text', ['import sys\nsys.exit(0)\n', 'raise SystemExit\n', 'exit()\n'])
+def test_a_file_that_exits(tmp_path, text):
+    write(tmp_path, leaves=text)
+    with pytest.raises(PluginError, match=r'importing .*leaves\.py raised SystemExit'):
+        plugins.load(f'{tmp_path}/leaves.py:f')
+    write(tmp_path, leaves=number(1))  # the failure is not remembered
+    assert plugins.load(f'{tmp_path}/leaves.py:f')() == 1
+
+
+def test_the_path_of_a_function(tmp_path):
+    folder = write(tmp_path, mine='class A:\n    @staticmethod\n    def g(x):\n        return x\n')
+    plugins.set_folders([folder])
+    method = plugins.load('mine:A.g')
+    assert plugins.path_of(method) == './mine.py:A.g'
+    assert plugins.load('./mine.py:A.g') is method
+    plugins.set_folders([])
+    assert plugins.path_of(method) == f'{folder}/mine.py:A.g'
+    assert plugins.load(plugins.path_of(method)) is method
+    assert plugins.path_of(double) == 'test_plugins:double'
+    assert plugins.path_of(optax.adamw) == f'{optax.adamw.__module__}:adamw'
+
+
+@pytest.mark.parametrize('function', [lambda: 1, functools.partial(double), (lambda: lambda: 1)()])
+def test_functions_without_a_path(function):
+    with pytest.raises(PluginError, match='cannot be saved with the run, because no path leads'):
+        plugins.path_of(function)
+
+
+def test_a_script_and_a_notebook(tmp_path):
+    code = f'{number(4)}from grpo_jax import plugins\nprint(plugins.path_of(f))\n'
+    write(tmp_path, script=code)
+    run = functools.partial(subprocess.run, capture_output=True, text=True)
+    result = run([sys.executable, tmp_path / 'script.py'], check=True)
+    assert result.stdout.strip() == f'{tmp_path}/script.py:f'
+    result = run([sys.executable, '-c', code])
+    assert 'PluginError' in result.stderr
+    assert 'define it at the top level of a file' in result.stderr

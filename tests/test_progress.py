@@ -4,16 +4,18 @@ import logging
 import signal
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
 import typechecking
+from tqdm import tqdm
 
-from grpo_jax.run import checkpoint, report
+from grpo_jax.run import checkpoint, compiled, progress, report
 from grpo_jax.run.rollouts import CollectedBatch, Position
+from grpo_jax.run.stage_loop import Snapshot, StageLoop
 from grpo_jax.run.stages import Stage
-from grpo_jax.run.training import Snapshot, StageLoop
 from grpo_jax.types import TrainState
 
 STEPS = 5
@@ -92,12 +94,12 @@ def run(events, workdir, *, every=STEPS, start=0, sampled=None, skipped=(0,) * S
         during.get(('update', k), lambda state: None)(state)
         happens('update', k)
         metrics = {
-            'num_tokens': Value(7, lambda: happens('fetch', k)),
+            'step_tokens': Value(7, lambda: happens('fetch', k)),
             'skipped_updates': Value(skipped[k]),
         }
         return state._replace(step=k + 1), metrics
 
-    def heldout(policy):
+    def heldout(policy, initial):
         happens('evaluate', policy)
         return SimpleNamespace(_asdict=dict, metrics={})
 
@@ -148,7 +150,7 @@ def test_rows_are_those_of_every_step_in_order(events, tmp_path, ahead):
     assert [row['step'] for row in rows] == list(range(STEPS))
     assert [row['learning_rate'] for row in rows] == [10, 30, 50, 70, 90]  # of the last of two
     for row in rows:
-        assert row['num_tokens'] == 7
+        assert row['step_tokens'] == 7
         assert row['perf/tokens_per_second'] == 7 / row['step_time']
         assert row['timing/update'] == row['step_time'] - 2e-9
     assert [row['of'] for row in runs.lines(tmp_path / 'completions.jsonl')] == list(range(STEPS))
@@ -315,3 +317,76 @@ def test_skipped_updates_are_reported_and_do_not_count(events, tmp_path, caplog)
     assert caplog.records[1].message.endswith('(3 so far)')
     rates = [row['learning_rate'] for row in runs.lines(tmp_path / 'metrics.jsonl')]
     assert rates == [10, 20, 40, 40, 60]
+
+
+# Steps from which nothing is learned
+
+
+def equal_groups(rows):
+    watch = progress.EqualGroups('grpo')
+    for step, row in enumerate(rows):
+        watch.add(step, row)
+
+
+def flat(reward=0.0, **others):
+    return {'frac_reward_zero_std': 1.0, 'reward': reward, 'reward_std': 0.0} | others
+
+
+def test_equal_groups_for_ten_steps_are_one_warning(caplog):
+    equal_groups([flat() for _ in range(30)])
+    (record,) = caplog.records
+    assert record.message.startswith(
+        'grpo step 9: in 10 steps in a row all completions of each prompt had the same reward, so '
+        'nothing is learned. Every reward was 0. Look at completions.jsonl: '
+    )
+
+
+def test_what_the_warning_says_of_the_rewards(caplog):
+    cut = {'completions/clipped_ratio': 0.9}
+    equal_groups([flat(step / 10, reward_std=0.5, **cut) for step in range(10)])
+    (record,) = caplog.records
+    assert (
+        'learned. Rewards differ between prompts only. 90% of the completions were cut off at '
+        in (record.message)
+    )
+
+
+def test_a_group_that_differs_starts_the_count_again(caplog):
+    equal_groups([*[flat()] * 9, flat(frac_reward_zero_std=0.75), *[flat()] * 9, {'loss': 1.0}])
+    assert not caplog.records
+
+
+# Compilations
+
+
+def test_compilations_are_said_and_not_estimated(capsys):
+    now = [1000.0]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled.time, 'time', lambda: now[0])
+        bar = tqdm(total=10, desc='grpo')
+        bar.start_t = bar.last_print_t = now[0]
+        with compiled.left_out(bar) as compilations:
+            with compilations.announced('grpo: compiling the sampler'):
+                now[0] += 5  # two functions are traced, the second as a part of a third one
+                compilations.add('/jax/core/compile/jaxpr_trace_duration', 1.0)
+                now[0] += 3
+                compilations.add('/jax/core/compile/jaxpr_trace_duration', 2.0)
+                now[0] += 1
+                compilations.add('/jax/core/compile/jaxpr_trace_duration', 3.5)
+                now[0] += 8
+                compilations.add('/jax/core/compile/backend_compile_duration', 7.5)
+                compilations.add('/jax/core/something_else', 50.0)
+            assert (bar.start_t, bar.last_print_t) == (1012.0, 1012.0)  # 1 + 3.5 + 7.5
+            compilations.add('/jax/core/compile/backend_compile_duration', 100.0)
+            assert bar.start_t <= now[0]  # never in the future
+    bar.close()
+    said = [line for line in capsys.readouterr().err.replace('\r', '\n').splitlines()]
+    assert 'grpo: compiling the sampler ...' in said
+    assert 'grpo: compiling the sampler ... 12 s' in said
+
+
+def test_jax_tells_how_long_compilations_take():
+    bar = tqdm(total=1, disable=True)
+    with compiled.left_out(bar) as compilations:
+        jax.jit(lambda x: x * 2 + 17)(jnp.ones(3))
+    assert compilations.seconds > 0

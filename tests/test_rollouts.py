@@ -126,6 +126,32 @@ def test_a_position_is_restored_from_json():
     assert rollouts.Position.from_json(json.loads(json.dumps(position.to_json()))) == position
 
 
+def test_the_tokens_of_a_run_are_counted():
+    """As TRL counts them: all so far, the prompt of a group for each completion."""
+    rollout = draw(make_prompts([3, 4]))
+    rollout.mask[0, 1, 1:] = False
+    assert rollouts.count_tokens(rollout) == 2 * 2 * 2 + 3 + 1 + 3 + 3
+    position = rollouts.Position(4, 7, frozenset({'a1'}), 100)
+    following = position.next_step(rollout, next_batch=9)
+    assert following == rollouts.Position(5, 9, frozenset({'a1'}), 118)
+    older = {'step': 4, 'next_batch': 7, 'trained': []}  # of a checkpoint without the count
+    assert rollouts.Position.from_json(older) == rollouts.Position(4, 7)
+
+
+def test_the_rewards_of_each_function():
+    graded = make_rewards(draw(make_prompts([3, 4])), [[1.0, 0.0], [0.5, 2.0]])
+    graded.texts.scores.parts['whole'] = np.float32([1, 2, np.nan, 4])
+    weights = {'whole': 3.0, 'half': 2.0}
+    values, tiled = rollouts.function_rewards(graded, weights, 0.5)
+    half, whole = [[0.5, 0], [0.25, 1]], [[1, 2], [np.nan, 4]]
+    np.testing.assert_array_equal(values, np.stack([half, whole], -1))
+    np.testing.assert_array_equal(tiled, [[2, 3], [2, 3]])
+    scored = graded._replace(model_scores=np.float32([4, 3, 2, 1]))
+    values, tiled = rollouts.function_rewards(scored, weights, 0.5)
+    np.testing.assert_array_equal(values[..., 2], [[4, 3], [2, 1]])
+    np.testing.assert_array_equal(tiled[0], [2, 3, 0.5])
+
+
 def test_batches_are_made_once_also_when_prefetched():
     made = []
     batches = rollouts.PrefetchedBatches(lambda number: made.append(number) or number)

@@ -131,6 +131,9 @@ def adapted_with_reward_model():
     return config
 
 
+VARIANTS = (
+    'deepseek_v32', 'kl_cov', 'clip_cov', 'luspo', 'vespo', 'gmpo', 'trl_defaults',
+)  # fmt: skip
 RUNS = {
     'rft': lambda: get_config('rft'),
     'online_rft': lambda: get_config('online_rft'),
@@ -140,6 +143,7 @@ RUNS = {
     'process': process,
     'iterative_process': iterative_process,
     'iterative': iterative,
+    **{name: functools.partial(get_config, name) for name in VARIANTS},
     'adapted rft': lambda: adapted('rft'),
     'adapted dpo': lambda: adapted('dpo'),
     'adapted, reward model': adapted_with_reward_model,
@@ -149,7 +153,10 @@ RUNS = {
 # `iterative` has a critic too, and step rewards are graded in tests/test_grading.py.
 @pytest.mark.parametrize(
     'name',
-    tiny.some_slow(['rft', 'online_rft', 'dpo', 'ppo', 'trpo', 'process'], 'rft', 'ppo', 'process'),
+    tiny.some_slow(
+        ['rft', 'online_rft', 'dpo', 'ppo', 'trpo', 'process', *VARIANTS],
+        *('rft', 'ppo', 'process', *VARIANTS[1:]),
+    ),
 )
 def test_methods_train(name, trained):
     """To the end, with finite numbers and other parameters than at first."""
@@ -468,3 +475,26 @@ def test_what_does_not_fit_is_said_before_anything_is_computed(change, message, 
         runs.train(config, tmp_path / 'run')
     assert not (tmp_path / 'run' / 'config.json').exists()
     assert checkpoint.check_workdir(str(tmp_path / 'run'), get_config())
+
+
+def test_a_run_records_support_and_experts(tmp_path):
+    """Two batches are joined and one half of the pairs is selected, with what was recorded."""
+    config = get_config('dpo', refill=1, record=('support', 'routing'))
+    config.model.update(experts=3, experts_per_token=1)
+    config.grpo.sampling.update(top_p=0.8)
+    runs.train(config, tmp_path)
+    gaps = [row['sampling/sampling_logp_difference/max'] for row in metrics(tmp_path)]
+    assert len(gaps) == 2
+    assert gaps[0] < 1e-5  # the first update trains the policy that sampled
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'record': ('routing',)}, "record='routing' has no effect on a model without experts"),
+        ({'record': ('support',)}, "record='support' has no effect without a filter"),
+    ],
+)
+def test_a_record_without_effect_is_found_before_the_run(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        setup.prepare(get_config(**options), tmp_path)

@@ -15,6 +15,11 @@ from grpo_jax.run import methods, saved_config
 SCHEMA_1 = pathlib.Path(__file__).with_name('config_of_schema_1.json').read_text()
 
 
+def differing_keys(config, saved):
+    different = saved_config.differences(config, saved)
+    return [saved_config.describe(key, values) for key, values in different.items()]
+
+
 def test_json_and_back(caplog):
     config = runs.get_config()
     config.grpo.optimizer.eps = 1e-11
@@ -41,11 +46,11 @@ def test_json_and_back(caplog):
 def test_differing_keys():
     config = runs.get_config()
     saved = saved_config.from_json(saved_config.to_json(config))
-    assert saved_config.differing_keys(config, saved) == []
+    assert differing_keys(config, saved) == []
     config.seed = 1
     config.eval.k = (1, 2)
     config.grpo.rewards = {'runs:lucky': 2.0, 'chain_format': 0.5, 'runs:bonus': 1.0, 'x:y': 1.0}
-    assert saved_config.differing_keys(config, saved) == [
+    assert differing_keys(config, saved) == [
         'eval.k (there [1, 4], here [1, 2])',
         'grpo.rewards.runs:lucky (there 1.0, here 2.0)',
         'grpo.rewards.x:y (there None, here 1.0)',
@@ -59,14 +64,12 @@ def test_a_run_goes_on_with_its_own_automatic_choices():
     saved = saved_config.from_json(saved_config.to_json(config))
     saved.grpo.compute.update(microbatch=4, rows=2)
     config.grpo.compute.microbatch = None
-    assert saved_config.differing_keys(config, saved) == []
+    assert differing_keys(config, saved) == []
     resumed = saved_config.with_saved_choices(config, saved)
     assert resumed.to_dict() == saved.to_dict()
     assert config.grpo.compute.microbatch is None
     config.grpo.compute.microbatch = 1  # explicit
-    assert saved_config.differing_keys(config, saved) == [
-        'grpo.compute.microbatch (there 4, here 1)'
-    ]
+    assert differing_keys(config, saved) == ['grpo.compute.microbatch (there 4, here 1)']
     assert saved_config.with_saved_choices(config, saved).grpo.compute.to_dict() == {
         'microbatch': 1, 'rows': 2, 'packed': None, 'widths': None, 'unroll': None,
         'logprob_chunk': 4,
@@ -79,7 +82,7 @@ def test_schema_1(caplog):
         old = saved_config.from_json(SCHEMA_1)
     config = smoke.get_config()
     config.sft.microbatch = 8
-    assert saved_config.differing_keys(config, old) == []
+    assert differing_keys(config, old) == []
     assert old.grpo.compute.to_dict() == {
         'microbatch': 2, 'rows': 0, 'packed': False, 'widths': 4, 'unroll': False,
         'logprob_chunk': 4,
@@ -91,8 +94,9 @@ def test_schema_1(caplog):
     (line,) = [record.message for record in caplog.records]
     assert line.startswith(
         'this config was saved by an earlier version; keys added with their defaults: '
-        'critic.optimizer.name, critic.optimizer.options, grpo.algorithm.advantage_estimator, '
+        'critic.optimizer.name, critic.optimizer.options, data.'
     )
+    assert ', grpo.algorithm.advantage_estimator, ' in line
     assert line.endswith('; dropped: grpo.algorithm.entropy_mask, grpo.sample_batch')
     again = saved_config.from_json(saved_config.to_json(old))
     assert again.to_dict() == old.to_dict()
@@ -109,7 +113,7 @@ def test_keys_added_since(caplog):
     (record,) = caplog.records
     assert record.message == (
         'this config was saved by an earlier version; keys added with their defaults: '
-        'grpo.optimizer.options, log.completions'
+        'grpo.optimizer.options, log.completions, log.name, log.project, log.to'
     )
 
 

@@ -16,12 +16,14 @@ import pytest
 import runs
 
 from configs import arithmetic, gsm8k_tiny
-from grpo_jax import data, rewards
+from grpo_jax import data, evaluate, rewards
 from grpo_jax.run import report, saved_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 
-SFT_METRICS = {'loss', 'grad_norm', 'num_tokens', 'skipped_updates', 'learning_rate'}
+SFT_METRICS = {
+    'loss', 'grad_norm', 'num_tokens', 'step_tokens', 'skipped_updates', 'learning_rate',
+}  # fmt: skip
 GRPO_METRICS = SFT_METRICS | {
     'accuracy',
     'reward',
@@ -88,6 +90,9 @@ def test_metrics_have_their_standard_names(finished):
         *(('sft', k) for k in range(5)),
         *(('grpo', k) for k in range(8)),
     ]
+    for stage in ('sft', 'grpo'):
+        tokens = [row['num_tokens'] for row in rows if row['stage'] == stage]
+        assert 0 < 2 * tokens[0] < 3 * tokens[1] < 3 * tokens[-1]  # adds up, from 0 in each stage
     names = {'sft': SFT_METRICS | SFT_TIMES, 'grpo': GRPO_METRICS | GRPO_TIMES}
     for row in rows:
         assert row.keys() == {'stage', 'step'} | names[row['stage']]
@@ -409,3 +414,69 @@ def test_gsm8k_takes_three_steps(tmp_path):
     assert len({row['prompt'] for row in completions}) >= 9  # 12 draws of 64, some too long
     for row in completions:
         assert row['rewards'].keys() == {'gsm8k_answer', 'hash_format'}
+
+
+# Evaluations without a function that calls answers right
+
+
+def without_correct(**data):
+    config = runs.get_config()
+    config.sft.steps = 0
+    config.grpo.steps = 2
+    config.eval.update(every=2, correct='', extract='', samples=8, k=(1, 8))
+    for name, value in data.items():
+        config.data[name] = value
+    return config
+
+
+def test_the_reward_alone_is_enough(tmp_path, capsys, monkeypatch, caplog):
+    config = without_correct()
+    config.eval.k = (1, 4)
+    printed = runs.train(config, tmp_path)
+    assert [record.message for record in caplog.records if record.name == 'grpo_jax'] == [
+        'only greedy answers are evaluated, and eval.k=(1, 4) has no effect: pass@k and maj@k need '
+        'eval.correct'
+    ]
+    tests = runs.lines(tmp_path / 'heldout.jsonl')
+    assert [row['step'] for row in tests] == [0, 2]
+    for row in tests:
+        assert row.keys() == {'stage', 'step', 'metrics', 'prompts', 'completions', 'rewards'}
+        total = row['rewards']
+        texts = {'prompts': row['prompts'], 'completions': row['completions']}
+        by_hand = np.array(runs.lucky(**texts)) + runs.bonus(**texts)
+        by_hand += 0.5 * np.array(rewards.chain_format(**texts))
+        np.testing.assert_allclose(total, by_hand, rtol=1e-6)
+        assert row['metrics'].keys() == {
+            f'eval/{name}' for name in ('reward', 'reward_std', 'mean_length', 'clipped_ratio')
+        }
+        assert row['metrics']['eval/reward'] == pytest.approx(np.mean(total))
+        assert row['metrics']['eval/reward_std'] == pytest.approx(np.std(total, ddof=1))
+    assert 'accuracy' not in report.read(tmp_path / 'metrics.jsonl', 'grpo')[0]
+    before, after = (row['metrics']['eval/reward'] for row in tests)
+    assert printed.splitlines()[-1] == f'held-out reward: {before:.4g} → {after:.4g}'
+    monkeypatch.setattr('sys.argv', ['evaluate', f'--workdir={tmp_path}'])
+    with runs.compiled_once():
+        evaluate.run()
+    found = json.loads(capsys.readouterr().out)
+    assert found['eval/reward'] == pytest.approx(after)
+    assert found['eval/reward/low'] <= after <= found['eval/reward/high']
+    assert found['eval/reward_std'] == tests[-1]['metrics']['eval/reward_std']
+
+
+@pytest.mark.parametrize('files', [{}, {'heldout_split': ''}], ids=['no file', 'no split'])
+def test_no_held_out_split(tmp_path, caplog, files):
+    rows = [{'question': f'{i}', 'answer': '1', 'demonstration': '1'} for i in range(8)]
+    (tmp_path / 'train.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows))
+    config = without_correct(name='jsonl', options={'folder': str(tmp_path)}, **files)
+    printed = runs.train(config, tmp_path / 'run')
+    told = [record.message for record in caplog.records if record.name == 'grpo_jax']
+    split = files.get('heldout_split', 'test')
+    assert len(told) == 1
+    assert told[0].startswith(f'no held-out problems (data.heldout_split={split!r}): the policy is')
+    assert printed.splitlines()[-1].startswith('curves: ')
+    assert not (tmp_path / 'run' / 'heldout.jsonl').read_text()
+    assert len(report.read(tmp_path / 'run' / 'metrics.jsonl', 'grpo')) == 2
+    assert len(runs.train(config, tmp_path / 'run').splitlines()) > 1  # it is finished
+    config.data.heldout_split = 'dev'  # a split that was named has to exist
+    with pytest.raises(ValueError, match=r'dev\.jsonl: no such file'):
+        runs.train(config, tmp_path / 'other')

@@ -19,7 +19,8 @@ from mkdocs.structure.files import File
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # MkDocs loads this file by its path
 
-from docs.hooks import comments, tables  # noqa: E402
+from docs.hooks import tables  # noqa: E402
+from grpo_jax.run import comments  # noqa: E402
 
 # Files of the repository that are part of the site.
 INCLUDED = ('CHANGELOG.md', 'benchmarks/RESULTS.md', 'benchmarks/study.png')

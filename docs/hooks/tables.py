@@ -5,17 +5,14 @@ import inspect
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from docs.hooks.comments import Source, docstring_entries, first_paragraph
-from grpo_jax.algorithm import optimizer, presets
+from grpo_jax.algorithm import presets
 from grpo_jax.algorithm.config import Algorithm
 from grpo_jax.data import FORMATS
-from grpo_jax.engine.compute import Compute
-from grpo_jax.models import Lora, ModelConfig
 from grpo_jax.models.hf.families import FAMILIES
 from grpo_jax.rewards import registry
 from grpo_jax.run import config as run_config
-from grpo_jax.run import methods
-from grpo_jax.types import Sampling
+from grpo_jax.run import key_help, methods
+from grpo_jax.run.comments import Source, first_paragraph
 
 SECTIONS = {
     '': 'General',
@@ -36,38 +33,16 @@ SECTIONS = {
 }
 
 
-def config_descriptions() -> dict[str, str]:
-    """The description of every key of `run.config.defaults()`, by its dotted path."""
-    described = _comments_of_defaults()
-    described |= {
-        f'{section}.{name}': text
-        for section, texts in (
-            ('model', Source(ModelConfig).fields()),
-            ('model.lora', Source(Lora).fields()),
-            ('grpo.algorithm', _algorithm_options()),
-            ('grpo.compute', docstring_entries(Compute, 'Attributes')),
-            ('grpo.sampling', Source(Sampling).fields()),
-        )
-        for name, text in texts.items()
-        if not described.get(f'{section}.{name}')
-    }
-    shared = _optimizer_options()
-    return {
-        path: shared[path.rpartition('.')[2]] if '.optimizer.' in path else described.get(path, '')
-        for path in run_config.flatten(run_config.defaults())
-    }
-
-
 def config_keys() -> str:
     """A section with a table for each section of the config."""
     defaults = run_config.flatten(run_config.defaults())
-    descriptions = config_descriptions()
+    descriptions = key_help.descriptions()
     rows: dict[str, list[tuple[str, str, str]]] = {section: [] for section in SECTIONS}
     for path, value in defaults.items():
         section = max((s for s in SECTIONS if path.startswith(f'{s}.')), key=len, default='')
         if '.optimizer.' not in path:
             rows[section].append((f'`{path}`', _code(value), descriptions[path]))
-    for name, text in _optimizer_options().items():
+    for name, text in key_help.optimizer_options().items():
         default = (
             'see above' if name == 'learning_rate' else _code(defaults[f'sft.optimizer.{name}'])
         )
@@ -98,7 +73,7 @@ def algorithm_table() -> str:
     options = Algorithm()
     rows = [
         (f'`{name}`', _code(getattr(options, name)) if name != 'advantage_estimator' else '', text)
-        for name, text in _algorithm_options().items()
+        for name, text in key_help.algorithm_options().items()
     ]
     return table(('option', 'default', 'meaning'), rows)
 
@@ -199,52 +174,6 @@ def _functions(functions: Any) -> str:
         text = first_paragraph(function)
         rows.append((f'`{name}`', text, ', '.join(columns), ', '.join(options)))
     return table(('name', 'value', 'columns', 'options'), rows)
-
-
-def _comments_of_defaults() -> dict[str, str]:
-    source = Source(run_config.defaults)
-    comments: dict[str, str] = {}
-    for target, value, line in source.assignments():
-        name = target.removeprefix('config.')
-        if isinstance(value, ast.Dict):
-            comments |= {f'{name}.{key}': text for key, text in source.items(value).items()}
-        comments.setdefault(name, source.comment(line, value.end_lineno or line))
-    return comments
-
-
-def _algorithm_options() -> dict[str, str]:
-    comments = Source(Algorithm).fields()
-    del comments['terms']  # derived
-    for name in comments:
-        if values := _known_values(name):
-            comments[name] = f'one of {values}: {comments[name]}'
-    return comments
-
-
-def _known_values(name: str) -> str:
-    """The values of an option, from the error for a wrong one."""
-    options: dict[str, Any] = {name: '?'}
-    try:
-        Algorithm(**options)
-    except ValueError as error:
-        known = str(error).rpartition('use one of ')[2]
-        return ', '.join(f'`{value}`' for value in known.split(', ') if value)
-    except TypeError:  # not a string
-        return ''
-    return ''
-
-
-def _optimizer_options() -> dict[str, str]:
-    source = Source(run_config.optimizer_fields)
-    (options,) = (
-        node
-        for node in ast.walk(source.tree)
-        if isinstance(node, ast.Dict)
-        and "'learning_rate'" in map(ast.unparse, filter(None, node.keys))
-    )
-    arguments = docstring_entries(optimizer.adamw, 'Args')
-    comments = source.items(options)
-    return {name: text or arguments.get(name, '') for name, text in comments.items()}
 
 
 def _code(value: Any) -> str:

@@ -9,10 +9,13 @@ here is our own, except for the request to put the answer in a box, on which Dee
 were trained.
 """
 
+import string
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from grpo_jax.data.conversations import is_conversation
 from grpo_jax.data.rows import Row
+from grpo_jax.data.values import text_of
 
 
 class Format(NamedTuple):
@@ -85,14 +88,30 @@ def get_format(template: str) -> Format:
 def fill(template: str, row: Row) -> str:
     """Fill a template with the columns of a row.
 
+    Values that are not text are written as JSON, with numbers as in the file: `[7, 7]`, `null`.
+    `{nums[0]}` and `{meta[name]}` are elements of a list and a dictionary.
+
     Raises:
-      ValueError: the template is malformed or names a column that the row lacks.
+      ValueError: the template is malformed, or names a column that the row lacks or that is a
+        conversation.
     """
     try:
-        return template.format_map(row)
-    except (KeyError, IndexError, AttributeError, ValueError) as error:
+        return _FORMATTER.vformat(template, (), row)
+    except (KeyError, IndexError, AttributeError, TypeError, ValueError) as error:
         names = ', '.join(f'{{{name}}}' for name in row)
         raise ValueError(
             f'template {template!r} does not fit the data ({type(error).__name__}: {error}): the '
             f'columns are {names}; write a literal brace twice'
         ) from error
+
+
+class _Formatter(string.Formatter):
+    """Fills templates with values as text."""
+
+    def format_field(self, value: Any, format_spec: str) -> str:
+        if is_conversation(value):
+            raise ValueError('a column of conversations has to stand alone')
+        return format(value, format_spec) if format_spec else text_of(value)
+
+
+_FORMATTER = _Formatter()

@@ -3,11 +3,13 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from grpo_jax.data.chat import chat_prompts
+from grpo_jax.data.chat import chat_prompts, conversation_prompts
+from grpo_jax.data.conversations import Conversation, prompt_column, prompt_of
 from grpo_jax.data.formats import fill, get_format
 from grpo_jax.data.questions import question_key
 from grpo_jax.data.rows import Row
 from grpo_jax.data.tokenizers import Tokenizer
+from grpo_jax.data.values import text_of
 
 _CALCULATOR = re.compile(r'<<[^<>]*>>')  # GSM8K's annotations
 
@@ -23,7 +25,8 @@ def render_prompts(
     """Render the prompt of every row.
 
     Args:
-      template: name of a format or a template over columns, see `formats.get_format`.
+      template: name of a format or a template over columns, see `formats.get_format`. A column of
+        conversations stands alone, as in '{messages}', see `conversations`.
       rows: rows of a data set.
       examples: rows for the worked examples of a few-shot format. The first ones with distinct
         questions are used; a prompt never shows its own question as an example.
@@ -33,16 +36,19 @@ def render_prompts(
 
     Raises:
       ValueError: the template does not fit the columns, there are too few examples, or the system
-        message cannot be used; also as `chat.chat_prompts`.
+        message cannot be used; also as `chat.chat_prompts` and `chat.conversation_prompts`.
     """
+    conversations = prompt_conversations(template, rows, system)
+    if conversations is not None:
+        if chat is None:
+            raise ValueError(
+                f'prompt {template!r} is a column of conversations, which a chat template renders: '
+                'set chat=True'
+            )
+        return conversation_prompts(chat, conversations)
     prompt_format = get_format(template)
     system = system or prompt_format.system
-    user_messages = [fill(prompt_format.user, row) for row in rows]
-    if prompt_format.shots:
-        candidates = _distinct(examples, prompt_format.shots + 1)
-        worked = {key: _example(prompt_format.example, row) for key, row in candidates.items()}
-        shown = [_examples_before(row, worked, template, prompt_format.shots) for row in rows]
-        user_messages = [text + user for text, user in zip(shown, user_messages, strict=True)]
+    user_messages = _user_messages(template, rows, examples)
     if chat is not None:
         return chat_prompts(chat, user_messages, system)
     if system and '{system}' not in prompt_format.frame:
@@ -51,6 +57,60 @@ def render_prompts(
             'into a template'
         )
     return [prompt_format.frame.format(user=user, system=system) for user in user_messages]
+
+
+def _user_messages(template: str, rows: Sequence[Row], examples: Iterable[Row]) -> list[str]:
+    """Return what the user says in each prompt, with the worked examples before it."""
+    prompt_format = get_format(template)
+    user_messages = [fill(prompt_format.user, row) for row in rows]
+    if not prompt_format.shots:
+        return user_messages
+    candidates = _distinct(examples, prompt_format.shots + 1)
+    worked = {key: _example(prompt_format.example, row) for key, row in candidates.items()}
+    shown = [_examples_before(row, worked, template, prompt_format.shots) for row in rows]
+    return [text + user for text, user in zip(shown, user_messages, strict=True)]
+
+
+def prompt_messages(
+    template: str, rows: Sequence[Row], *, examples: Iterable[Row] = (), system: str = ''
+) -> list[Conversation]:
+    """Return the prompts of rows as lists of messages: conversations, or a message of the user.
+
+    Args:
+      template: see `render_prompts`.
+      rows: rows of a data set.
+      examples: see `render_prompts`.
+      system: see `render_prompts`.
+
+    Raises:
+      ValueError: as `render_prompts`.
+    """
+    conversations = prompt_conversations(template, rows, system)
+    if conversations is not None:
+        return conversations
+    system = system or get_format(template).system
+    prefix = [{'role': 'system', 'content': system}] if system else []
+    messages = _user_messages(template, rows, examples)
+    return [[*prefix, {'role': 'user', 'content': text}] for text in messages]
+
+
+def prompt_conversations(
+    template: str, rows: Sequence[Row], system: str = ''
+) -> list[Conversation] | None:
+    """Return the prompts of rows as lists of messages; None if the template is filled with text.
+
+    Args:
+      template: see `render_prompts`.
+      rows: rows of a data set.
+      system: system message of the conversations that have none.
+
+    Raises:
+      ValueError: a row's messages are malformed, see `conversations.prompt_of`.
+    """
+    column = prompt_column(template, rows[0]) if len(rows) else None
+    if column is None:
+        return None
+    return [prompt_of(row, column, system=system, number=i) for i, row in enumerate(rows)]
 
 
 def _distinct(examples: Iterable[Row], count: int) -> dict[str, Row]:
@@ -65,7 +125,7 @@ def _distinct(examples: Iterable[Row], count: int) -> dict[str, Row]:
 
 def _example(template: str, row: Row) -> str:
     """Render a worked example, without GSM8K's annotations and its last line, the answer."""
-    solution = _CALCULATOR.sub('', row.get('solution', '')).strip()
+    solution = _CALCULATOR.sub('', text_of(row.get('solution', ''))).strip()
     steps, marker, _ = solution.rpartition('####')
     solution = steps.strip() if marker else solution
     return fill(template, {**row, 'worked': f'{solution}\n' if solution else ''})

@@ -5,7 +5,9 @@ import re
 import unicodedata
 from collections.abc import Iterable
 
-from grpo_jax.data.rows import Rows
+from grpo_jax.data.conversations import is_conversation, prompt_of
+from grpo_jax.data.rows import Row, Rows
+from grpo_jax.data.values import json_text, text_of
 
 _PUNCTUATION = re.compile(r' ?([^\w\s]) ?')
 
@@ -20,13 +22,32 @@ def question_key(question: str) -> str:
     return _PUNCTUATION.sub(r'\1', ' '.join(text.split()))
 
 
-def without_leaks(training: Rows, heldout: Rows, *, column: str = 'question') -> tuple[Rows, int]:
+def question_column(row: Row) -> str | None:
+    """Return the column with a row's question: `question`, or else `prompt` or `messages`."""
+    return next((name for name in ('question', 'prompt', 'messages') if name in row), None)
+
+
+def key_of(row: Row, column: str | None = None) -> str:
+    """Return the `question_key` of a row's question, all messages of a conversation included.
+
+    Args:
+      row: a row of a data set.
+      column: column with the question; None: see `question_column`.
+    """
+    name = column or question_column(row) or 'question'
+    value = row[name]
+    if is_conversation(value):
+        return question_key(json_text(prompt_of(row, name)))
+    return question_key(text_of(value))
+
+
+def without_leaks(training: Rows, heldout: Rows, *, column: str | None = None) -> tuple[Rows, int]:
     """Drop the training rows whose question is held out. Questions are equal by `question_key`.
 
     Args:
       training: rows to train on.
       heldout: rows to evaluate on.
-      column: column with the question.
+      column: column with the question; None: see `question_column`.
 
     Returns:
       The remaining training rows, and the number of rows dropped.
@@ -35,14 +56,15 @@ def without_leaks(training: Rows, heldout: Rows, *, column: str = 'question') ->
       ValueError: rows lack the column, or no training row remains.
     """
     for rows in (training, heldout):
-        if len(rows) and column not in rows[0]:
+        if len(rows) and (column or question_column(rows[0])) not in rows[0]:
+            name = column or 'question'
             raise ValueError(
-                f'held-out questions are removed from the training rows by column {column!r}, but '
+                f'held-out questions are removed from the training rows by column {name!r}, but '
                 f"the columns are {', '.join(rows[0])}: rename one by the data set's option "
-                f"columns={{{column!r}: 'name in the file'}}"
+                f"columns={{{name!r}: 'name in the file'}}"
             )
-    heldout_keys = {question_key(row[column]) for row in heldout}
-    kept = [row for row in training if question_key(row[column]) not in heldout_keys]
+    heldout_keys = {key_of(row, column) for row in heldout}
+    kept = [row for row in training if key_of(row, column) not in heldout_keys]
     if len(training) and not kept:
         raise ValueError(
             f'all {len(training)} training rows are held out as well: choose other splits, or '

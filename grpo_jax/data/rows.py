@@ -1,4 +1,4 @@
-"""Rows of text: open a data set, and select columns of its rows."""
+"""Rows: open a data set, and select columns of its rows."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -7,18 +7,26 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-Row = Mapping[str, str]
+
+class MissingSplitError(ValueError):
+    """The data set has no such split, or no file of it."""
+
+
+Row = Mapping[str, Any]  # column -> value, see `values`
 Rows = Sequence[Row]
 
 
 def load(name: str, split: str, *, cache_dir: str | os.PathLike[str], **options: Any) -> Rows:
-    """Open a data set as a random-access sequence of rows, each a dict of text columns.
+    """Open a data set as a random-access sequence of rows, each a dict of columns.
+
+    A value has the type that it has in the file: text, a number, a boolean, None, a list or a dict.
 
     Two data sets are generated, each with splits train and test: 'arithmetic' and 'countdown'. All
     others are read from files below $GRPO_JAX_DATA_DIR whose names contain the split: the published
     'gsm8k', 'math', 'cmath', 'svamp', 'mawps' and 'humaneval' (see `datasets.sources`), and your
     own as 'jsonl' (`<split>.jsonl`, also `.gz` or `.json`), 'parquet' (`<split>.parquet`, or in
-    parts) and 'hf' (a folder written by `datasets.Dataset.save_to_disk`, or Parquet files).
+    parts) and 'hf' (a folder written by `datasets.Dataset.save_to_disk`, or Parquet files). A path
+    such as 'my_data:problems' names a function of your own, `(split, **options) -> rows`.
 
     Args:
       name: data set.
@@ -38,18 +46,24 @@ def load(name: str, split: str, *, cache_dir: str | os.PathLike[str], **options:
     """
     from grpo_jax.data import datasets  # imports tensorflow_datasets, which is slow
 
+    if ':' in name or '.' in name:
+        from grpo_jax.data.own_rows import load_own
+
+        return load_own(name, split, options)
     split_name, bracket, part = split.partition('[')
     builder_class, config, builder_split = datasets.resolve(name, split_name, options)
     builder = datasets.prepare(builder_class, config, cache_dir)
     splits = builder.info.splits
     if builder_split not in splits:
-        raise ValueError(f'{name} has no split {builder_split!r}: choose {" or ".join(splits)}')
-    return datasets.TextRows(builder.as_data_source(f'{builder_split}{bracket}{part}'))
+        raise MissingSplitError(
+            f'{name} has no split {builder_split!r}: choose {" or ".join(splits)}'
+        )
+    return datasets.PreparedRows(builder.as_data_source(f'{builder_split}{bracket}{part}'))
 
 
 def columns(
     rows: Rows, index: Sequence[int] | Int[np.ndarray, ' B'], repeats: int
-) -> dict[str, list[str]]:
+) -> dict[str, list[Any]]:
     """Return the columns of selected rows, with each value repeated.
 
     With `repeats` = G, the values are in the order of a rollout's completions, as reward functions

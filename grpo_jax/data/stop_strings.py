@@ -1,15 +1,19 @@
 """Detect stop strings during sampling, by a table of state transitions."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Int, UInt
 
-from grpo_jax.data.tokenizers import Tokenizer
+from grpo_jax.data.texts import decode
+from grpo_jax.data.tokenizers import Tokenizer, token_ids
 
 
 def stop_table(
-    tokenizer: Tokenizer, stop_strings: Sequence[str], vocab_size: int
+    tokenizer: Tokenizer,
+    stop_strings: Sequence[str],
+    vocab_size: int,
+    hidden: Collection[int] | None = None,
 ) -> UInt[np.ndarray, 'states V'] | None:
     """Make the table by which a sampler detects that a completion contains a stop string.
 
@@ -23,6 +27,7 @@ def stop_table(
       tokenizer: tokenizer of the model, whose whole vocabulary is decoded once.
       stop_strings: non-empty strings.
       vocab_size: V of the model, which may differ from the size of the tokenizer's vocabulary.
+      hidden: ids that are not part of the text, as in `texts.completion_texts`.
 
     Returns:
       [states, V], of the smallest unsigned dtype, or None if there are no stop strings.
@@ -38,7 +43,7 @@ def stop_table(
             'it'
         )
     transitions, char_ids = _automaton(stop_strings)
-    spellings = _spell_tokens(tokenizer, char_ids, vocab_size)
+    spellings = _spell_tokens(tokenizer, char_ids, vocab_size, hidden)
     unique_spellings, spelling_of_token = np.unique(spellings, axis=0, return_inverse=True)
     states = np.repeat(np.arange(len(transitions))[:, None], len(unique_spellings), axis=1)
     for char in unique_spellings.T:  # the n-th character of every spelling
@@ -70,15 +75,18 @@ def _automaton(
 
 
 def _spell_tokens(
-    tokenizer: Tokenizer, char_ids: Mapping[str, int], vocab_size: int
+    tokenizer: Tokenizer,
+    char_ids: Mapping[str, int],
+    vocab_size: int,
+    hidden: Collection[int] | None,
 ) -> Int[np.ndarray, 'V chars']:
     """Return the char ids of each token, with -1 after its end."""
     # Some tokenizers drop a space at the start of a text, so each token is decoded after another.
     before = tokenizer.encode('a', add_special_tokens=False)
-    start = len(tokenizer.decode(before, skip_special_tokens=True))
-    count = min(len(tokenizer), vocab_size)
+    start = len(decode(tokenizer, [before], hidden)[0])
+    count = min(int(token_ids(tokenizer)[-1]) + 1, vocab_size)
     sequences = [[*before, token] for token in range(count)]
-    decoded = tokenizer.batch_decode(sequences, skip_special_tokens=True)
+    decoded = decode(tokenizer, sequences, hidden)
     pieces = [text[start:] for text in decoded]
     spellings = np.full((vocab_size, max(map(len, pieces))), -1)
     for spelling, piece in zip(spellings, pieces, strict=False):

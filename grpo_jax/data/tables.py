@@ -7,9 +7,10 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from grpo_jax.data.chat import turn_end
+from grpo_jax.data.conversations import demonstration_of
 from grpo_jax.data.formats import fill
 from grpo_jax.data.prompts import render_prompts
-from grpo_jax.data.rows import Rows
+from grpo_jax.data.rows import Row, Rows
 from grpo_jax.data.tokenizers import Tokenizer
 from grpo_jax.types import Prompts, Rollout
 
@@ -38,6 +39,10 @@ class PromptTable:
     def select(self, positions: Int[np.ndarray, ' B']) -> Prompts:
         """Return the batch of the prompts at B positions of the table."""
         return Prompts(self.tokens[positions], self.length[positions], self.index[positions])
+
+    def used_ids(self) -> Int[np.ndarray, ' tokens']:
+        """Return the ids of all prompts' tokens, without the padding."""
+        return self.tokens[np.arange(self.tokens.shape[1]) < self.length[:, None]]
 
     def summary(self, leaked: int = 0) -> str:
         """Describe how many rows are used, and why the others are not.
@@ -86,6 +91,7 @@ def tokenize_prompts(
     prompt_length: int,
     chat: bool = False,
     system: str = '',
+    assistant_prefix: str = '',
     examples: Rows = (),
 ) -> PromptTable:
     """Tokenize the prompt of every row.
@@ -101,12 +107,15 @@ def tokenize_prompts(
       prompt_length: P, the largest number of tokens.
       chat: render the prompts by the tokenizer's chat template.
       system: system message, see `prompts.render_prompts`.
+      assistant_prefix: appended to every prompt, so completions continue it.
       examples: rows for the worked examples of a format, see `prompts.render_prompts`.
 
     Raises:
       ValueError: a prompt has no tokens, or none fits; also as `prompts.render_prompts`.
     """
-    prompts = _prompt_ids(rows, tokenizer, template, chat, system, examples)
+    prompts = _prompt_ids(
+        rows, tokenizer, template, chat, system, examples, prefix=assistant_prefix
+    )
     return _prompt_table(prompts, _fits(prompts, 'prompt', prompt_length), prompt_length, tokenizer)
 
 
@@ -120,6 +129,7 @@ def tokenize_demonstrations(
     completion_length: int,
     chat: bool = False,
     system: str = '',
+    assistant_prefix: str = '',
     examples: Rows = (),
 ) -> DemonstrationTable:
     """Tokenize the prompt and the completion of every row.
@@ -133,11 +143,13 @@ def tokenize_demonstrations(
       rows: rows of a data set.
       tokenizer: tokenizer of the model.
       template: see `tokenize_prompts`.
-      completion_template: template of a completion over the columns.
+      completion_template: template of a completion over the columns; for one column of
+        conversations the last message of the assistant.
       prompt_length: P, the largest number of tokens of a prompt.
       completion_length: T, the largest number of tokens of a completion.
       chat: see `tokenize_prompts`.
       system: see `tokenize_prompts`.
+      assistant_prefix: see `tokenize_prompts`.
       examples: see `tokenize_prompts`.
 
     Raises:
@@ -145,9 +157,13 @@ def tokenize_demonstrations(
         `tokenize_prompts`.
     """
     rows = list(rows)  # reads rows on disk once
-    prompts = _prompt_ids(rows, tokenizer, template, chat, system, examples)
+    prompts = _prompt_ids(
+        rows, tokenizer, template, chat, system, examples, prefix=assistant_prefix
+    )
     ending, end_id = turn_end(tokenizer) if chat else ('', tokenizer.eos_token_id)
-    texts = [fill(completion_template, row) + ending for row in rows]
+    texts = [
+        _demonstration(completion_template, row, number) + ending for number, row in enumerate(rows)
+    ]
     completions = [[*ids, end_id] for ids in _encode(texts, tokenizer, add_special_tokens=False)]
     fits = _fits(prompts, 'prompt', prompt_length)
     fits &= _fits(completions, 'completion', completion_length)
@@ -163,13 +179,19 @@ def tokenize_demonstrations(
     return DemonstrationTable(table, _pad(kept, completion_length, tokenizer), mask)
 
 
+def _demonstration(template: str, row: Row, number: int) -> str:
+    message = demonstration_of(template, row, number)
+    return fill(template, row) if message is None else message
+
+
 def _prompt_ids(
-    rows: Rows, tokenizer: Tokenizer, template: str, chat: bool, system: str, examples: Rows
-) -> list[list[int]]:
+    rows: Rows, tokenizer: Tokenizer, template: str, chat: bool, system: str, examples: Rows,
+    *, prefix: str,
+) -> list[list[int]]:  # fmt: skip
     texts = render_prompts(
         template, list(rows), examples=examples, system=system, chat=tokenizer if chat else None
     )
-    return _encode(texts, tokenizer, add_special_tokens=not chat)
+    return _encode([text + prefix for text in texts], tokenizer, add_special_tokens=not chat)
 
 
 def _encode(texts: list[str], tokenizer: Tokenizer, *, add_special_tokens: bool) -> list[list[int]]:

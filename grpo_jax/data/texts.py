@@ -1,6 +1,6 @@
 """Decode completions, and map positions in their texts to tokens."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 from jaxtyping import Bool, Int
@@ -13,6 +13,7 @@ def completion_texts(
     tokens: Int[np.ndarray, 'N T'],
     mask: Bool[np.ndarray, 'N T'],
     stop_strings: Sequence[str] = (),
+    hidden: Collection[int] | None = None,
 ) -> list[str]:
     """Decode completions, without special tokens.
 
@@ -22,13 +23,24 @@ def completion_texts(
       mask: bool[N, T], true for the tokens to decode.
       stop_strings: a text ends with the first of these that it contains; the remaining characters
         of the same token are cut off.
+      hidden: ids that are left out, see `special_tokens.hidden_ids`; None: all special tokens.
 
     Returns:
       N texts.
     """
     sequences = [ids[used].tolist() for ids, used in zip(tokens, mask, strict=True)]
-    texts = tokenizer.batch_decode(sequences, skip_special_tokens=True)
+    texts = decode(tokenizer, sequences, hidden)
     return [_cut_after_stop_string(text, stop_strings) for text in texts]
+
+
+def decode(
+    tokenizer: Tokenizer, sequences: list[list[int]], hidden: Collection[int] | None = None
+) -> list[str]:
+    """Decode token ids, without those in `hidden`, or without all special tokens if it is None."""
+    if hidden is None:
+        return tokenizer.batch_decode(sequences, skip_special_tokens=True)
+    shown = [[token for token in ids if token not in hidden] for ids in sequences]
+    return tokenizer.batch_decode(shown, skip_special_tokens=False)
 
 
 def char_to_token(
@@ -37,6 +49,8 @@ def char_to_token(
     mask: Bool[np.ndarray, 'N T'],
     texts: Sequence[str],
     char_counts: Sequence[Sequence[int]],
+    *,
+    hidden: Collection[int] | None = None,
 ) -> list[list[int]]:
     """Find the token that completes the first n characters of each completion.
 
@@ -46,6 +60,7 @@ def char_to_token(
       mask: bool[N, T], true for a prefix of each completion.
       texts: N texts of the completions.
       char_counts: for each completion, the numbers of characters n.
+      hidden: as in `completion_texts`.
 
     Returns:
       For each n the index of the first token at which the first n characters are complete. If n is
@@ -62,7 +77,7 @@ def char_to_token(
         prefixes = [
             tokens[row, : last + 1].tolist() for (row, _), last in zip(queries, middle, strict=True)
         ]
-        decoded = tokenizer.batch_decode(prefixes, skip_special_tokens=True)
+        decoded = decode(tokenizer, prefixes, hidden)
         complete = np.array([
             prefix[:count] == texts[row][:count]
             for prefix, (row, count) in zip(decoded, queries, strict=True)

@@ -21,8 +21,10 @@ from grpo_jax.rewards.builtin.language import language_mix
 from grpo_jax.rewards.builtin.length import repetition, soft_overlong
 from grpo_jax.rewards.builtin.math import cmath_answer, gsm8k_answer, math_answer
 from grpo_jax.rewards.builtin.steps import right_steps, separated_steps
-from grpo_jax.rewards.calls import RewardError, RewardFunction
-from grpo_jax.rewards.registry import build, build_steps, extractor, resolve
+from grpo_jax.rewards.calls import RewardError, RewardFunction, check_arguments, extract_answers
+from grpo_jax.rewards.logs import Logs, TrainerState, join_logs
+from grpo_jax.rewards.references import check_references
+from grpo_jax.rewards.registry import build, build_steps, extractor, name_in, resolve
 from grpo_jax.rewards.scoring import Scores, StepReward, score, score_steps, statistics
 from grpo_jax.rewards.verify.answers import DATASETS, Grades, grade_answers
 from grpo_jax.rewards.verify.equivalence import equivalence_classes, equivalent
@@ -32,15 +34,19 @@ from grpo_jax.rewards.verify.numbers import normalize_number
 __all__ = [
     'DATASETS',
     'Grades',
+    'Logs',
     'RewardError',
     'RewardFunction',
     'Scores',
     'Step',
     'StepReward',
+    'TrainerState',
     'arithmetic_steps',
     'build',
     'build_steps',
     'chain_format',
+    'check_arguments',
+    'check_references',
     'check_steps',
     'cmath_answer',
     'countdown_answer',
@@ -48,6 +54,7 @@ __all__ = [
     'equivalent',
     'exact_answer',
     'extract_answer',
+    'extract_answers',
     'extract_chinese',
     'extract_math',
     'extractor',
@@ -55,8 +62,10 @@ __all__ = [
     'grade_answers',
     'gsm8k_answer',
     'hash_format',
+    'join_logs',
     'language_mix',
     'math_answer',
+    'name_in',
     'normalize_number',
     'repetition',
     'resolve',

@@ -1,12 +1,12 @@
 """Find reward functions, step functions and extractors by name, and bind their options.
 
-A name is that of a built-in, or the path `package.module:function` of the user's own.
+A name is that of a built-in, or the path of the user's own: `package.module:function` or
+`./file.py:function`.
 """
 
 import functools
 import inspect
 from collections.abc import Callable, ItemsView, Mapping
-from math import isfinite
 from typing import Protocol, cast, runtime_checkable
 
 from grpo_jax import plugins
@@ -17,7 +17,8 @@ from grpo_jax.rewards.builtin.language import language_mix
 from grpo_jax.rewards.builtin.length import repetition, soft_overlong
 from grpo_jax.rewards.builtin.math import cmath_answer, gsm8k_answer, math_answer
 from grpo_jax.rewards.builtin.steps import right_steps, separated_steps
-from grpo_jax.rewards.calls import RewardError, RewardFunction
+from grpo_jax.rewards.calls import ARGUMENTS, SERVICES, RewardError, RewardFunction, parameters
+from grpo_jax.rewards.scoring import number_of, short_repr
 from grpo_jax.rewards.verify.extraction import extract_answer, extract_chinese, extract_math
 
 _REWARDS: dict[str, RewardFunction] = {
@@ -45,8 +46,6 @@ _EXTRACTORS: dict[str, Callable[[str], str | None]] = {
     'extract_math': extract_math,
     'final_result': final_result,
 }
-# Every function is called with these; its other parameters are columns or options.
-_ARGUMENTS = ('prompts', 'completions', 'completion_ids')
 
 
 @runtime_checkable
@@ -86,7 +85,8 @@ def build(spec: Table) -> tuple[dict[str, RewardFunction], dict[str, float]]:
     Args:
         spec: name (see `resolve`) -> weight, or -> {'weight': weight, **options}. Options are
             keyword arguments of the function: the parameters after its `*`, or any others that it
-            names. They take precedence over a column of the same name.
+            names. They take precedence over a column of the same name. With 'function' among them,
+            a built-in's name, a path or the function itself, the name is any text.
 
     Raises:
         RewardError: an empty spec, a weight that is not a finite number, a name without a function,
@@ -95,6 +95,14 @@ def build(spec: Table) -> tuple[dict[str, RewardFunction], dict[str, float]]:
     if not len(spec):
         raise RewardError('grpo.rewards is empty: name at least one reward function and its weight')
     return _build('grpo.rewards', spec, resolve)
+
+
+def name_in(spec: Table, name: str) -> str:
+    """Return the name in a config's `grpo.rewards` of the function `name`, or `name` itself."""
+    for own_name, value in spec.items():
+        if isinstance(value, Table) and dict(value.items()).get('function') == name:
+            return own_name
+    return name
 
 
 def build_steps(spec: Table) -> tuple[str, RewardFunction, float]:
@@ -136,10 +144,18 @@ def _build(
         if 'weight' not in options:
             raise RewardError(f'{section}.{name} has no weight: add one to its options')
         weight = options.pop('weight')
-        if not isinstance(weight, int | float) or not isfinite(weight):
-            raise RewardError(f'{section}.{name}={weight!r}: a weight is a finite number')
-        functions[name] = _with_options(name, find(name), options)
-        weights[name] = float(weight)
+        number = number_of(weight, allow_bool=False)
+        if number is None:
+            raise RewardError(f'{section}.{name}={short_repr(weight)}: a weight is a finite number')
+        function = options.pop('function', name)
+        if isinstance(function, str):
+            function = find(function)
+        if not callable(function):
+            raise RewardError(
+                f'{section}.{name}.function={function!r}: give a name, a path or a function'
+            )
+        functions[name] = _with_options(name, function, options)
+        weights[name] = number
     return functions, weights
 
 
@@ -147,10 +163,12 @@ def _with_options(
     name: str, function: RewardFunction, options: dict[str, object]
 ) -> RewardFunction:
     """Bind the options of a reward, including defaults, so that no column replaces them."""
-    parameters = _parameters(function)
+    own = parameters(function)
     keyword_only = inspect.Parameter.KEYWORD_ONLY
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, keyword_only)
-    known = {key: p for key, p in parameters.items() if p.kind in kinds and key not in _ARGUMENTS}
+    known = {
+        key: p for key, p in own.items() if p.kind in kinds and key not in (*ARGUMENTS, *SERVICES)
+    }
     for key in options:
         if key not in known:
             raise RewardError(
@@ -158,7 +176,7 @@ def _with_options(
                 + ('' if known else ': it has none')
             )
     # If the arguments are keyword-only too, columns cannot be distinguished from options.
-    if all(parameters[key].kind != keyword_only for key in _ARGUMENTS if key in parameters):
+    if all(own[key].kind != keyword_only for key in ARGUMENTS if key in own):
         for key, parameter in known.items():
             if parameter.kind == keyword_only:
                 if parameter.default is inspect.Parameter.empty and key not in options:
@@ -168,10 +186,3 @@ def _with_options(
                     )
                 options.setdefault(key, parameter.default)
     return functools.partial(function, **options) if options else function
-
-
-def _parameters(function: RewardFunction) -> Mapping[str, inspect.Parameter]:
-    try:
-        return inspect.signature(function).parameters
-    except ValueError:  # some functions written in C have no signature
-        return {}

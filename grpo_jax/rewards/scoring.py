@@ -3,31 +3,42 @@
 A batch has N texts. A reward function is called with keyword arguments only: `prompts`,
 `completions`, `completion_ids` (where there are token ids) and each column of the data set, all
 lists of length N. It returns N numbers, None where it does not apply. Functions written for TRL's
-GRPO trainer have this form.
+GRPO trainer have this form: where the data set holds conversations, `prompts` are lists of messages
+and `completions` are lists of one message, and a function that names `trainer_state`, `log_metric`
+or `log_extra` gets them.
 
 All completions of a prompt are in one call, next to each other, so a function may compare them. It
 must not depend on which other prompts are in the call: groups are scored as they finish.
 """
 
+import functools
 import itertools
+import logging
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from grpo_jax.rewards.calls import RewardError, RewardFunction, call_functions, copy_arguments
+from grpo_jax.rewards.calls import RewardError, RewardFunction, call_functions
+from grpo_jax.rewards.logs import Logs, TrainerState
+from grpo_jax.rewards.messages import Conversation, answers_of
 from grpo_jax.rewards.verify import pool
 
+log = logging.getLogger('grpo_jax')
+
 _LARGEST = float(np.finfo(np.float32).max)
+_VISIBLE = 1e-4  # differences below it vanish beside `Algorithm.advantage_eps`
 
 
 class Scores(NamedTuple):
     """Rewards of N completions."""
 
-    total: NDArray[np.floating]  # f32[N], sum of weight * value over the functions that apply
+    # f32[N], sum of weight * value over the functions that apply; NaN where none does
+    total: NDArray[np.floating]
     parts: dict[str, NDArray[np.floating]]  # name -> f32[N] before weighting, NaN for None
     timeouts: int = 0  # comparisons of answers that exceeded their deadline or memory; reward 0
+    logs: Logs = Logs()  # what the functions logged by `log_metric` and `log_extra`
 
 
 class StepReward(NamedTuple):
@@ -45,11 +56,14 @@ def score(
     completions: Sequence[str],
     columns: Mapping[str, Sequence[object]],
     completion_ids: Sequence[Sequence[int]] | None = None,
+    conversations: Sequence[Conversation] | None = None,
+    trainer_state: TrainerState | None = None,
 ) -> Scores:
     """Compute the rewards of N completions by every function, and their weighted sum.
 
-    Functions run one after another in the order of `functions`; then all `async def` functions run
-    concurrently. Each gets its own copies of the lists, so it cannot change those of another one.
+    Functions run one after another in the order of `functions`; then all that is awaitable in their
+    results is awaited concurrently. Each gets its own copies of the lists, so it cannot change
+    those of another one.
 
     Args:
         functions: name -> reward function.
@@ -58,11 +72,14 @@ def score(
         completions: N texts.
         columns: name -> N values, the other columns of the data set.
         completion_ids: N lists of token ids; not passed to the functions if None.
+        conversations: N lists of messages, from which the prompts were rendered. Functions get them
+            as `prompts`, and the completions as messages of the assistant; the built-in ones, which
+            `messages.on_texts` made, get the texts.
+        trainer_state: for the functions that name it.
 
     Raises:
-        RewardError: inputs of different lengths, weights that do not match the functions, a
-            function that raises or returns anything but N finite numbers or None, or a row for
-            which all functions return None.
+        RewardError: inputs of different lengths, weights that do not match the functions, or a
+            function that raises or returns anything but N finite numbers or None.
     """
     numbers = _check_weights(functions, weights)
     arguments: dict[str, Sequence[object]] = {'prompts': prompts, 'completions': completions}
@@ -70,18 +87,20 @@ def score(
         arguments['completion_ids'] = completion_ids
     _check_columns(arguments, columns)
     arguments = {**arguments, **columns}
+    messages = None
+    if conversations is not None:
+        messages = arguments | {'prompts': conversations, 'completions': answers_of(completions)}
+    logs = Logs({}, {})
+    services = {
+        'trainer_state': trainer_state,
+        'log_metric': logs.log_metric,
+        'log_extra': functools.partial(logs.log_extra, len(prompts)),
+    }
     timeouts_before = pool.timeouts()
-    returned = call_functions(functions, arguments)
+    returned = call_functions(functions, arguments, conversations=messages, services=services)
     timeouts = pool.timeouts() - timeouts_before
     # f64[functions, N]: float32 only after the sum
     table = np.stack([_values(name, returned[name], arguments) for name in functions])
-    without = np.flatnonzero(np.isnan(table).all(axis=0))
-    if without.size:
-        raise RewardError(
-            f'{without.size} of {len(prompts)} rows have no reward, first '
-            f'{_describe_row(int(without[0]), arguments)}: {", ".join(functions)} returned None; '
-            'add a reward that applies to every row'
-        )
     total = np.array([numbers[name] for name in functions]) @ np.nan_to_num(table)
     too_large = np.flatnonzero(~(np.abs(total) <= _LARGEST))
     if too_large.size:
@@ -89,8 +108,10 @@ def score(
             f'the weighted sum for {_describe_row(int(too_large[0]), arguments)} does not fit '
             f'float32: lower the weights {dict(weights)}'
         )
+    _warn_of_rounding(total)
     parts = dict(zip(functions, table.astype(np.float32), strict=True))
-    return Scores(total.astype(np.float32), parts, timeouts)
+    total[np.isnan(table).all(axis=0)] = np.nan
+    return Scores(total.astype(np.float32), parts, timeouts, logs)
 
 
 def score_steps(
@@ -119,12 +140,7 @@ def score_steps(
     arguments: dict[str, Sequence[object]] = {'prompts': prompts, 'completions': completions}
     _check_columns(arguments, columns)
     arguments = {**arguments, **columns}
-    try:
-        returned = function(**copy_arguments(arguments, function))
-    except Exception as error:
-        raise RewardError(
-            f'step rewards {name!r} raised {type(error).__name__}: {error}'
-        ) from error
+    returned = call_functions({name: function}, arguments, kind='step rewards')[name]
     if not isinstance(returned, list) or len(returned) != len(completions):
         raise RewardError(
             f'step rewards {name!r} did not return a list with one entry for each of the '
@@ -152,7 +168,12 @@ def statistics(scores: Scores) -> dict[str, float]:
 
     Both cover the rows to which the function applies, with the sample standard deviation (divisor
     n - 1; 0 for one row). A function that applies to no row has no entry. `rewards/timeouts` counts
-    comparisons of answers that exceeded their deadline or memory; without any it has no entry.
+    comparisons of answers that exceeded their deadline or memory, and `rewards/skipped` the rows to
+    which no function applies; without any they have no entry. Metrics that functions logged are
+    averaged over their calls.
+
+    Raises:
+        RewardError: a function logged a metric under a name that is taken.
     """
     metrics: dict[str, float] = {}
     for name, part in scores.parts.items():
@@ -162,7 +183,25 @@ def statistics(scores: Scores) -> dict[str, float]:
             metrics[f'rewards/{name}/std'] = float(values.std(ddof=min(values.size - 1, 1)))
     if scores.timeouts:
         metrics['rewards/timeouts'] = float(scores.timeouts)
-    return metrics
+    if skipped := np.isnan(scores.total).sum():
+        metrics['rewards/skipped'] = float(skipped)
+    logged = scores.logs.means()
+    if taken := sorted(metrics.keys() & logged):
+        raise RewardError(f'log_metric({taken[0]!r}, …): a metric has this name: use another')
+    return metrics | logged
+
+
+def _warn_of_rounding(total: NDArray[np.float64]) -> None:
+    """Warn where float32 rounds away differences that an advantage would be made of."""
+    if not total.size:
+        return
+    spread, rounded = np.ptp(total), np.abs(total.astype(np.float32) - total).max()
+    if spread > _VISIBLE and rounded > 0.01 * spread:
+        log.warning(
+            'rewards from %r to %r are rounded to float32, which changes them by up to %.2g: '
+            'subtract a constant from them',
+            float(total.min()), float(total.max()), rounded,
+        )  # fmt: skip
 
 
 def _check_weights(
@@ -177,9 +216,11 @@ def _check_weights(
         )
     numbers: dict[str, float] = {}
     for name, weight in weights.items():
-        number = _number(weight)
+        number = number_of(weight, allow_bool=False)
         if number is None:
-            raise RewardError(f'the weight of reward {name!r} is {weight!r}: use a finite number')
+            raise RewardError(
+                f'the weight of reward {name!r} is {short_repr(weight)}: use a finite number'
+            )
         numbers[name] = number
     return numbers
 
@@ -203,7 +244,7 @@ def _values(
     values = returned.tolist() if hasattr(returned, 'tolist') else returned
     if not isinstance(values, (list, tuple)):
         raise RewardError(
-            f'reward {name!r} returned {_short(returned)}, a {type(returned).__name__}: '
+            f'reward {name!r} returned {short_repr(returned)}, a {type(returned).__name__}: '
             'return a list with one number or None for each completion'
         )
     rows = len(arguments['prompts'])
@@ -215,27 +256,34 @@ def _values(
     for row, value in enumerate(values):
         if value is None:
             continue
-        number = _number(value)
+        number = number_of(value)
         if number is None:
             raise RewardError(
-                f'reward {name!r} returned {_short(value)} for {_describe_row(row, arguments)}: '
+                f'reward {name!r} returned {short_repr(value)} for '
+                f'{_describe_row(row, arguments)}: '
                 'return a finite number, or None where it does not apply'
             )
         column[row] = number
     return column
 
 
-def _number(value: object) -> float | None:
+def number_of(value: object, *, allow_bool: bool = True) -> float | None:
     """Convert a scalar of any array library to float; None if float32 cannot hold it."""
     number = value.item() if hasattr(value, 'item') and getattr(value, 'ndim', None) == 0 else value
-    return float(number) if isinstance(number, (int, float)) and abs(number) <= _LARGEST else None
+    if not isinstance(number, int | float) or (isinstance(number, bool) and not allow_bool):
+        return None
+    return float(number) if abs(number) <= _LARGEST else None
 
 
 def _describe_row(row: int, arguments: Mapping[str, Sequence[object]]) -> str:
     prompt, completion = arguments['prompts'][row], arguments['completions'][row]
-    return f'row {row} (prompt {_short(prompt)}, completion {_short(completion)})'
+    return f'row {row} (prompt {short_repr(prompt)}, completion {short_repr(completion)})'
 
 
-def _short(value: object) -> str:
-    text = repr(value)
+def short_repr(value: object) -> str:
+    """Return the representation of a value in at most 80 characters."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python does not print integers of more than 4300 digits
+        text = f'a {type(value).__name__} that is too long to print'
     return text if len(text) <= 80 else f'{text[:77]}...'

@@ -4,6 +4,7 @@ import ast
 import functools
 import json
 import operator
+import os
 import pathlib
 import re
 import sys
@@ -12,33 +13,64 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from grpo_jax import plugins
 from grpo_jax.run import saved_config
 from grpo_jax.run.command import one_line_errors
-from grpo_jax.run.config import FREE, defaults, flatten, load, nearest, set_value
+from grpo_jax.run.config import flatten, read, set_value
 from grpo_jax.run.config_checks import check_keys
+from grpo_jax.run.config_problems import find_problems
+from grpo_jax.run.defaults import FREE, defaults
+from grpo_jax.run.errors import ConfigError, caught
+from grpo_jax.run.key_help import help_text
+from grpo_jax.run.paths import absolute_modules, make_absolute
+from grpo_jax.run.suggestions import suggest
 
 _BOOLEANS = {'true': True, 't': True, '1': True, 'false': False, 'f': False, '0': False}
 
 
 def run_command(
-    main: Callable[[ConfigDict, str], Any], *, usage: str | None = None, saved: bool = False
+    main: Callable[..., Any],
+    *,
+    usage: str | None = None,
+    sections: Sequence[str] = ('',),
+    saved: bool = False,
+    flags: Sequence[str] = (),
+    options: Sequence[str] = (),
 ) -> None:
-    """Calls `main(config, workdir)` with the config and folder of the command line.
+    """Calls `main(config, workdir, **taken)` with the config and folder of the command line.
 
     `--config=FILE` names a config file and `--config.key=value` changes a key of it; with `saved`
     the config is that of the run in the workdir. An error that the user can fix ends the program
-    with one line on standard error (`command.one_line_errors`).
+    with one line on standard error for each problem (`command.one_line_errors`). `--help` prints
+    the usage and config keys with their defaults, `--help=SECTION` the keys of a section.
 
     Args:
       main: the command.
-      usage: what `--help` prints.
+      usage: what `--help` prints before the keys.
+      sections: the sections whose keys follow the usage; '' stands for all.
       saved: take the config from the workdir.
+      flags: names of options that are true if they are given; passed to `main`.
+      options: names of options with a text; passed to `main`, empty if they are not given.
     """
-    if usage is not None and '--help' in sys.argv:
-        print(usage)
-        return
+    arguments = with_two_dashes(sys.argv[1:])
     with one_line_errors():
-        main(*parse(sys.argv[1:], saved=saved))
+        if usage is not None and _print_help(arguments, usage, sections):
+            return
+        taken: dict[str, Any] = {name: take_flag(arguments, name) for name in flags}
+        taken |= {name: take(arguments, name) for name in options}
+        config, workdir = parse(arguments, saved=saved)
+        main(config, workdir, **taken)
+
+
+def _print_help(arguments: Sequence[str], usage: str, sections: Sequence[str]) -> bool:
+    """Prints what `--help` asks for, if it is there; returns whether it is."""
+    for argument in arguments:
+        option, _, section = argument.partition('=')
+        if option in ('--help', '--h'):
+            parts = [help_text(section)] if section else [usage, *map(help_text, sections)]
+            print('\n\n'.join(part.strip('\n') for part in parts))
+            return True
+    return False
 
 
 def parse(arguments: Sequence[str], *, saved: bool = False) -> tuple[ConfigDict, str]:
@@ -51,27 +83,78 @@ def parse(arguments: Sequence[str], *, saved: bool = False) -> tuple[ConfigDict,
     Raises:
       ValueError: an argument or key that does not exist, a value of the wrong type, a missing file.
     """
-    rest = [re.sub('^--?', '--', argument) for argument in arguments]
+    rest = with_two_dashes(arguments)
     workdir = take(rest, 'workdir')
+    problems: list[str] = []
     if not workdir:
-        raise ValueError('--workdir=FOLDER is missing: name the folder of the run')
-    if saved:
-        path = pathlib.Path(workdir, 'config.json')
-        if not path.is_file():
-            raise ValueError(f'{path}: no such file: --workdir has to name the folder of a run')
-        config = saved_config.read(path)
+        problems.append('--workdir=FOLDER is missing: name the folder of the run')
+    if saved and workdir:
+        config: ConfigDict | None = _saved(workdir)
     else:
-        config = load(take(rest, 'config'))
-        check_keys(config)
+        config, found = read('' if saved else take(rest, 'config'))
+        problems += [] if saved else found
+    if config is not None:
+        with caught(problems):
+            check_keys(config)
+    changed = defaults() if config is None else _known_part(config) if problems else config
+    if saved:
+        _fit_to_changes(changed, rest)
     for argument in rest:
-        match = re.fullmatch(r'--config\.([^=]+)=(.*)', argument, re.DOTALL)
-        if not match:
-            raise ValueError(
-                f'unexpected argument {argument!r}: options are --config=FILE, '
-                '--config.key=value and --workdir=FOLDER'
-            )
-        _change(config, match[1], match[2])
-    return config, workdir
+        with caught(problems):
+            _change_by(changed, argument)
+    if problems:
+        plugins.set_folders(changed.module_folders)
+        raise ConfigError([*problems, *([] if config is None else find_problems(changed)[0])])
+    return changed, workdir
+
+
+def with_two_dashes(arguments: Sequence[str]) -> list[str]:
+    """The arguments with `--` where an option begins with one dash."""
+    return [re.sub('^--?', '--', argument) for argument in arguments]
+
+
+def _saved(workdir: str) -> ConfigDict:
+    path = pathlib.Path(workdir, 'config.json')
+    if not path.is_file():
+        raise ValueError(f'{path}: no such file: --workdir has to name the folder of a run')
+    return saved_config.read(path)
+
+
+def _fit_to_changes(config: ConfigDict, changes: Sequence[str]) -> None:
+    """Sets keys of a saved config that depend on those that are changed, if they are not given.
+
+    Another data set has its own options and the usual names of splits. With fewer `eval.samples`
+    than before, only those of `eval.k` are kept that they allow.
+    """
+    given = dict(re.findall(r'^--config\.([^=]+)=(.*)$', '\n'.join(changes), re.MULTILINE))
+    if given.get('data.name', config.data.name) != config.data.name:
+        for name in ('options', 'train_split', 'heldout_split'):
+            set_value(config, f'data.{name}', defaults().data[name])
+    if given.get('eval.samples', '').isdigit() and 'eval.k' not in given:
+        samples = int(given['eval.samples'])
+        kept = tuple(k for k in config.eval.k if k <= samples)
+        config.eval.k = kept if kept or not samples else (1, samples)[: 1 + (samples > 1)]
+
+
+def _change_by(config: ConfigDict, argument: str) -> None:
+    """Sets the key that an argument names."""
+    match = re.fullmatch(r'--config\.([^=]+)=(.*)', argument, re.DOTALL)
+    if not match:
+        raise ValueError(
+            f'unexpected argument {argument!r}: options are --config=FILE, '
+            '--config.key=value and --workdir=FOLDER'
+        )
+    _change(config, match[1], match[2])
+    make_absolute(config, os.getcwd(), [match[1]])
+
+
+def _known_part(config: ConfigDict) -> ConfigDict:
+    """The config without keys that do not exist, and with defaults for those it lacks."""
+    known = defaults()
+    for path, value in flatten(config).items():
+        if path in flatten(known):
+            set_value(known, path, value)
+    return known
 
 
 def take(arguments: list[str], name: str) -> str:
@@ -87,6 +170,14 @@ def take(arguments: list[str], name: str) -> str:
     return value
 
 
+def take_flag(arguments: list[str], name: str) -> bool:
+    """Removes `--name` or `--name=true`; returns whether it is given and true."""
+    given = [text for text in arguments if text.partition('=')[0] == f'--{name}']
+    arguments[:] = [text for text in arguments if text not in given]
+    values = [text.partition('=')[2] or 'true' for text in given]
+    return bool(values) and bool(_parse(values[-1], bool, name))
+
+
 def _change(config: ConfigDict, key: str, text: str) -> None:
     """Sets a key to the value that `text` has as the key's type."""
     *parents, name = key.split('.')
@@ -97,7 +188,7 @@ def _change(config: ConfigDict, key: str, text: str) -> None:
         return
     default_values = flatten(defaults())
     if key not in default_values:
-        raise ValueError(f'unknown config key {key!r}: {nearest(key)}')
+        raise ValueError(f'unknown config key {key!r}: {suggest(key)}')
     if text == 'None' and default_values[key] is None:
         set_value(config, key, None)
         return
@@ -126,9 +217,10 @@ def _parse(text: str, kind: type, key: str) -> Any:
         str: str, int: int, float: float, bool: _boolean, tuple: _tuple, ConfigDict: _dictionary,
     }  # fmt: skip
     try:
-        return parsers.get(kind, _literal)(text)
+        parse_text = parsers.get(ConfigDict if issubclass(kind, ConfigDict) else kind, _literal)
+        return absolute_modules(parse_text(text), os.getcwd())
     except ValueError as error:
-        expected = {ConfigDict: 'dictionary'}.get(kind, kind.__name__)
+        expected = 'dictionary' if issubclass(kind, ConfigDict) else kind.__name__
         raise ValueError(
             f'--config.{key}={text}: {error}; give a value of type {expected}'
         ) from error

@@ -13,20 +13,29 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax import sharding
-from grpo_jax.run import saved_config
+from grpo_jax.run import changes, saved_config
 from grpo_jax.run.layout import stage_order
 from grpo_jax.types import Params, Prompts, Rollout, TrainState
 
 
-def check_workdir(workdir: str, config: ConfigDict) -> tuple[pathlib.Path, ConfigDict]:
+def check_workdir(
+    workdir: str, config: ConfigDict, *, extend: bool = False, override: bool = False
+) -> tuple[pathlib.Path, ConfigDict]:
     """Checks that the folder can be written to and holds no run of another config.
+
+    Args:
+      workdir: the run's folder.
+      config: the config to run with.
+      extend: see `changes.check_changes`.
+      override: see `changes.check_changes`.
 
     Returns:
       The folder, and the config to run with: keys that are None have the values of the run in the
       folder, if there is one.
 
     Raises:
-      ValueError: the folder cannot be written to, or holds the run of another config.
+      ValueError: the folder cannot be written to, or holds the run of another config that it
+        cannot be resumed with.
     """
     path = pathlib.Path(workdir).absolute()
     try:
@@ -40,17 +49,21 @@ def check_workdir(workdir: str, config: ConfigDict) -> tuple[pathlib.Path, Confi
     if not (path / 'config.json').exists():
         return path, config
     saved = saved_config.read(path / 'config.json')
-    different = saved_config.differing_keys(config, saved)
-    if different:
-        raise ValueError(
-            f'workdir {str(path)!r} holds the run of another config: {"; ".join(different)}. Use '
-            'another --workdir, or the same config to resume'
-        )
+    if saved_config.differences(config, saved):
+        done = steps_of_stages(path)
+        changes.check_changes(config, saved, path, done, extend=extend, override=override)
     return path, saved_config.with_saved_choices(config, saved)
 
 
 def claim_workdir(path: pathlib.Path, config: ConfigDict) -> None:
-    """Writes the config into the run's folder; call it after all checks of the config."""
+    """Writes the config into the run's folder; call it after all checks of the config.
+
+    What differs from the config there is recorded, see `changes.record_changes`.
+    """
+    if (path / 'config.json').exists():
+        saved = saved_config.read(path / 'config.json', quiet=True)
+        if saved_config.differences(config, saved):
+            changes.record_changes(config, saved, path, steps_of_stages(path))
     partial = path / 'config.partial'
     partial.write_text(saved_config.to_json(config))
     os.replace(partial, path / 'config.json')
@@ -60,6 +73,42 @@ def open_manager(path: pathlib.Path, *, keep: int) -> ocp.CheckpointManager:
     """An Orbax manager for one stage's folder; it ignores saves that were interrupted."""
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)
     return ocp.CheckpointManager(path, options=options)
+
+
+def steps_of_stages(workdir: pathlib.Path) -> dict[str, list[int]]:
+    """The steps of all checkpoints of a run, by stage; the stages are in their order."""
+    names = [path.name for path in (workdir / 'checkpoints').glob('*')]
+    found = {}
+    for stage in sorted(names, key=stage_order):
+        with open_manager(workdir / 'checkpoints' / stage, keep=1) as manager:
+            found[stage] = sorted(manager.all_steps())
+    return found
+
+
+def find_checkpoint(workdir: pathlib.Path, kinds: Sequence[str], name: str = '') -> tuple[str, int]:
+    """The stage and step of a checkpoint.
+
+    Args:
+      workdir: the run's folder.
+      kinds: kinds of stages to consider: 'sft', 'grpo', 'reward'.
+      name: 'STAGE/STEP', a stage, whose newest one is taken, or a step, of the last stage that has
+        it; empty: the newest one of the last stage.
+
+    Raises:
+      ValueError: there is none, or none of this name.
+    """
+    steps = {s: found for s, found in steps_of_stages(workdir).items() if s.split('-')[0] in kinds}
+    pairs = [(stage, step) for stage in steps for step in steps[stage]]
+    if not pairs:
+        raise ValueError(f'{workdir} holds no checkpoint: train first, or name another --workdir')
+    stage, _, step = name.partition('/')
+    if stage.isdigit() and not step:
+        stage, step = '', stage
+    for found in reversed(pairs):
+        if stage in ('', found[0]) and step in ('', str(found[1])):
+            return found
+    known = ', '.join(f'{stage}/{step}' for stage, step in pairs)
+    raise ValueError(f'{workdir} holds no checkpoint {name!r}: it has {known}')
 
 
 def newest_manager(workdir: pathlib.Path, kinds: Sequence[str]) -> ocp.CheckpointManager:
@@ -72,14 +121,8 @@ def newest_manager(workdir: pathlib.Path, kinds: Sequence[str]) -> ocp.Checkpoin
     Raises:
       ValueError: no such stage has a checkpoint.
     """
-    names = [path.name for path in (workdir / 'checkpoints').glob('*')]
-    for stage in sorted(names, key=stage_order, reverse=True):
-        if stage.partition('-')[0] in kinds:
-            manager = open_manager(workdir / 'checkpoints' / stage, keep=1)
-            if manager.latest_step():
-                return manager
-            manager.close()
-    raise ValueError(f'{workdir} holds no checkpoint: train first, or name another --workdir')
+    stage, _ = find_checkpoint(workdir, kinds)
+    return open_manager(workdir / 'checkpoints' / stage, keep=1)
 
 
 def save(

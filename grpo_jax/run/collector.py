@@ -1,6 +1,7 @@
 """Samples and grades the completions that each step of a policy's stage is trained on."""
 
 import dataclasses
+import logging
 from collections.abc import Iterable
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 
 from grpo_jax.algorithm.config import Algorithm
 from grpo_jax.algorithm.sample import last_block, sample_blocks
+from grpo_jax.rewards import TrainerState, name_in
 from grpo_jax.run.early_grading import dispatch_first
 from grpo_jax.run.grading import Grader, RolloutRewards
 from grpo_jax.run.rollouts import (
@@ -17,12 +19,15 @@ from grpo_jax.run.rollouts import (
     PrefetchedBatches,
     collect_rollout,
     completion_records,
+    function_rewards,
     reward_metrics,
 )
 from grpo_jax.run.selection import select_completions, select_pairs
 from grpo_jax.run.setup import Setup
 from grpo_jax.run.stages import StageParams
-from grpo_jax.types import Params, Prompts, Rollout, Sampling, StepRewards
+from grpo_jax.types import FunctionRewards, Params, Prompts, Rollout, Sampling, StepRewards
+
+log = logging.getLogger('grpo_jax')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,18 +60,26 @@ class RolloutCollector:
     ) -> CollectedBatch:
         """Grade a step's samples, and draw more of them where `grpo.refill` asks for it."""
         config, first = self.setup.config, position.next_batch
+        grader = dataclasses.replace(self.grader, trainer_state=self._trainer_state(position))
         rollout, rewards, used, metrics = collect_rollout(
             sampled,
             lambda number: self._sample_batch(first + number, policy, initial),
-            lambda rollout, early: self.grader.grade(rollout, initial.reward, early),
-            self.grader.grade_early,
+            lambda rollout, early: grader.grade(rollout, initial.reward, early),
+            grader.grade_early,
             refill=config.grpo.refill,
         )
-        metrics = metrics | reward_metrics(rewards, config.eval.correct)
+        correct = name_in(config.grpo.rewards, config.eval.correct)
+        metrics = metrics | reward_metrics(rewards, correct)
         records = completion_records(rewards, config.log.completions)
         rollout, trained_rewards, trained = self._select(position, rollout, rewards)
-        following = Position(position.step + 1, first + used, trained)
+        following = position.next_step(rollout, next_batch=first + used, trained=trained)
+        metrics['num_tokens'] = float(following.tokens)
         return CollectedBatch(rollout, trained_rewards, metrics, records, following)
+
+    def _trainer_state(self, position: Position) -> TrainerState:
+        c = self.setup.config.grpo
+        passes = position.next_batch * c.batch_size / len(self.grader.problems.table)
+        return TrainerState(position.step, c.steps, passes)
 
     def _sample_batch(self, number: int, policy: Params, initial: StageParams) -> Iterable[Rollout]:
         """Sample batch `number`, which seeds its random numbers; dispatch the first block."""
@@ -79,6 +92,7 @@ class RolloutCollector:
             sampling=Sampling(**c.sampling),
             group_size=c.group_size,
             weights=c.weights,
+            record=tuple(c.record),
         )
         dispatched = dispatch_first(blocks)
         self.prompts.prefetch(number + 1)
@@ -86,17 +100,31 @@ class RolloutCollector:
 
     def _select(
         self, position: Position, rollout: Rollout, rewards: RolloutRewards
-    ) -> tuple[Rollout, np.ndarray | StepRewards, frozenset[str]]:
+    ) -> tuple[Rollout, np.ndarray | StepRewards | FunctionRewards, frozenset[str]]:
         """Return the completions to train on, with their rewards."""
         drop = self.setup.config.grpo.drop
         if self.algorithm.pairwise:
             pairs, totals = select_pairs(jax.device_get(rollout), rewards.total)
             return pairs, totals, position.trained
+        kept: Any = None
         trained = position.trained
         if drop:
-            kept: Any
             kept, trained = select_completions(
                 jax.device_get(rollout), rewards.texts.completions, rewards.total, drop, trained
             )
             rollout = rollout._replace(kept=kept)
-        return rollout, rewards.total if rewards.steps is None else rewards.steps, trained
+        if rewards.skipped is not None:
+            kept = ~rewards.skipped if kept is None else kept & ~rewards.skipped
+            rollout = rollout._replace(kept=kept)
+            log.warning(
+                'step %d: %d completions have no reward, because all reward functions returned '
+                'None; they are not trained on', position.step + 1, rewards.skipped.sum(),
+            )  # fmt: skip
+        if self.algorithm.uses_function_rewards:
+            of_functions = function_rewards(rewards, self.grader.weights, self.grader.score_weight)
+            return rollout, of_functions, trained
+        if rewards.steps is not None:
+            return rollout, rewards.steps, trained
+        # NaN: without a reward, so no part of the group that a completion is compared with.
+        missing = np.zeros((), bool) if rewards.skipped is None else rewards.skipped
+        return rollout, np.where(missing, np.float32(np.nan), rewards.total), trained

@@ -5,6 +5,7 @@ import ctypes
 import dataclasses
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ import jax
 from jax.experimental.compilation_cache import compilation_cache
 
 _COMPILED = '/jax/core/compile/backend_compile_duration'  # also for programs from the cache
+_TRACED = '/jax/core/compile/jaxpr_trace_duration'
+_LOWERED = '/jax/core/compile/jaxpr_to_mlir_module_duration'
 _CACHE_HIT = '/jax/compilation_cache/cache_hits'
 _LONG = 0.3  # seconds; not worth trimming (about 10 ms) after shorter compilations
 
@@ -44,6 +47,50 @@ def counted() -> Iterator[Count]:
             yield count
     finally:
         jax.monitoring.unregister_event_listener(on_event)
+
+
+class Compilations:
+    """The time that compilations take, for a progress bar that leaves it out of its estimate.
+
+    Args:
+      bar: a tqdm progress bar.
+    """
+
+    def __init__(self, bar: Any) -> None:
+        self.seconds, self._bar = 0.0, bar
+        self._spans: list[tuple[float, float]] = []
+
+    def add(self, event: str, duration_secs: float, **rest: Any) -> None:
+        """Listens to JAX's events."""
+        if event not in (_TRACED, _LOWERED, _COMPILED):
+            return
+        now = time.time()
+        begun = now - duration_secs
+        # A function that is traced contains others, whose events came before.
+        inner = sum(end - start for start, end in self._spans if start >= begun)
+        self._spans = [span for span in self._spans if span[0] < begun] + [(begun, now)]
+        added = max(duration_secs - inner, 0.0)
+        self.seconds += added
+        if not self._bar.disable:
+            # As if the bar had started that much later; `last_print_t` is for its latest rate.
+            self._bar.start_t = min(self._bar.start_t + added, now)
+            self._bar.last_print_t = min(self._bar.last_print_t + added, now)
+
+    @contextlib.contextmanager
+    def announced(self, what: str) -> Iterator[None]:
+        """Says on standard error what is compiled in the block, and how long that took."""
+        before = self.seconds
+        self._bar.write(f'{what} ...', file=sys.stderr)
+        yield
+        self._bar.write(f'{what} ... {self.seconds - before:.0f} s', file=sys.stderr)
+
+
+@contextlib.contextmanager
+def left_out(bar: Any) -> Iterator[Compilations]:
+    """Leaves the time of compilations in the block out of a progress bar's estimate."""
+    compilations = Compilations(bar)
+    with _timed(compilations.add):
+        yield compilations
 
 
 @contextlib.contextmanager

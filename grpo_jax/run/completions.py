@@ -95,7 +95,7 @@ def read(path: pathlib.Path) -> list[Row]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    row = _row(number, json.loads(line))
+                    row = _row(number, json.loads(line), line)
                     if rows and (row.scores is None) != (rows[0].scores is None):
                         here, first = (
                             ('no scores', 'some') if rows[0].scores else ('scores', 'none')
@@ -200,7 +200,7 @@ def _sizes(rows: Sequence[Row], text: str) -> list[int]:
     return sizes
 
 
-def _row(number: int, fields: Any) -> Row:
+def _row(number: int, fields: Any, line: bytes) -> Row:
     if not isinstance(fields, dict):
         raise ValueError('is not a JSON object')
     for name in ('answer', 'completions'):
@@ -217,7 +217,9 @@ def _row(number: int, fields: Any) -> Row:
         wrong = next((i for i, score in enumerate(scores) if not _finite(score)), None)
         if wrong is not None:
             raise ValueError(f"'scores'[{wrong}] is {_short(scores[wrong])}: give a finite number")
-    return Row(number, str(answer), texts, scores)
+    if not isinstance(answer, str):  # a number, as the file spells it
+        answer = json.loads(line, parse_float=str, parse_int=str)['answer']
+    return Row(number, answer, texts, scores)
 
 
 def _finite(value: Any) -> bool:

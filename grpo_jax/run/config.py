@@ -1,179 +1,23 @@
-"""The configuration: every key with its default and meaning.
+"""Reads a config file, and reads and sets keys of a config.
 
 A config file defines `get_config()`, which takes `defaults()`, sets keys and returns the result.
-The dictionary is locked: setting a key that does not exist is an error. Only the dictionaries in
-`FREE` accept any key: the data set, the reward functions, the kind of RoPE scaling or the optimizer
-defines what they hold.
 """
 
-import dataclasses
-import difflib
-import functools
-import importlib.util
 import inspect
-import operator
 import os
-import re
-import typing
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
-from grpo_jax.algorithm.config import Algorithm
-from grpo_jax.algorithm.presets import BETA
-from grpo_jax.engine.compute import Compute
-from grpo_jax.models import Lora, ModelConfig
-from grpo_jax.types import Sampling
+from grpo_jax import plugins
+from grpo_jax.run.defaults import FREE, at, defaults
+from grpo_jax.run.errors import ConfigError, caught
+from grpo_jax.run.paths import make_absolute
+from grpo_jax.run.sections import UnknownKeyError, collecting
 
-FREE = (
-    'data.options',
-    'grpo.rewards',
-    'grpo.step_rewards',
-    'model.rope_scaling',
-    *(f'{name}.optimizer.options' for name in ('sft', 'grpo', 'critic', 'reward_model')),
-)  # dictionaries that accept any key; assigning one replaces it as a whole
-
-DEFAULTS = 'grpo_jax.run.config.defaults()'
-
-
-def _fields(cls: Any) -> dict[str, Any]:
-    return {f.name: f.default for f in dataclasses.fields(cls)}
-
-
-def algorithm_fields() -> dict[str, Any]:
-    """Defaults of `grpo.algorithm`: a function of your own is a path, 'package.module:name'."""
-    fields = {name: f.default for name, f in Algorithm.__dataclass_fields__.items()}
-    del fields['terms']  # derived
-    return fields | {'advantage_estimator': ''}
-
-
-def compute_fields() -> dict[str, Any]:
-    """Defaults of `grpo.compute`: all None, so chosen from shapes and platform."""
-    types = typing.get_type_hints(Compute)
-    return {name: placeholder(typing.get_args(t)[0]) for name, t in types.items()}
-
-
-def optimizer_fields(learning_rate: float = 1e-6) -> dict[str, Any]:
-    """Defaults of an `optimizer` section."""
-    return {
-        'name': 'adamw',  # 'adamw', or the path of an optax factory such as 'optax.contrib:muon'
-        'options': {},  # keyword arguments of the optax factory
-        'learning_rate': learning_rate,  # the peak, after warm-up
-        'warmup_steps': 0,  # updates over which the learning rate rises linearly
-        'hold_steps': 0,  # updates at the peak before the decay
-        'decay': 'constant',  # after warm-up and hold: 'constant', 'linear' or 'cosine'
-        'b1': 0.9,  # adamw: decay of the first moment
-        'b2': 0.999,  # adamw: decay of the second moment
-        'eps': 1e-8,  # adamw: added to the root of the second moment
-        'weight_decay': 0.0,  # adamw: decay of matrices; norm scales and biases are not decayed
-        'clip_norm': 1.0,  # largest global norm of the gradient; 0: no clipping
-    }  # see `optimizer.make_optimizer`
-
-
-class _Section(ConfigDict):
-    """A section whose dictionaries may have keys with dots, such as a reward function's path."""
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        if isinstance(value, dict):
-            value = ConfigDict(value, allow_dotted_keys=True)
-        super().__setitem__(key, value)
-
-
-def defaults() -> ConfigDict:
-    """All keys with their defaults: the paper's values where it states them (arXiv 2402.03300)."""
-    model = _fields(ModelConfig) | {
-        'width': 128,
-        'layers': 4,
-        'heads': 4,
-        'kv_heads': 2,
-        'head_dim': 32,
-        'mlp_width': 512,
-        'rope_scaling': {},
-        'lora': _fields(Lora),
-    }
-    del model['vocab_size']  # the tokenizer's
-    del model['scalar_head']  # that of reward models and critics
-    config = ConfigDict()
-    config.seed = 0  # seed of random parameters, the order of the data and every sampled token
-    config.tokenizer = ''  # folder, hub id or 'bytes'; empty: that of `pretrained`, or 'bytes'
-    config.pretrained = ''  # folder or hub id of a Hugging Face checkpoint; empty: random weights
-    config.model = model  # see `models.ModelConfig`; with `pretrained` only dtypes and the like
-    config.mesh = {  # see `sharding.make_mesh`
-        'fsdp': 1,  # devices over which groups and parameters are split; -1: all remaining ones
-        'tensor': 1,  # devices over which heads, MLP and vocabulary are split
-    }
-    config.data = {
-        'name': 'arithmetic',  # name of the data set, see `data.load`
-        'options': {},  # keyword arguments of that data set
-        'train_split': 'train',  # split with the training prompts and the demonstrations
-        'heldout_split': 'test',  # split with the problems for evaluation
-        'prompt': '{question}',  # template over the columns, or a format's name; see `data.prompts`
-        'chat': False,  # apply the tokenizer's chat template to the prompt
-        'system': '',  # system message that replaces that of the prompt format
-        'stops': (),  # strings that end a completion, in addition to those of the format
-        'demonstration': '{demonstration}',  # template of the completions that SFT trains on
-        'prompt_length': 64,  # P in tokens; longer prompts are dropped and counted
-        'completion_length': 64,  # T in tokens, the end token included
-        'cache_dir': '',  # folder of prepared data sets; empty: <workdir>/data
-    }
-    config.sft = {  # stage 1: supervised fine-tuning; steps=0 skips it
-        'steps': 0,  # training steps; 0 skips the stage
-        'batch_size': 32,  # demonstrations per step
-        'microbatch': placeholder(int),  # demonstrations at a time; None: as many as fit
-        'optimizer': optimizer_fields(learning_rate=1e-3),
-    }
-    grpo = {  # stage 2: GRPO, or another method by its options, see `presets`
-        'steps': 100,  # training steps per iteration; 0 skips the stage
-        'iterations': 1,  # each updates the reference, and trains the reward model if there is one
-        'source': 'policy',  # sample from the 'policy', or the 'reference' of the stage's start
-        'batch_size': 32,  # B, prompts per step
-        'group_size': 8,  # G, completions per prompt
-        'ahead': False,  # sample for step k + 1 before update k; needs `algorithm.importance`
-        'weights': 'model',  # weights to sample with; 'int8' needs `algorithm.importance`
-        'refill': 0,  # maximum of extra batches per step, to replace groups with equal rewards
-        'drop': (),  # do not train on: 'wrong' (reward <= 0), 'duplicates', 'truncated'
-        'algorithm': algorithm_fields() | {'beta': BETA},  # see `algorithm.config.Algorithm`
-        'compute': compute_fields(),  # see `engine.compute.Compute`; None: chosen automatically
-        'sampling': Sampling()._asdict(),  # see `types.Sampling`
-        'rewards': {},  # function -> weight, or weight and options; see `rewards.build`
-        'step_rewards': {},  # the same with one step function, for supervision='process'
-        'optimizer': optimizer_fields(),
-    }
-    config.grpo = _Section(grpo)
-    config.critic = {'optimizer': optimizer_fields(learning_rate=1e-5)}  # with baseline='critic'
-    config.reward_model = {  # a decoder with a scalar head, added to the reward functions
-        'weight': 0.0,  # weight of its score in the reward; 0: no reward model
-        'kind': 'outcome',  # one score for each completion, or 'process': one for each step
-        'pretrained': '',  # folder of a sequence classifier; empty: starts from the policy
-        'steps': 0,  # training steps on samples of the policy, before each iteration
-        'loss': 'bradley_terry',  # 'bradley_terry' or 'label' (outcome), 'step' (process)
-        'batch_size': 32,  # prompts per step
-        'group_size': 8,  # completions per prompt, labeled by `eval.correct` or `step_rewards`
-        'microbatch': placeholder(int),  # prompts at a time; None: as many as fit
-        'replay': 0.1,  # share of each batch taken from the samples of earlier iterations
-        'optimizer': optimizer_fields(learning_rate=2e-5),
-    }
-    config.eval = {
-        'every': 50,  # GRPO steps between evaluations; also before the first and after the last
-        'batch_size': 64,  # prompts decoded at a time
-        'correct': '',  # the reward function that is 1 for a right answer
-        'extract': '',  # function from a completion to its answer, for maj@k
-        'samples': 8,  # completions per problem for pass@k and maj@k; 0: neither
-        'k': (1, 8),  # the k of pass@k and maj@k, each at most `samples`
-        'temperature': 1.0,  # of the samples for pass@k and maj@k
-    }
-    config.log = {'completions': 8}  # sampled completions written to completions.jsonl per step
-    config.checkpoint = {
-        'every': 50,  # steps between checkpoints
-        'keep': 2,  # how many of the newest checkpoints are kept
-    }
-    config.grpo.rewards, config.grpo.step_rewards = {}, {}  # `_Section` allows dots in their keys
-    config.lock()
-    for path in FREE:
-        _at(config, path).unlock()
-    return config
+__all__ = ['defaults', 'flatten', 'load', 'read', 'set_value']
 
 
 def flatten(config: Mapping[str, Any] | ConfigDict, prefix: str = '') -> dict[str, Any]:
@@ -195,7 +39,7 @@ def set_value(config: ConfigDict, path: str, value: Any) -> None:
       ValueError: the value is not of the key's type.
     """
     parent, _, name = path.rpartition('.')
-    section = _at(config, parent) if parent else config
+    section = at(config, parent) if parent else config
     try:
         section[name] = value
     except TypeError as error:
@@ -205,57 +49,73 @@ def set_value(config: ConfigDict, path: str, value: Any) -> None:
         section[name].unlock()
 
 
-def _at(config: Any, path: str) -> Any:
-    return functools.reduce(operator.getitem, path.split('.'), config)
-
-
-def nearest(key: str) -> str:
-    """Suggests the key that was most likely meant."""
-    # Among keys with the same last name, suggest that of the `grpo` section.
-    known = sorted(flatten(defaults()), key=lambda path: path.startswith('grpo.'))
-    by_name = {path.rpartition('.')[2]: path for path in known}
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-    if not near:
-        names = difflib.get_close_matches(key.rpartition('.')[2], by_name, n=1, cutoff=0.5)
-        near = [by_name[name] for name in names]
-    return f'did you mean {near[0]!r}?' if near else f'see {DEFAULTS} for all keys'
-
-
 def load(path: str | os.PathLike[str]) -> ConfigDict:
     """Calls the `get_config()` of a config file; for `FILE.py:NAME` it is `get_config(NAME)`.
 
     Raises:
-      ValueError: the file does not exist, raises an error or returns no ConfigDict.
+      ConfigError: the file does not exist, raises an error, returns no ConfigDict, or sets keys
+        that do not exist or values of the wrong type, all of which are named.
     """
+    config, problems = read(path)
+    if config is None or problems:
+        raise ConfigError(problems)
+    return config
+
+
+def read(path: str | os.PathLike[str]) -> tuple[ConfigDict | None, list[str]]:
+    """Calls the `get_config()` of a config file as `load` does, without raising an error.
+
+    Returns:
+      The config without the keys that could not be set, or None if there is none, and what is wrong
+      with it.
+    """
+    with collecting() as problems:
+        try:
+            config = _call_get_config(path)
+        except ValueError as error:
+            return None, [*(f'--config={path}: {text}' for text in problems), str(error)]
+    with caught(problems):
+        make_absolute(config, os.path.dirname(os.path.abspath(str(path).partition('.py:')[0])))
+    return config, [f'--config={path}: {text}' for text in problems]
+
+
+def _call_get_config(path: str | os.PathLike[str]) -> ConfigDict:
     if not path:
         raise ValueError('--config=FILE is missing: name a config file')
     file, colon, argument = str(path).partition('.py:')
     file += '.py' if colon else ''
     if not os.path.isfile(file):
         raise ValueError(f'--config={path}: no such file: give the path of a config file')
-    spec = importlib.util.spec_from_file_location('config_file', file)
-    if spec is None or spec.loader is None:
-        raise ValueError(f'--config={path}: not a Python file')
-    module = importlib.util.module_from_spec(spec)
+    folders = module_folders(os.path.dirname(os.path.abspath(file)))
+    plugins.set_folders(folders)
     try:
-        spec.loader.exec_module(module)
+        module = plugins.import_file(file, fresh=True)
         if not colon and _has_required_parameters(module.get_config):
             raise ValueError(f'the file has several configs: name one, as in {file}:NAME')
         config = module.get_config(argument) if colon else module.get_config()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ValueError(f'--config={path}: {_reason(error)}') from error
     if not isinstance(config, ConfigDict):
         raise ValueError(f'--config={path}: get_config() returned {config!r}: return a ConfigDict')
+    if 'module_folders' in config and not config.module_folders:
+        config.module_folders = folders
     return config
 
 
-def _reason(error: Exception) -> str:
+def module_folders(folder: str) -> tuple[str, ...]:
+    """The folders of modules for a config in `folder`, with the working directory.
+
+    The working directory counts where Python looks for modules there, as with `python -m`, so that
+    a saved run finds the same modules when it is continued from somewhere else.
+    """
+    here = os.getcwd()
+    searched = here in map(os.path.abspath, sys.path)
+    return tuple(dict.fromkeys((folder, here) if searched else (folder,)))
+
+
+def _reason(error: BaseException) -> str:
     text = str(error)
-    if unknown := re.search(r'Key "(\w+)" does not exist', text):
-        return f'unknown config key {unknown[1]!r}: {nearest(unknown[1])}'
-    if wrong := re.search(r"override field '(\w+)'.*?\. (.*) is of original .* type (.*)$", text):
-        return f'config key {wrong[1]!r} is {wrong[2]}: give a value of type {wrong[3]}'
-    if isinstance(error, ValueError):
+    if isinstance(error, ValueError | UnknownKeyError):
         return text
     return f'{type(error).__name__}: {error}: fix the file (GRPO_JAX_TRACEBACK=1 shows where)'
 

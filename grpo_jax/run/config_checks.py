@@ -5,7 +5,10 @@ from collections.abc import Iterator, Mapping
 
 from ml_collections import ConfigDict
 
-from grpo_jax.run.config import DEFAULTS, defaults, flatten, nearest
+from grpo_jax.run.config import flatten
+from grpo_jax.run.defaults import defaults
+from grpo_jax.run.errors import ConfigError
+from grpo_jax.run.suggestions import DEFAULTS, suggest
 
 _AT_LEAST = {  # lower bounds of the numbers that nothing else checks before training
     0: (
@@ -23,25 +26,37 @@ _AT_LEAST = {  # lower bounds of the numbers that nothing else checks before tra
 
 
 def check_keys(config: ConfigDict) -> None:
-    """Raises ValueError for a key that does not exist, or one that is missing."""
+    """Raises ConfigError for keys that do not exist, or are missing."""
     known, present = set(flatten(defaults())), set(flatten(config))
-    for key in sorted(present - known):
-        raise ValueError(f'unknown config key {key!r}: {nearest(key)}')
-    for key in sorted(known - present):
-        raise ValueError(f'config key {key!r} is missing: start from {DEFAULTS}')
+    problems = [f'unknown config key {key!r}: {suggest(key)}' for key in sorted(present - known)]
+    problems += [
+        f'config key {key!r} is missing: start from {DEFAULTS}' for key in sorted(known - present)
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_values(config: ConfigDict) -> None:
-    """Raises ValueError for a number out of range, or a run without any training steps."""
+    """Raises ConfigError for numbers out of range, or a run without any training steps."""
+    problems = []
     if not config.sft.steps and not config.grpo.steps:
-        raise ValueError('sft.steps=0 and grpo.steps=0: set one of them to train anything')
+        problems.append('sft.steps=0 and grpo.steps=0: set one of them to train anything')
     if not 0 <= config.seed < 2**31:  # JAX seeds are int32
-        raise ValueError(f'seed={config.seed} is out of range: make it at least 0 and below 2^31')
+        problems.append(f'seed={config.seed} is out of range: make it at least 0 and below 2^31')
+    inputs = config.data.reward_inputs
+    if inputs not in ('auto', 'texts', 'messages'):
+        problems.append(
+            f'data.reward_inputs={inputs!r} is unknown: use one of auto, texts, messages'
+        )
     values = flatten(config.to_dict())
-    for least, paths in _AT_LEAST.items():
-        for path in paths:
-            if not least <= values[path] < math.inf:  # also rejects NaN
-                raise ValueError(f'{path}={values[path]} is out of range: make it at least {least}')
+    problems += [
+        f'{path}={values[path]} is out of range: make it at least {least}'
+        for least, paths in _AT_LEAST.items()
+        for path in paths
+        if not least <= values[path] < math.inf  # also rejects NaN
+    ]
+    if problems:
+        raise ConfigError(problems)
 
 
 def differing_defaults(

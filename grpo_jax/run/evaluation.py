@@ -1,4 +1,8 @@
-"""Evaluates a policy on held-out problems: accuracy, pass@k, maj@k, avg@k and rm@k."""
+"""Evaluates a policy on held-out problems: accuracy, pass@k, maj@k, avg@k and rm@k, or the reward.
+
+What can be estimated depends on the config: accuracy, avg@k and pass@k need `eval.correct`, maj@k
+needs `eval.extract` too. Without `eval.correct` the metric is the mean reward of greedy answers.
+"""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -10,13 +14,15 @@ from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
 from grpo_jax import data, rewards
-from grpo_jax.run.grading import GradedTexts, grade_texts
+from grpo_jax.run.graded_texts import GradedTexts, grade_texts
+from grpo_jax.run.grading import RolloutRewards
 from grpo_jax.run.problems import Problems
 from grpo_jax.run.setup import Sampler
 from grpo_jax.run.statistics import maj_at_k, pass_at_k, rm_at_k
 from grpo_jax.types import Params, Rollout, Sampling
 
 Ranker = Callable[[Rollout, GradedTexts], Float[np.ndarray, ' N']]
+Rewarder = Callable[[Rollout], RolloutRewards]
 
 
 class Answers(NamedTuple):
@@ -25,19 +31,21 @@ class Answers(NamedTuple):
     values: dict[str, Float[np.ndarray, ' N']]  # metric -> one estimate per problem
     prompts: list[str]
     completions: list[str]  # greedy
-    extracted: list[str | None]  # the answers in the greedy completions
-    correct: list[bool]  # whether the greedy completions are right
-    sampled_extracted: list[list[str | None]]  # [N][samples]
-    sampled_correct: list[list[bool]]  # [N][samples]
+    extracted: Sequence[str | None] = ()  # the answers in them; empty without an extractor
+    correct: Sequence[bool] = ()  # whether they are right; empty if that is unknown
+    rewards: Sequence[float] = ()  # of them, where it is unknown whether they are right
+    sampled_extracted: Sequence[list[str | None]] = ()  # [N][samples]
+    sampled_correct: Sequence[list[bool]] = ()  # [N][samples]
 
 
 class Evaluation(NamedTuple):
     """The part of `Answers` that is recorded while training."""
 
-    metrics: dict[str, float]  # the means of `values`
+    metrics: dict[str, float]  # the means of `values`, and `spread`
     prompts: list[str]
     completions: list[str]
-    correct: list[bool]
+    correct: Sequence[bool] = ()  # empty if that is unknown
+    rewards: Sequence[float] = ()  # of greedy answers, where it is unknown
 
 
 class _Completions(NamedTuple):
@@ -45,7 +53,7 @@ class _Completions(NamedTuple):
 
     prompts: list[str]  # N * G texts, one for each completion
     completions: list[str]
-    correct: Bool[np.ndarray, 'N G']
+    total: Float[np.ndarray, 'N G']  # rewards
     ended: Bool[np.ndarray, 'N G']
     length: Int[np.ndarray, 'N G']  # tokens
     scores: Float[np.ndarray, 'N G'] | None  # of the reward model
@@ -56,13 +64,14 @@ def answer_problems(
     params: Params,
     problems: Problems,
     *,
-    correct: rewards.RewardFunction,
-    extract: Callable[[str], str | None],
+    correct: rewards.RewardFunction | None = None,
+    extract: Callable[[str], str | None] | None = None,
     batch_size: int,
     samples: int = 0,
     k: Sequence[int] = (),
     temperature: float = 1.0,
     rank: Ranker | None = None,
+    reward: Rewarder | None = None,
 ) -> Answers:
     """Sample one greedy completion of every problem, and `samples` at `temperature`.
 
@@ -73,59 +82,80 @@ def answer_problems(
       sampler: `sample.sample` with the model and its other settings bound.
       params: parameters of the policy.
       problems: held-out problems.
-      correct: a reward function; a completion is right where it gives at least 1.
+      correct: a reward function; a completion is right where it gives at least 1. Without it only
+        greedy completions are sampled.
       extract: returns the answer for which a completion votes, or None if it does not vote.
       batch_size: prompts decoded at a time.
       samples: completions per problem in addition to the greedy one.
       k: sizes for pass@k and maj@k, each at most `samples`; see `statistics`.
       temperature: of the samples.
       rank: returns a reward model's scores of B * G completions, for rm@k (best of k).
+      reward: returns the rewards of a rollout, which are the metric without `correct`.
 
     Returns:
-      Answers with the values `eval/accuracy`, `eval/mean_length` (tokens) and `eval/clipped_ratio`
-      of the greedy completions; with samples also `eval/avg@<samples>`, `eval/pass@k` and
-      `eval/maj@k`, and with `rank` `eval/rm@k`.
+      Answers with the values `eval/accuracy` (without `correct` it is `eval/reward`),
+      `eval/mean_length` (tokens) and `eval/clipped_ratio` of the greedy completions; with samples
+      also `eval/avg@<samples>`, `eval/pass@k`, with `extract` `eval/maj@k` and with `rank`
+      `eval/rm@k`.
+
+    Raises:
+      ValueError: neither `correct` nor `reward`.
     """
+    grade = reward if correct is None else _grader_of(correct, problems)
+    if grade is None:
+        raise ValueError('nothing grades the answers: give correct or reward')
 
     def complete(group_size: int, temperature: float, rank: Ranker | None = None) -> _Completions:
         sample = functools.partial(
             sampler, params, step=0, sampling=Sampling(temperature), group_size=group_size
         )
-        return _complete(sample, problems, correct, batch_size, rank)
+        return _complete(sample, problems, grade, batch_size, rank)
+
+    def answers_in(completions: list[str]) -> list[str | None]:
+        return [] if extract is None else rewards.extract_answers(extract, completions)
 
     greedy = complete(1, 0.0)
-    right = greedy.correct[:, 0]
-    values = {
-        'eval/accuracy': right.astype(float),
+    total, right = greedy.total[:, 0], greedy.total[:, 0] >= 1
+    metric = {'eval/reward': total} if correct is None else {'eval/accuracy': right}
+    values = {name: column.astype(float) for name, column in metric.items()} | {
         'eval/mean_length': greedy.length[:, 0].astype(float),
         'eval/clipped_ratio': 1.0 - greedy.ended[:, 0],
     }
-    sampled_extracted: list[list[str | None]] = []
-    sampled_correct: list[list[bool]] = []
-    if samples:
-        sampled = complete(samples, temperature, rank)
-        extracted = [extract(text) for text in sampled.completions]
-        starts = range(0, len(extracted), samples)
-        sampled_extracted = [extracted[start : start + samples] for start in starts]
-        sampled_correct = sampled.correct.tolist()
-        values[f'eval/avg@{samples}'] = sampled.correct.mean(1)
-        values |= _estimates_at_k(sampled, sampled_extracted, k)
-    return Answers(
-        values,
-        greedy.prompts,
-        greedy.completions,
-        [extract(text) for text in greedy.completions],
-        right.tolist(),
-        sampled_extracted,
-        sampled_correct,
-    )
+    answers = Answers(values, greedy.prompts, greedy.completions, answers_in(greedy.completions))
+    if correct is None:
+        return answers._replace(rewards=total.tolist())
+    answers = answers._replace(correct=right.tolist())
+    if not samples:
+        return answers
+    sampled = complete(samples, temperature, rank)
+    extracted = answers_in(sampled.completions)
+    starts = range(0, len(extracted), samples)
+    voting = [extracted[start : start + samples] for start in starts]
+    sampled_right = sampled.total >= 1
+    values[f'eval/avg@{samples}'] = sampled_right.mean(1)
+    values |= _estimates_at_k(sampled_right.tolist(), voting, sampled.scores, k)
+    return answers._replace(sampled_extracted=voting, sampled_correct=sampled_right.tolist())
 
 
 def evaluate(sampler: Sampler, params: Params, problems: Problems, **options: Any) -> Evaluation:
     """Return the mean of each metric; the arguments are those of `answer_problems`."""
     answers = answer_problems(sampler, params, problems, **options)
     metrics = {name: float(column.mean()) for name, column in answers.values.items()}
-    return Evaluation(metrics, answers.prompts, answers.completions, answers.correct)
+    metrics |= spread(answers)
+    return Evaluation(
+        metrics, answers.prompts, answers.completions, answers.correct, answers.rewards
+    )
+
+
+def spread(answers: Answers) -> dict[str, float]:
+    """Return `eval/reward_std`, the sample standard deviation over problems, if there are rewards.
+
+    It is 0 for a single problem.
+    """
+    rewards = answers.values.get('eval/reward')
+    if rewards is None:
+        return {}
+    return {'eval/reward_std': float(rewards.std(ddof=1)) if len(rewards) > 1 else 0.0}
 
 
 def answer_records(answers: Answers) -> Iterator[dict[str, Any]]:
@@ -134,13 +164,15 @@ def answer_records(answers: Answers) -> Iterator[dict[str, Any]]:
         record: dict[str, Any] = {
             'prompt': prompt,
             'completion': answers.completions[i],
-            'extracted': answers.extracted[i],
-            'correct': answers.correct[i],
         }
-        if answers.sampled_correct:
-            record['sampled_extracted'] = answers.sampled_extracted[i]
-            record['sampled_correct'] = answers.sampled_correct[i]
-        yield record
+        columns = {
+            'extracted': answers.extracted,
+            'correct': answers.correct,
+            'reward': answers.rewards,
+            'sampled_extracted': answers.sampled_extracted,
+            'sampled_correct': answers.sampled_correct,
+        }
+        yield record | {name: column[i] for name, column in columns.items() if column}
 
 
 def evaluation_options(config: ConfigDict) -> dict[str, Any]:
@@ -149,46 +181,56 @@ def evaluation_options(config: ConfigDict) -> dict[str, Any]:
     Raises:
       ValueError: an unknown function, or a k larger than the number of samples.
     """
-    if not config['correct']:
-        raise ValueError(
-            'eval.correct is empty: name the reward function that is 1 where an answer is right'
-        )
-    if not config['extract']:
-        raise ValueError(
-            'eval.extract is empty: name the function that finds the answer in a completion, such '
-            "as 'extract_answer'"
-        )
-    for size in config['k'] if config['samples'] else ():
-        if not 1 <= size <= config['samples']:
-            raise ValueError(
-                f'eval.k={size} needs at least {size} samples: eval.samples={config["samples"]}'
-            )
-    extract = rewards.extractor(config['extract'])
     numbers = {name: config[name] for name in ('batch_size', 'samples', 'k', 'temperature')}
-    functions, _ = rewards.build({config['correct']: 1.0})
-    return {'correct': functions[config['correct']], 'extract': extract, **numbers}
+    for size in numbers['k'] if numbers['samples'] else ():
+        if not 1 <= size <= numbers['samples']:
+            raise ValueError(
+                f'eval.k={size} needs at least {size} samples: eval.samples={numbers["samples"]}'
+            )
+    options: dict[str, Any] = numbers | {'correct': None, 'extract': None}
+    if config['extract']:
+        options['extract'] = rewards.extractor(config['extract'])
+    if config['correct']:
+        functions, _ = rewards.build({config['correct']: 1.0})
+        options['correct'] = functions[config['correct']]
+    return options
 
 
 def _estimates_at_k(
-    sampled: _Completions, extracted: list[list[str | None]], sizes: Sequence[int]
+    correct: list[list[bool]],
+    extracted: list[list[str | None]],
+    scores: Float[np.ndarray, 'N G'] | None,
+    sizes: Sequence[int],
 ) -> dict[str, Float[np.ndarray, ' N']]:
-    correct = sampled.correct.tolist()
     votes = [rewards.equivalence_classes(group) for group in extracted]
     values: dict[str, np.ndarray] = {}
     for k in sizes:
-        passed = [pass_at_k(len(group), sum(group), k) for group in correct]
-        voted = [maj_at_k(*pair, k) for pair in zip(votes, correct, strict=True)]
-        values |= {f'eval/pass@{k}': np.array(passed), f'eval/maj@{k}': np.array(voted)}
-        if sampled.scores is not None:
-            pairs = zip(sampled.scores.tolist(), correct, strict=True)
+        values[f'eval/pass@{k}'] = np.array([pass_at_k(len(g), sum(g), k) for g in correct])
+        if votes:
+            voted = [maj_at_k(*pair, k) for pair in zip(votes, correct, strict=True)]
+            values[f'eval/maj@{k}'] = np.array(voted)
+        if scores is not None:
+            pairs = zip(scores.tolist(), correct, strict=True)
             values[f'eval/rm@{k}'] = np.array([rm_at_k(*pair, k) for pair in pairs])
     return values
+
+
+def _grader_of(correct: rewards.RewardFunction, problems: Problems) -> Rewarder:
+    """Return a function that grades a rollout by the reward function `correct` alone."""
+
+    def grade(rollout: Rollout) -> RolloutRewards:
+        texts = grade_texts(
+            jax.device_get(rollout), problems, {'correct': correct}, {'correct': 1.0}
+        )
+        return RolloutRewards(texts, texts.scores.total.reshape(rollout.ended.shape), None, None)
+
+    return grade
 
 
 def _complete(
     sample: Callable[..., Rollout],
     problems: Problems,
-    correct: rewards.RewardFunction,
+    grade: Rewarder,
     batch_size: int,
     rank: Ranker | None,
 ) -> _Completions:
@@ -196,23 +238,21 @@ def _complete(
     parts = []
     for prompts, count in data.in_order(problems.table, batch_size):
         rollout = sample(prompts)
-        texts = grade_texts(
-            jax.device_get(rollout), problems, {'correct': correct}, {'correct': 1.0}
-        )
-        group_size = rollout.ended.shape[1]
+        graded = grade(rollout)
+        texts, group_size = graded.texts, rollout.ended.shape[1]
         scores = None if rank is None else rank(rollout, texts).reshape(-1, group_size)[:count]
-        right = (texts.scores.total >= 1).reshape(-1, group_size)[:count]
+        total = np.asarray(graded.total)[:count]
         end = count * group_size  # the last batch is filled up with copies
         ended, mask = (np.asarray(x)[:count] for x in (rollout.ended, rollout.mask))
         parts.append(
             _Completions(
-                texts.prompts[:end], texts.completions[:end], right, ended, mask.sum(-1), scores
+                texts.prompts[:end], texts.completions[:end], total, ended, mask.sum(-1), scores
             )
         )
     return _Completions(
         [text for part in parts for text in part.prompts],
         [text for part in parts for text in part.completions],
-        np.concatenate([part.correct for part in parts]),
+        np.concatenate([part.total for part in parts]),
         np.concatenate([part.ended for part in parts]),
         np.concatenate([part.length for part in parts]),
         None if rank is None else np.concatenate([part.scores for part in parts]),

@@ -6,6 +6,7 @@ Everything is written to a temporary folder first and moved to its place at the 
 import contextlib
 import json
 import logging
+import os
 import pathlib
 import shutil
 from collections.abc import Iterator
@@ -17,12 +18,14 @@ from grpo_jax.data import load_tokenizer
 from grpo_jax.models import hf
 from grpo_jax.models.config import DTYPES
 from grpo_jax.run.parameters import merged, newest_policy
-from grpo_jax.run.setup import Setup, prepare
+from grpo_jax.run.setup import Setup, prepare_policy
 
 log = logging.getLogger('grpo_jax')
 
 
-def export(config: ConfigDict, workdir: str, output: str, *, dtype: str = '') -> None:
+def export(
+    config: ConfigDict, workdir: str, output: str, *, dtype: str = '', checkpoint: str = ''
+) -> None:
     """Writes all weights, with the adapters merged in.
 
     Args:
@@ -30,18 +33,19 @@ def export(config: ConfigDict, workdir: str, output: str, *, dtype: str = '') ->
       workdir: the run's folder.
       output: a folder that does not exist yet, or is empty.
       dtype: dtype of the weights; if empty, that of the pretrained checkpoint or the parameters.
+      checkpoint: 'STAGE/STEP', STAGE or STEP; empty: the newest.
 
     Raises:
-      ValueError: there is no checkpoint, no Hugging Face architecture fits the model, or the
+      ValueError: there is no such checkpoint, no Hugging Face architecture fits the model, or the
         output folder is not empty.
     """
-    setup = _prepare(config, workdir)
+    setup = prepare_policy(config, pathlib.Path(workdir).absolute())
     fields = _fields(setup)
     dtype = dtype or fields.get('dtype') or fields.get('torch_dtype') or config.model.param_dtype
     if dtype not in DTYPES:
         raise ValueError(f'--dtype={dtype}: use one of {", ".join(DTYPES)}')
     with _folder(output) as folder:
-        policy = newest_policy(setup)
+        policy = newest_policy(setup, checkpoint)
         params = policy.base
         if policy.adapters:
             params = merged(setup, params, policy.adapters)
@@ -51,30 +55,32 @@ def export(config: ConfigDict, workdir: str, output: str, *, dtype: str = '') ->
     print(f'{policy.name}: {size / 1e6:.1f} MB of {dtype} weights in {output}')
 
 
-def export_adapter(config: ConfigDict, workdir: str, output: str) -> None:
+def export_adapter(config: ConfigDict, workdir: str, output: str, *, checkpoint: str = '') -> None:
     """Writes the adapters alone, as PEFT reads them; arguments as in `export`.
 
     Raises:
       ValueError: as in `export`, or no adapters apply to the unchanged pretrained checkpoint.
     """
-    setup = _prepare(config, workdir)
+    setup = prepare_policy(config, pathlib.Path(workdir).absolute())
     fields = _fields(setup)
     with _folder(output) as folder:
-        policy = newest_policy(setup)
+        policy = newest_policy(setup, checkpoint)
         if not policy.pretrained:
             raise ValueError(
                 'the run has no adapters of a pretrained checkpoint: it trained all weights, or '
                 'merged the adapters of its first stage. Remove --adapter to export all weights'
             )
-        hf.save_adapter(policy.adapters, setup.model.config, fields, config.pretrained, folder)
-        setup.tokenizer.save_pretrained(folder)
+        base = config.pretrained  # a folder, whose absolute path is written, or a name on the hub
+        base = os.path.abspath(base) if os.path.isdir(base) else base
+        hf.save_adapter(policy.adapters, setup.model.config, fields, base, folder)
+        _tokenizer(setup).save_pretrained(folder)
     print(f'{policy.name}: adapters of {config.pretrained} in {output}')
 
 
 def _fields(setup: Setup) -> dict[str, Any]:
     """The `config.json` to write."""
     if setup.source is not None:
-        return hf.read_json(setup.source / 'config.json')
+        return hf.read_config(setup.source)
     tokenizer = setup.tokenizer
     ends = {'eos_token_id': tokenizer.eos_token_id, 'pad_token_id': tokenizer.pad_token_id}
     return hf.hugging_face_fields(setup.model.config.base) | ends
@@ -100,23 +106,24 @@ def _describe(setup: Setup, fields: dict[str, Any], folder: pathlib.Path) -> Non
     generation.write_text(json.dumps(settings, indent=2) + '\n')
 
 
+def _tokenizer(setup: Setup) -> Any:
+    """The run's tokenizer with its own chat template, without the run's variables and date."""
+    return load_tokenizer(setup.config.tokenizer or str(setup.source or 'bytes'))
+
+
 def _save_tokenizer(setup: Setup, folder: pathlib.Path) -> None:
     """Writes the run's tokenizer; `config.json` in `folder` decides how transformers loads it."""
-    setup.tokenizer.save_pretrained(folder)
-    again = load_tokenizer(str(folder))
-    if again.backend_tokenizer.to_str() != setup.tokenizer.backend_tokenizer.to_str():
+    tokenizer = _tokenizer(setup)
+    tokenizer.save_pretrained(folder)
+    try:
+        again = load_tokenizer(str(folder)).backend_tokenizer.to_str()
+    except ValueError:  # it encodes texts differently
+        again = ''
+    if again != tokenizer.backend_tokenizer.to_str():
         log.warning(
             'transformers loads another tokenizer from the exported folder than the run used, '
             'because of the architecture: load the tokenizer with PreTrainedTokenizerFast'
         )
-
-
-def _prepare(config: ConfigDict, workdir: str) -> Setup:
-    """The setup without the reward model and attention kernel, which only training needs."""
-    config = config.copy_and_resolve_references()
-    config.reward_model.weight = 0.0
-    config.model.attention = 'auto'
-    return prepare(config, pathlib.Path(workdir).absolute())
 
 
 @contextlib.contextmanager

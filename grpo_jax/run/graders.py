@@ -1,10 +1,12 @@
 """The grader and the ranker that a config describes."""
 
 import functools
+import logging
+from collections.abc import Mapping
 
 from ml_collections import ConfigDict
 
-from grpo_jax import rewards
+from grpo_jax import data, rewards
 from grpo_jax.algorithm import reward_model
 from grpo_jax.algorithm.config import Algorithm
 from grpo_jax.run.evaluation import Ranker
@@ -13,6 +15,8 @@ from grpo_jax.run.methods import algorithm_of
 from grpo_jax.run.parameters import newest_reward_params
 from grpo_jax.run.problems import Problems
 from grpo_jax.run.setup import Setup
+
+log = logging.getLogger('grpo_jax')
 
 
 def make_grader(setup: Setup, problems: Problems, algorithm: Algorithm) -> Grader:
@@ -28,20 +32,69 @@ def make_grader(setup: Setup, problems: Problems, algorithm: Algorithm) -> Grade
     """
     config, c = setup.config, setup.config.reward_model
     process = algorithm.supervision == 'process'
-    _check_kinds(config, algorithm, has_reward_model=setup.reward_model is not None)
+    check_kinds(config, algorithm, has_reward_model=setup.reward_model is not None)
     if config.grpo.rewards or not (process or setup.reward_model is not None):
         functions, weights = rewards.build(config.grpo.rewards)
-    else:  # called with weight 0, for the accuracy of the run
-        functions, _ = rewards.build({config.eval.correct: 1.0})
-        weights = {config.eval.correct: 0.0}
+    else:
+        functions, weights = correctness(config)
     scorer = None
     if setup.reward_model is not None:
         scorer = reward_model.make_scorer(setup.reward_model, setup.mesh, kind=c.kind)
     steps = rewards.build_steps(config.grpo.step_rewards) if process else None
+    alone = sum(map(bool, weights.values())) == 1 and scorer is None and steps is None
+    check_functions(functions, problems, alone=alone)
+    if steps is not None:
+        columns = list(problems.rows[0])
+        name, function, _ = steps
+        arguments = ('prompts', 'completions')
+        rewards.check_arguments({name: function}, columns, arguments=arguments, kind='step rewards')
     return Grader(problems, functions, weights, steps, scorer, c.weight)
 
 
-def _check_kinds(config: ConfigDict, algorithm: Algorithm, *, has_reward_model: bool) -> None:
+def check_functions(
+    functions: Mapping[str, rewards.RewardFunction], problems: Problems, *, alone: bool
+) -> None:
+    """Check that reward functions can be called for every row, before anything is compiled.
+
+    Args:
+      functions: reward functions by name.
+      problems: the data set.
+      alone: whether one function gives the whole reward, so that each row needs a reference that it
+        can read. Otherwise such rows are only reported.
+
+    Raises:
+      rewards.RewardError: a column is missing, or a row has no readable reference.
+    """
+    rows = problems.table.index
+    rewards.check_arguments(functions, list(problems.rows[0]))
+    unreadable = rewards.check_references(
+        functions, data.columns(problems.rows, rows, 1), rows.tolist()
+    )
+    for name, numbers in unreadable.items():
+        first = problems.rows[numbers[0]]
+        message = (
+            f'reward {name!r} cannot read the reference of {len(numbers)} rows, first row '
+            f'{numbers[0]} (from 0), answer {first.get("answer", first)!r:.80}'
+        )
+        if alone:
+            raise rewards.RewardError(f'{message}: fix these rows, or remove them')
+        log.warning('%s: it does not apply to them', message)
+
+
+def correctness(
+    config: ConfigDict,
+) -> tuple[dict[str, rewards.RewardFunction], dict[str, float]]:
+    """Return `eval.correct` with weight 0, for the accuracy of a run; nothing if it is empty."""
+    name = config.eval.correct
+    return (rewards.build({name: 1.0})[0], {name: 0.0}) if name else ({}, {})
+
+
+def check_kinds(config: ConfigDict, algorithm: Algorithm, *, has_reward_model: bool) -> None:
+    """Check that rewards are of completions or of steps, as the algorithm needs them.
+
+    Raises:
+      ValueError: they are not, or step rewards have no effect.
+    """
     c = config.reward_model
     process = algorithm.supervision == 'process'
     if process and not config.grpo.step_rewards:

@@ -2,33 +2,23 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from grpo_jax import data, rewards
-from grpo_jax.data import char_to_token, completion_texts
+from grpo_jax.data import char_to_token
+from grpo_jax.run.graded_texts import (
+    START,
+    GradedTexts,
+    concatenate_texts,
+    flat_tokens,
+    grade_texts,
+)
 from grpo_jax.run.problems import Problems
 from grpo_jax.types import Params, Rollout, StepRewards
-
-
-class GradedTexts(NamedTuple):
-    """The texts of N = B * G completions, group by group, with their rewards by functions."""
-
-    prompts: list[str]
-    completions: list[str]
-    scores: rewards.Scores
-
-    def select(self, completions: Int[np.ndarray, ' M']) -> 'GradedTexts':
-        """Return the entries of these completions, in this order."""
-        parts = {name: part[completions] for name, part in self.scores.parts.items()}
-        return GradedTexts(
-            [self.prompts[i] for i in completions],
-            [self.completions[i] for i in completions],
-            self.scores._replace(total=self.scores.total[completions], parts=parts),
-        )
 
 
 class RolloutRewards(NamedTuple):
@@ -38,6 +28,9 @@ class RolloutRewards(NamedTuple):
     total: Float[np.ndarray, 'B G']  # with step rewards, their sum over steps
     steps: StepRewards | None
     model_scores: Float[np.ndarray, ' N'] | None  # of the reward model; with steps, their mean
+    # Completions without a reward, which are not trained on; None if all have one. Their `total` is
+    # the mean of their group's others, so that it changes no baseline.
+    skipped: Bool[np.ndarray, 'B G'] | None = None
 
     def informative(self) -> Bool[np.ndarray, ' B']:
         """Return which groups have rewards, of completions or of steps, that differ."""
@@ -52,7 +45,9 @@ class RolloutRewards(NamedTuple):
         completions = _completions_of(groups, self.total.shape[1])
         steps = self.steps and StepRewards(*(x[groups] for x in self.steps))
         scores = None if self.model_scores is None else self.model_scores[completions]
-        return RolloutRewards(self.texts.select(completions), self.total[groups], steps, scores)
+        skipped = None if self.skipped is None else self.skipped[groups]
+        texts = self.texts.select(completions)
+        return RolloutRewards(texts, self.total[groups], steps, scores, skipped)
 
 
 class GradedGroups(NamedTuple):
@@ -60,41 +55,6 @@ class GradedGroups(NamedTuple):
 
     groups: Int[np.ndarray, ' M']  # their indices in the batch
     texts: GradedTexts
-
-
-def grade_texts(
-    rollout: Rollout,
-    problems: Problems,
-    functions: Mapping[str, rewards.RewardFunction],
-    weights: Mapping[str, float],
-) -> GradedTexts:
-    """Decode the tokens of a rollout and call the reward functions on the texts.
-
-    Args:
-      rollout: [B, G, T] arrays on the host.
-      problems: the data set that the prompts are from.
-      functions: reward functions by name.
-      weights: their weights by the same names.
-
-    Raises:
-      rewards.RewardError: see `rewards.score`.
-    """
-    asked, length, index = map(np.asarray, rollout.prompts)
-    tokenizer, group_size = problems.tokenizer, rollout.tokens.shape[1]
-    columns = data.columns(problems.rows, index, group_size)
-    questions = completion_texts(tokenizer, asked, np.arange(asked.shape[1]) < length[:, None])
-    questions = [text for text in questions for _ in range(group_size)]
-    tokens, mask = _flat(rollout)
-    completions = completion_texts(tokenizer, tokens, mask, problems.stops)
-    scores = rewards.score(
-        functions,
-        weights,
-        prompts=questions,
-        completions=completions,
-        columns=columns,
-        completion_ids=[ids[used].tolist() for ids, used in zip(tokens, mask, strict=True)],
-    )
-    return GradedTexts(questions, completions, scores)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +68,7 @@ class Grader:
       step_rewards: name, function and weight from `rewards.build_steps`.
       scorer: the reward model, from `reward_model.make_scorer`.
       score_weight: weight of its scores.
+      trainer_state: for functions that name it.
     """
 
     problems: Problems
@@ -116,6 +77,7 @@ class Grader:
     step_rewards: tuple[str, rewards.RewardFunction, float] | None = None
     scorer: Callable[[Params, Rollout], Any] | None = None
     score_weight: float = 0.0
+    trainer_state: rewards.TrainerState = START
 
     def grade_early(self, partial_rollouts: Iterable[Rollout]) -> list[GradedGroups]:
         """Call the reward functions on each group as soon as all its completions have ended.
@@ -163,23 +125,26 @@ class Grader:
         total = texts.scores.total.reshape(host.tokens.shape[:2])
         steps = self.grade_steps(host, texts) if self.step_rewards else None
         scores = None if scored is None else np.asarray(scored)
-        if steps is None:
-            if scores is not None:
-                total = total + np.float32(self.score_weight) * scores
-            scores = None if scores is None else scores.reshape(-1)
-            return RolloutRewards(texts, total, None, scores)
+        if steps is None and scores is None:
+            return RolloutRewards(texts, *_without_missing(total))
+        total = np.nan_to_num(total)
+        if steps is None and scores is not None:
+            total = _float32(total + self.score_weight * scores.astype(np.float64))
+            return RolloutRewards(texts, total, None, np.reshape(scores, -1))
+        steps = cast(StepRewards, steps)
         values: Any = np.asarray(
             steps.values
         )  # NumPy, where StepRewards is annotated with JAX arrays
         ends: Any = np.asarray(steps.ends)
         if scores is not None:
-            values = values + np.where(ends, np.float32(self.score_weight) * scores, 0)
+            weighted = self.score_weight * scores.astype(np.float64)
+            values = values + np.where(ends, weighted, 0)
             scores = _mean_over_steps(scores, ends)
         if any(self.weights.values()):
             last = np.arange(host.mask.shape[-1]) == host.mask.sum(-1, keepdims=True) - 1
             values, ends = values + last * total[..., None], ends | last
-        values = values.astype(np.float32)
-        return RolloutRewards(texts, values.sum(-1), StepRewards(values, ends), scores)
+        values, total = _float32(values), _float32(values.sum(-1, dtype=np.float64))
+        return RolloutRewards(texts, total, StepRewards(values, ends), scores)
 
     def score(
         self, rollout: Rollout, texts: GradedTexts, reward_params: Params
@@ -219,9 +184,12 @@ class Grader:
         index, group_size = np.asarray(rollout.prompts.index), rollout.tokens.shape[1]
         columns = data.columns(self.problems.rows, index, group_size)
         steps_of = rewards.score_steps(name, function, texts.prompts, texts.completions, columns)
-        tokens, mask = _flat(rollout)
+        tokens, mask = flat_tokens(rollout)
         ends = [[step.end for step in steps] for steps in steps_of]
-        positions_of = char_to_token(self.problems.tokenizer, tokens, mask, texts.completions, ends)
+        positions_of = char_to_token(
+            self.problems.tokenizer, tokens, mask, texts.completions, ends,
+            hidden=self.problems.hidden,
+        )  # fmt: skip
         values: Any = np.zeros(tokens.shape, np.float32)
         is_end: Any = np.zeros(tokens.shape, bool)
         for i, (steps, positions) in enumerate(zip(steps_of, positions_of, strict=True)):
@@ -243,19 +211,9 @@ class Grader:
 
     def _grade_groups(self, host: Rollout, groups: Int[np.ndarray, ' M']) -> GradedTexts:
         selected = jax.tree.map(lambda x: x[groups], host)
-        return grade_texts(selected, self.problems, self.functions, self.weights)
-
-
-def concatenate_texts(parts: Sequence[GradedTexts]) -> GradedTexts:
-    """Join the texts and rewards of several batches."""
-    scores = [part.scores for part in parts]
-    joined = rewards.Scores(
-        total=np.concatenate([s.total for s in scores]),
-        parts={name: np.concatenate([s.parts[name] for s in scores]) for name in scores[0].parts},
-        timeouts=sum(s.timeouts for s in scores),
-    )
-    prompts = [text for part in parts for text in part.prompts]
-    return GradedTexts(prompts, [text for part in parts for text in part.completions], joined)
+        return grade_texts(
+            selected, self.problems, self.functions, self.weights, self.trainer_state
+        )
 
 
 def concatenate_rewards(parts: Sequence[RolloutRewards]) -> RolloutRewards:
@@ -264,7 +222,12 @@ def concatenate_rewards(parts: Sequence[RolloutRewards]) -> RolloutRewards:
         concatenate([getattr(part, name) for part in parts])
         for name in ('total', 'steps', 'model_scores')
     )
-    return RolloutRewards(concatenate_texts([part.texts for part in parts]), total, steps, scores)
+    skipped = None
+    if any(part.skipped is not None for part in parts):
+        masks = [np.zeros(p.total.shape, bool) if p.skipped is None else p.skipped for p in parts]
+        skipped = np.concatenate(masks)
+    texts = concatenate_texts([part.texts for part in parts])
+    return RolloutRewards(texts, total, steps, scores, skipped)
 
 
 def concatenate(trees: Sequence[Any]) -> Any:
@@ -272,10 +235,43 @@ def concatenate(trees: Sequence[Any]) -> Any:
     return jax.tree.map(lambda *x: np.concatenate(x), *trees)
 
 
-def _flat(rollout: Rollout) -> tuple[Int[np.ndarray, 'N T'], Bool[np.ndarray, 'N T']]:
-    """Return the tokens and the mask of all completions."""
-    length = rollout.tokens.shape[2]
-    return np.reshape(rollout.tokens, (-1, length)), np.reshape(rollout.mask, (-1, length))
+def _float32(values: Float[np.ndarray, '*S']) -> Float[np.ndarray, '*S']:
+    """Convert sums of rewards.
+
+    Raises:
+      rewards.RewardError: float32 cannot hold one of them.
+    """
+    largest = np.abs(values).max(initial=0)
+    if not largest <= np.finfo(np.float32).max:
+        raise rewards.RewardError(
+            f'a sum of rewards, steps and scores of the reward model is {largest:.3g}, which does '
+            'not fit float32: lower their weights'
+        )
+    return values.astype(np.float32)
+
+
+def _without_missing(
+    total: Float[np.ndarray, 'B G'],
+) -> tuple[Float[np.ndarray, 'B G'], None, None, Bool[np.ndarray, 'B G'] | None]:
+    """Replace missing rewards, NaN, by the mean of the group's others.
+
+    Returns:
+      The fields of `RolloutRewards` after the texts.
+
+    Raises:
+      rewards.RewardError: no completion of the batch has a reward.
+    """
+    missing = np.isnan(total)
+    if not missing.any():
+        return total, None, None, None
+    if missing.all():
+        raise rewards.RewardError(
+            f'none of the {total.size} completions of a batch has a reward, because all reward '
+            'functions returned None: add one that applies to these rows'
+        )
+    sums, counts = np.nansum(total, 1, np.float64), (~missing).sum(1)
+    means = (sums / np.maximum(counts, 1)).astype(np.float32)
+    return np.where(missing, means[:, None], total), None, None, missing
 
 
 def _mean_over_steps(

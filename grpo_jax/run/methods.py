@@ -6,13 +6,14 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from grpo_jax import plugins
+from grpo_jax.algorithm.checks import check_support
 from grpo_jax.algorithm.config import Algorithm
 from grpo_jax.algorithm.preferences import PAIRWISE
 from grpo_jax.algorithm.presets import CONVENTIONS, PRESETS
 from grpo_jax.engine.compute import Compute
 from grpo_jax.engine.decode import WEIGHTS
-from grpo_jax.run.config import algorithm_fields, optimizer_fields
 from grpo_jax.run.config_checks import differing_defaults
+from grpo_jax.run.defaults import algorithm_fields, optimizer_fields
 from grpo_jax.run.selection import DROPS
 
 # Keys of `grpo` that a method sets in addition to its `Algorithm`.
@@ -39,7 +40,7 @@ def apply(config: ConfigDict, name: str) -> ConfigDict:
       config: from `config.defaults()`.
       name: a key of `presets.PRESETS` or of `presets.CONVENTIONS`. A convention sets only the
         options that it names and that have an effect: those of the standard deviation if the method
-        in `config` divides by one, and the bound on the KL term if it has such a term.
+        in `config` divides by that of a group, and those of the KL term if it has such a term.
 
     Raises:
       ValueError: unknown name.
@@ -58,10 +59,16 @@ def apply(config: ConfigDict, name: str) -> ConfigDict:
 
 def _follow(config: ConfigDict, convention: Mapping[str, Any]) -> ConfigDict:
     algorithm = config.grpo.algorithm
-    for name, value in convention.items():
-        kl = algorithm.kl != 'none' and algorithm.beta
-        if kl if name == 'kl_clamp' else algorithm.scale in ('std', 'population_std'):
-            algorithm[name] = value
+    kl = algorithm.kl != 'none' and bool(algorithm.beta)
+    of_group = algorithm.scale in ('std', 'population_std')
+    effective = {
+        'scale': of_group,
+        'advantage_eps': of_group,
+        'kl_clamp': kl,
+        # k2 has the gradient of the reverse KL without a ratio.
+        'unbiased_kl': kl and algorithm.kl_place == 'loss' and algorithm.kl != 'k2',
+    }
+    algorithm.update({name: value for name, value in convention.items() if effective[name]})
     return config
 
 
@@ -73,7 +80,7 @@ def algorithm_of(config: ConfigDict) -> Algorithm:
     """
     options = dict(config.grpo.algorithm)
     for name in ('loss', 'advantage_estimator'):
-        if ':' in options[name]:
+        if ':' in options[name] or '.' in options[name]:
             options[name] = _load(f'grpo.algorithm.{name}', options[name])
     options['advantage_estimator'] = options['advantage_estimator'] or None
     try:
@@ -161,6 +168,7 @@ def _check_sampler(c: ConfigDict, algorithm: Algorithm) -> None:
             "grpo.ahead=True with grpo.algorithm.importance='none': completions are sampled by a "
             "policy one update old; correct for it by importance='token' or another"
         )
+    check_support(algorithm, recorded='support' in c.record)
     if c.ahead and c.refill:
         raise ValueError(
             f'grpo.ahead=True with grpo.refill={c.refill}: extra batches need the policy that '

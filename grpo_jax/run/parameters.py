@@ -7,14 +7,20 @@ import jax
 
 from grpo_jax import models, sharding
 from grpo_jax.models import hf
-from grpo_jax.run import checkpoint
+from grpo_jax.run import checkpoint, saved_config
 from grpo_jax.run.layout import stage_order
-from grpo_jax.run.setup import Setup
+from grpo_jax.run.setup import Setup, prepare_policy
+from grpo_jax.run.start import Start
 from grpo_jax.types import Params
 
 
 def initial_params(setup: Setup) -> Params:
-    """Pretrained or random parameters on the mesh, without adapters."""
+    """The parameters that a run begins with, on the mesh and without adapters.
+
+    They are those of another run, those of a pretrained checkpoint, or random.
+    """
+    if setup.config.start:
+        return _start_params(setup)
     base = models.Transformer(setup.model.config.base)
     if not setup.config.pretrained:
         key = jax.random.key(setup.config.seed)
@@ -61,17 +67,21 @@ class Policy(NamedTuple):
         return models.join_adapters(self.base, self.adapters)
 
 
-def newest_policy(setup: Setup) -> Policy:
-    """Reads the newest checkpoint of a run onto the mesh.
+def newest_policy(setup: Setup, name: str = '') -> Policy:
+    """Reads a checkpoint of a run onto the mesh.
+
+    Args:
+      setup: the run.
+      name: 'STAGE/STEP', STAGE or STEP, see `checkpoint.find_checkpoint`; empty: the newest.
 
     Raises:
-      ValueError: there is no checkpoint.
+      ValueError: there is no such checkpoint.
     """
     base, adapters = models.split_adapters(_shapes(setup.model))
-    with checkpoint.newest_manager(setup.workdir, ('sft', 'grpo')) as manager:
-        stage = manager.directory.name
-        name = f'{stage}/{manager.latest_step()}'
-        newest = checkpoint.restore_params(manager, adapters or base, setup.mesh)
+    stage, step = checkpoint.find_checkpoint(setup.workdir, ('sft', 'grpo'), name)
+    name = f'{stage}/{step}'
+    with checkpoint.open_manager(setup.workdir / 'checkpoints' / stage, keep=1) as manager:
+        newest = checkpoint.restore_params(manager, adapters or base, setup.mesh, step)
     if not adapters:
         return Policy(name, newest, {}, pretrained=False)
     params = initial_params(setup)
@@ -86,7 +96,8 @@ def newest_policy(setup: Setup) -> Policy:
         with checkpoint.open_manager(folder, keep=1) as manager:
             last = checkpoint.restore_params(manager, adapters, setup.mesh)
         params = merged(setup, params, last)
-    return Policy(name, params, newest, pretrained=bool(setup.config.pretrained) and not earlier)
+    unchanged = bool(setup.config.pretrained) and not setup.config.start and not earlier
+    return Policy(name, params, newest, pretrained=unchanged)
 
 
 def newest_reward_params(setup: Setup) -> Params | None:
@@ -104,6 +115,57 @@ def newest_reward_params(setup: Setup) -> Params | None:
         return initial_reward_params(setup)
     with checkpoint.newest_manager(setup.workdir, ('reward',)) as manager:
         return checkpoint.restore_params(manager, _shapes(setup.reward_model), setup.mesh)
+
+
+def check_start(setup: Setup) -> None:
+    """Checks that the run that `start` names has parameters and tokens of the same kind.
+
+    Raises:
+      ValueError: it has not.
+    """
+    if not setup.config.start:
+        return
+    other = _start_setup(setup)
+    if other.tokenizer.get_vocab() != setup.tokenizer.get_vocab():
+        raise ValueError(
+            f'start={setup.config.start!r} has another tokenizer than this run: use tokenizer='
+            f'{other.config.tokenizer!r} and pretrained={other.config.pretrained!r}'
+        )
+    theirs, ours = (_leaf_shapes(models.Transformer(s.model.config.base)) for s in (other, setup))
+    different = [name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name)]
+    if different:
+        name = min(different)
+        raise ValueError(
+            f'start={setup.config.start!r} has another model than this run: {name} is '
+            f'{theirs.get(name, "absent")} there and {ours.get(name, "absent")} here; remove the '
+            'keys of model, which are those of that run by default'
+        )
+
+
+def _start_setup(setup: Setup) -> Setup:
+    """The setup of the run that `start` names, on the mesh of this run."""
+    start = Start.parse(setup.config.start)
+    config = saved_config.read(start.workdir / 'config.json')
+    config.mesh = setup.config.mesh
+    return prepare_policy(config, start.workdir)
+
+
+def _start_params(setup: Setup) -> Params:
+    other, start = _start_setup(setup), Start.parse(setup.config.start)
+    policy = newest_policy(other, start.checkpoint)
+    params = merged(other, policy.base, policy.adapters) if policy.adapters else policy.base
+    shapes = _shapes(models.Transformer(setup.model.config.base))
+    cast = jax.jit(
+        lambda params: jax.tree.map(lambda x, like: x.astype(like.dtype), params, shapes),
+        donate_argnums=0,
+        out_shardings=sharding.shardings(params, setup.mesh),
+    )
+    return cast(params)
+
+
+def _leaf_shapes(model: models.Transformer) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(_shapes(model))
+    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
 
 
 def _shapes(model: models.Transformer) -> Params:

@@ -11,17 +11,17 @@ import numpy as np
 import optax
 
 from grpo_jax import data, models, sharding
-from grpo_jax.algorithm.advantages import check_group_options
 from grpo_jax.algorithm.config import Algorithm
 from grpo_jax.algorithm.critic import Critic
+from grpo_jax.algorithm.estimators import check_group_size
 from grpo_jax.algorithm.presets import SFT
 from grpo_jax.algorithm.program import Step, init_state, make_train_step
 from grpo_jax.algorithm.sample import last_block
 from grpo_jax.engine.compute import Compute
 from grpo_jax.engine.token_sampling import check_sampling
-from grpo_jax.run import evaluation
 from grpo_jax.run.collector import RolloutCollector
 from grpo_jax.run.graders import make_grader
+from grpo_jax.run.heldout import make_evaluator
 from grpo_jax.run.methods import algorithm_of, compute_of
 from grpo_jax.run.parameters import initial_adapters
 from grpo_jax.run.problems import Problems, prompting
@@ -43,7 +43,7 @@ from grpo_jax.types import Params, Rollout, Sampling, TrainState
 log = logging.getLogger('grpo_jax')
 
 # Metrics of SFT: demonstrations have no sampler, no rewards, and lengths that do not change.
-_SFT_METRICS = ('loss', 'grad_norm', 'num_tokens', 'skipped_updates')
+_SFT_METRICS = ('loss', 'grad_norm', 'step_tokens', 'skipped_updates')
 
 
 def sft_stage(setup: Setup, training: Problems, heldout: Problems | None = None) -> Stage:
@@ -58,7 +58,7 @@ def sft_stage(setup: Setup, training: Problems, heldout: Problems | None = None)
       ValueError: options or demonstrations that the user has to fix.
     """
     c, config = setup.config.sft, setup.config
-    check_batch_size(setup, 'sft', 'microbatch', c.microbatch)
+    check_batch_size(config, setup.mesh, 'sft', 'microbatch', c.microbatch)
     table = data.tokenize_demonstrations(
         training.rows,
         setup.tokenizer,
@@ -66,6 +66,8 @@ def sft_stage(setup: Setup, training: Problems, heldout: Problems | None = None)
         completion_length=config.data.completion_length,
         **prompting(config, setup.workdir),
     )
+    for ids in (table.prompts.used_ids(), table.tokens[table.mask]):
+        data.check_token_ids(ids, setup.tokenizer, setup.model.config.vocab_size)
     if table.prompts.dropped:
         log.warning('demonstrations: %s', table.prompts.summary())
     batches = data.batches(table, c.batch_size, seed=config.seed, name='sft.batch_size')
@@ -77,14 +79,16 @@ def sft_stage(setup: Setup, training: Problems, heldout: Problems | None = None)
     def collect(
         position: Position, sampled: Iterable[Rollout], policy: Params, initial: StageParams
     ) -> CollectedBatch:
-        following = position._replace(step=position.step + 1)
-        return CollectedBatch(last_block(sampled), ones, {}, [], following)
+        rollout = last_block(sampled)
+        following = position.next_step(rollout)
+        metrics = {'num_tokens': float(following.tokens)}
+        return CollectedBatch(rollout, ones, metrics, [], following)
 
     trainer = _PolicyTrainer(
         setup,
         SFT,
         Compute(microbatch=c.microbatch),
-        *make_optimizer(setup, 'sft', c.steps),
+        *make_optimizer(config, 'sft', c.steps),
         Sampling(),
     )
 
@@ -96,13 +100,15 @@ def sft_stage(setup: Setup, training: Problems, heldout: Problems | None = None)
     return dataclasses.replace(stage, step=step, ahead=True)
 
 
-def grpo_stage(setup: Setup, training: Problems, heldout: Problems, iteration: int = 1) -> Stage:
+def grpo_stage(
+    setup: Setup, training: Problems, heldout: Problems | None, iteration: int = 1
+) -> Stage:
     """Make the stage that trains on sampled completions by the options of the `grpo` section.
 
     Args:
       setup: the run.
       training: problems to train on.
-      heldout: problems to evaluate on.
+      heldout: problems to evaluate on, if there are any.
       iteration: from 1.
 
     Raises:
@@ -111,8 +117,8 @@ def grpo_stage(setup: Setup, training: Problems, heldout: Problems, iteration: i
     c, config = setup.config.grpo, setup.config
     algorithm, compute, sampling = algorithm_of(config), compute_of(config), Sampling(**c.sampling)
     check_sampling(sampling)
-    check_group_options(c.group_size, baseline=algorithm.baseline, scale=algorithm.scale)
-    check_batch_size(setup, 'grpo', 'compute.microbatch', compute.microbatch)
+    check_group_size(algorithm, c.group_size)
+    check_batch_size(config, setup.mesh, 'grpo', 'compute.microbatch', compute.microbatch)
     batches = data.batches(training.table, c.batch_size, seed=config.seed, name='grpo.batch_size')
     collector = RolloutCollector(
         setup,
@@ -121,7 +127,7 @@ def grpo_stage(setup: Setup, training: Problems, heldout: Problems, iteration: i
         PrefetchedBatches(lambda number: sharding.put_groups(batches[number], setup.mesh)),
     )
     updates = c.steps * algorithm.inner_updates
-    optimizer, schedule = make_optimizer(setup, 'grpo', updates)
+    optimizer, schedule = make_optimizer(config, 'grpo', updates)
     if algorithm.step == 'trust_region':
         optimizer, schedule = optax.identity(), None
     trainer = _PolicyTrainer(
@@ -162,14 +168,6 @@ class _PolicyTrainer:
         heldout: Problems | None,
     ) -> Stage:
         """Make the stage that trains on these samples."""
-        c, evaluate = self.setup.config.eval, None
-        if heldout is not None:
-            evaluate = functools.partial(
-                evaluation.evaluate,
-                self.setup.sampler,
-                problems=heldout,
-                **evaluation.evaluation_options(c),
-            )
         return Stage(
             name,
             steps,
@@ -181,8 +179,8 @@ class _PolicyTrainer:
             collect=collect,
             policy=self.policy,
             finish=self.finish,
-            heldout=evaluate,
-            eval_every=c.every,
+            heldout=make_evaluator(self.setup, heldout),
+            eval_every=self.setup.config.eval.every,
             algorithm=self.algorithm,
             compute=self.compute,
         )
@@ -247,4 +245,4 @@ class _PolicyTrainer:
 
 def _make_critic(setup: Setup, updates: int) -> Critic:
     model = models.Transformer(models.with_scalar_head(setup.model.config))
-    return Critic(model, make_optimizer(setup, 'critic', max(updates, 1))[0])
+    return Critic(model, make_optimizer(setup.config, 'critic', max(updates, 1))[0])

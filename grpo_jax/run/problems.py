@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax import data, sharding
 from grpo_jax.data import get_format
+from grpo_jax.run.defaults import defaults
 from grpo_jax.run.setup import Setup, stop_strings
 
 log = logging.getLogger('grpo_jax')
@@ -20,6 +21,8 @@ class Problems(NamedTuple):
     table: data.PromptTable
     tokenizer: Any
     stops: tuple[str, ...]  # strings that end a completion
+    hidden: frozenset[int] | None = None  # ids that are not part of a text; None: special tokens
+    conversations: list[data.Conversation] | None = None  # the prompts as messages, if they are
 
 
 def load_rows(config: ConfigDict, workdir: pathlib.Path, split: str) -> data.Rows:
@@ -36,29 +39,83 @@ def prompting(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
         'prompt_length': config.data.prompt_length,
         'chat': config.data.chat,
         'system': config.data.system,
+        'assistant_prefix': config.data.assistant_prefix,
         'examples': load_rows(config, workdir, config.data.train_split) if shots else (),
     }
 
 
-def heldout_problems(setup: Setup) -> Problems:
-    """The held-out problems; logs how many prompts were dropped because they are too long."""
+def heldout_problems(setup: Setup) -> Problems | None:
+    """The held-out problems; logs how many prompts were dropped because they are too long.
+
+    Returns:
+      The problems. None, with a warning, if there are none: `data.heldout_split` is empty, or it is
+      the default and the data set has only the split to train on.
+    """
     config = setup.config
     size = config.eval.batch_size
     sharding.check_batch(size, size, setup.mesh, of='eval.batch_size')
-    rows = list(load_rows(config, setup.workdir, config.data.heldout_split))
+    rows = _heldout_rows(config, setup.workdir)
+    if rows is None:
+        log.warning(
+            'no held-out problems (data.heldout_split=%r): the policy is not evaluated. Name a '
+            "split in data.heldout_split, or split train by data.options={'heldout': 0.1}",
+            config.data.heldout_split,
+        )
+        return None
     return _problems(setup, rows, config.data.heldout_split, 0)
 
 
-def training_problems(setup: Setup, heldout: Problems) -> Problems:
+def training_problems(setup: Setup, heldout: Problems | None) -> Problems:
     """The training problems without those that are held out; logs how many were dropped."""
     config = setup.config
-    all_rows = list(load_rows(config, setup.workdir, config.data.train_split))  # read once
-    rows, leaked = data.without_leaks(all_rows, heldout.rows)
+    rows: data.Rows = list(load_rows(config, setup.workdir, config.data.train_split))  # read once
+    leaked = 0
+    if heldout is not None:
+        rows, leaked = data.without_leaks(rows, heldout.rows)
     return _problems(setup, rows, config.data.train_split, leaked)
+
+
+def check_data(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Opens the data set.
+
+    Raises:
+      ValueError: it cannot be opened, or has no split to train on.
+    """
+    load_rows(config, workdir, config.data.train_split)
+    _heldout_rows(config, workdir)
+
+
+def _heldout_rows(config: ConfigDict, workdir: pathlib.Path) -> data.Rows | None:
+    split = config.data.heldout_split
+    if not split:
+        return None
+    try:
+        return list(load_rows(config, workdir, split))
+    except data.MissingSplitError as missing:
+        if split != defaults().data.heldout_split:
+            raise
+        try:
+            load_rows(config, workdir, config.data.train_split)
+        except ValueError:
+            raise missing from None
+        return None
 
 
 def _problems(setup: Setup, rows: data.Rows, split: str, leaked: int) -> Problems:
     table = data.tokenize_prompts(rows, setup.tokenizer, **prompting(setup.config, setup.workdir))
     if table.dropped or leaked:
         log.warning('%s: %s', split, table.summary(leaked))
-    return Problems(rows, table, setup.tokenizer, stop_strings(setup.config))
+    data.check_token_ids(table.used_ids(), setup.tokenizer, setup.model.config.vocab_size)
+    stops, messages = stop_strings(setup.config), _messages(setup, rows)
+    return Problems(rows, table, setup.tokenizer, stops, setup.hidden, messages)
+
+
+def _messages(setup: Setup, rows: data.Rows) -> list[data.Conversation] | None:
+    """The prompts as messages for the reward functions; None if they get texts."""
+    c = setup.config.data
+    if c.reward_inputs == 'texts':
+        return None
+    if c.reward_inputs == 'auto':
+        return data.prompt_conversations(c.prompt, rows, c.system)
+    examples = prompting(setup.config, setup.workdir)['examples']
+    return data.prompt_messages(c.prompt, rows, examples=examples, system=c.system)

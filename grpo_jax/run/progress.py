@@ -3,12 +3,14 @@
 import collections
 import logging
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
+from grpo_jax.rewards import RewardError
 from grpo_jax.run.report import Records
 from grpo_jax.run.rollouts import CollectedBatch
 from grpo_jax.run.stages import Stage
@@ -19,6 +21,42 @@ _SHOWN = {
     'reward': 'reward', 'accuracy': 'accuracy', 'kl': 'KL', 'loss': 'loss',
     'perf/tokens_per_second': 'tok/s',
 }  # fmt: skip
+
+
+class EqualGroups:
+    """Warns once when all groups of `STEPS` steps in a row had equal rewards.
+
+    Args:
+      stage: name of the stage.
+    """
+
+    STEPS = 10
+
+    def __init__(self, stage: str) -> None:
+        self.stage, self.rows, self.warned = stage, list[dict[str, float]](), False
+
+    def add(self, step: int, metrics: dict[str, float]) -> None:
+        """Adds the metrics of a step."""
+        self.rows = [*self.rows, metrics] if metrics.get('frac_reward_zero_std') == 1 else []
+        if len(self.rows) < self.STEPS or self.warned:
+            return
+        self.warned = True
+        log.warning(
+            '%s step %d: in %d steps in a row all completions of each prompt had the same reward, '
+            'so nothing is learned. %s Look at completions.jsonl: do completions hold an answer, '
+            'and in the form that the reward function expects?',
+            self.stage, step, self.STEPS, ' '.join(self._observations()),
+        )  # fmt: skip
+
+    def _observations(self) -> Iterator[str]:
+        values = {row['reward'] for row in self.rows}
+        if len(values) == 1 and all(row.get('reward_std') == 0 for row in self.rows):
+            yield f'Every reward was {values.pop():g}.'
+        else:
+            yield 'Rewards differ between prompts only.'
+        cut = np.mean([row.get('completions/clipped_ratio', 0.0) for row in self.rows])
+        if cut >= 0.5:
+            yield f'{cut:.0%} of the completions were cut off at data.completion_length.'
 
 
 class Progress:
@@ -43,6 +81,7 @@ class Progress:
             self.rates = jax.device_get(jax.jit(jax.vmap(stage.schedule))(counts))
         self.waiting: collections.deque[Any] = collections.deque()
         self.partly_written = False  # whether the first waiting step is
+        self.equal_groups = EqualGroups(stage.name)
         self.restart()
 
     def restart(self) -> None:
@@ -72,6 +111,7 @@ class Progress:
             self.records.completions(step, completions)
             self.waiting.popleft()
             self.partly_written = False
+            self.equal_groups.add(step, metrics)
             self._show(metrics)
 
     def _complete(
@@ -89,11 +129,13 @@ class Progress:
                 '%s step %d: the gradient was not finite, so its update was skipped (%d so far)',
                 self.stage.name, step, self.skipped,
             )  # fmt: skip
+        if taken := sorted(metrics.keys() & host_metrics.keys()):
+            raise RewardError(f'log_metric({taken[0]!r}, …): a metric has this name: use another')
         others = sum(host_metrics.get(f'timing/{name}', 0.0) for name in ('sample', 'reward'))
         return metrics | host_metrics | {
             'timing/update': max(seconds - others, 0.0),
             'step_time': seconds,
-            'perf/tokens_per_second': metrics['num_tokens'] / seconds,
+            'perf/tokens_per_second': metrics['step_tokens'] / seconds,
         }  # fmt: skip
 
     def _show(self, metrics: dict[str, float]) -> None:

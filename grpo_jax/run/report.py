@@ -9,7 +9,7 @@ import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TextIO
 
 from grpo_jax.run.layout import stage_order
@@ -22,10 +22,17 @@ class Records:
       workdir: the run's folder.
       stage: its name, see `layout.stage_order`.
       step: the first step of this process; lines of it and later are removed.
+      log: also gets the metrics of steps and evaluations, (step, metrics).
     """
 
-    def __init__(self, workdir: pathlib.Path, stage: str, step: int) -> None:
-        self.workdir, self.stage, self.step = workdir, stage, step
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        stage: str,
+        step: int,
+        log: Callable[[int, Mapping[str, float]], None] | None = None,
+    ) -> None:
+        self.workdir, self.stage, self.step, self.log = workdir, stage, step, log
         self.files: dict[str, TextIO] = {}
         for name in ('metrics', 'completions', 'heldout'):
             self._open(name, step)
@@ -42,9 +49,7 @@ class Records:
         """Writes one line, and a point per curve. A value that is not finite is written as null."""
         finite = {k: v if math.isfinite(v) else None for k, v in values.items()}
         self._line('metrics', step, finite)
-        for name, value in finite.items():
-            if value is not None:
-                self.events.add_scalar(name, value, step)
+        self._curves(step, {name: value for name, value in finite.items() if value is not None})
 
     def completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes one line for each sampled completion."""
@@ -52,10 +57,15 @@ class Records:
             self._line('completions', step, row)
 
     def heldout(self, step: int, evaluation: Any) -> None:
-        """Writes all greedy answers to the held-out problems in one line, and a point per curve."""
-        self._line('heldout', step, evaluation._asdict())
-        for name, value in evaluation.metrics.items():
-            self.events.add_scalar(name, value, step)
+        """Writes all greedy answers to the held-out problems in one line, and a point per curve.
+
+        Args:
+          step: the number of training steps before it.
+          evaluation: an `evaluation.Evaluation`; its empty fields are left out.
+        """
+        fields = {name: value for name, value in evaluation._asdict().items() if value != ()}
+        self._line('heldout', step, fields)
+        self._curves(step, evaluation.metrics)
 
     def remove_from(self, step: int) -> None:
         """Removes the metrics and completions of a step and later, to write them again."""
@@ -73,6 +83,12 @@ class Records:
             file.close()
         if 'events' in vars(self):
             self.events.close()
+
+    def _curves(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.events.add_scalar(name, value, step)
+        if self.log is not None:
+            self.log(step, values)
 
     def _line(self, name: str, step: int, row: Mapping[str, Any]) -> None:
         line = json.dumps({'stage': self.stage, 'step': step, **row}, ensure_ascii=False)
@@ -155,11 +171,12 @@ def plot(workdir: pathlib.Path, steps: int) -> pathlib.Path:
             axis.plot(*zip(*points, strict=True), linewidth=0.8, label='sampled, training problems')
         else:
             axis.text(0.5, 0.5, 'not computed', ha='center', transform=axis.transAxes)
-    if tests:
-        points = [(row['step'], row['metrics']['eval/accuracy']) for row in tests]
-        axes[0, 1].plot(*zip(*points, strict=True), 'o-', markersize=4, label='greedy, held-out')
-        axes[0, 1].set_ylim(0, 1)
-        axes[0, 1].legend(fontsize=8, loc='lower right')
+    for name, axis in (('eval/reward', axes[0, 0]), ('eval/accuracy', axes[0, 1])):
+        points = [(row['step'], row['metrics'][name]) for row in tests if name in row['metrics']]
+        if points:
+            axis.plot(*zip(*points, strict=True), 'o-', markersize=4, label='greedy, held-out')
+            axis.legend(fontsize=8, loc='lower right')
+    axes[0, 1].set_ylim(0, 1)
     for axis in axes[1]:
         axis.set_xlabel('step')
     path = workdir / 'reward.png'
@@ -169,13 +186,20 @@ def plot(workdir: pathlib.Path, steps: int) -> pathlib.Path:
 
 
 def before_and_after(workdir: pathlib.Path, steps: int, count: int = 8) -> str:
-    """A table of the first held-out prompts with the greedy answers before and after training."""
+    """A table of the first held-out prompts with the greedy answers before and after training.
+
+    An answer is marked as right (+) or wrong (-), or with its reward. Empty without evaluations.
+    """
     tests = read_policy(workdir / 'heldout.jsonl', steps)
+    if not tests:
+        return ''
     first, last = tests[0], tests[-1]
 
     def cell(row: Mapping[str, Any], i: int) -> str:
         text = ' '.join(row['completions'][i].split())
         text = text if len(text) <= 40 else text[:37] + '...'
+        if 'correct' not in row:
+            return f'{row["rewards"][i]:.3g}: {text}'
         return ('+ ' if row['correct'][i] else '- ') + text
 
     table = [('prompt', f'before (step {first["step"]})', f'after (step {last["step"]})')]

@@ -15,6 +15,7 @@ from grpo_jax.algorithm.program import init_state
 from grpo_jax.algorithm.sample import last_block
 from grpo_jax.data.batching import BatchSequence
 from grpo_jax.engine.compute import Compute
+from grpo_jax.run.graders import check_functions, correctness
 from grpo_jax.run.grading import Grader
 from grpo_jax.run.methods import algorithm_of
 from grpo_jax.run.problems import Problems
@@ -48,9 +49,9 @@ def reward_stage(setup: Setup, training: Problems, iteration: int = 1) -> Stage:
     """
     c, config = setup.config.reward_model, setup.config
     algorithm_of(config)  # rejects options without effect
-    _check_loss(c.loss, c.kind, c.group_size)
-    check_batch_size(setup, 'reward_model', 'microbatch', c.microbatch)
-    optimizer, schedule = make_optimizer(setup, 'reward_model', c.steps)
+    check_loss(c.loss, c.kind, c.group_size)
+    check_batch_size(config, setup.mesh, 'reward_model', 'microbatch', c.microbatch)
+    optimizer, schedule = make_optimizer(config, 'reward_model', c.steps)
     batches = data.batches(
         training.table, c.batch_size, seed=config.seed + 1, name='reward_model.batch_size'
     )
@@ -77,7 +78,12 @@ def reward_stage(setup: Setup, training: Problems, iteration: int = 1) -> Stage:
     )
 
 
-def _check_loss(loss: str, kind: str, group_size: int) -> None:
+def check_loss(loss: str, kind: str, group_size: int) -> None:
+    """Check that the loss of a reward model fits its kind and its groups.
+
+    Raises:
+      ValueError: it does not.
+    """
     if (loss == 'step') != (kind == 'process'):
         raise ValueError(
             f'reward_model.loss={loss!r} with kind={kind!r}: an outcome model is trained by '
@@ -93,12 +99,18 @@ def _check_loss(loss: str, kind: str, group_size: int) -> None:
 def _label_grader(setup: Setup, training: Problems) -> Grader:
     """Make the grader of what the reward model learns: correctness, or the step function."""
     config = setup.config
-    functions, _ = rewards.build({config.eval.correct: 1.0})
+    functions, weights = correctness(config)
+    if not functions and config.reward_model.kind == 'outcome':
+        raise ValueError(
+            f'reward_model.steps={config.reward_model.steps} with an empty eval.correct, which '
+            'labels the completions: name the reward function that is 1 where an answer is right'
+        )
     steps = None
     if config.reward_model.kind == 'process':
         name, function, _ = rewards.build_steps(config.grpo.step_rewards)
         steps = name, function, 1.0
-    return Grader(training, functions, {config.eval.correct: 0.0}, steps)
+    check_functions(functions, training, alone=True)
+    return Grader(training, functions, weights, steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,13 +164,14 @@ class _RewardTraining:
     ) -> CollectedBatch:
         rollout = jax.device_get(last_block(sampled))
         graded = self.grader.grade(rollout, None)
-        right = graded.texts.scores.parts[self.setup.config.eval.correct]
+        right = graded.texts.scores.parts.get(self.setup.config.eval.correct)
         labels: Any = graded.steps
-        if labels is None:
-            labels = right.reshape(rollout.ended.shape)
+        if labels is None and right is not None:
+            labels = np.nan_to_num(right).reshape(rollout.ended.shape)  # None counts as wrong
         rollout, labels = self.replay.mix(position.step, (rollout, labels))
-        metrics = {'accuracy': float(np.mean(right >= 1))}
-        following = position._replace(step=position.step + 1)
+        metrics = {} if right is None else {'accuracy': float(np.mean(right >= 1))}
+        following = position.next_step(rollout)
+        metrics['num_tokens'] = float(following.tokens)
         return CollectedBatch(rollout, labels, metrics, [], following)
 
     def step(
@@ -170,4 +183,4 @@ class _RewardTraining:
         tokens = rollout.prompts.length.sum() + rollout.mask.sum()
         metrics = {f'reward_model/{name}': value for name, value in metrics.items()}
         metrics['skipped_updates'] = metrics.pop('reward_model/skipped_updates')
-        return state, metrics | {'num_tokens': tokens}
+        return state, metrics | {'step_tokens': tokens}

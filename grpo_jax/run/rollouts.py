@@ -10,7 +10,7 @@ import numpy as np
 from grpo_jax import rewards
 from grpo_jax.run.early_grading import grade_while_sampling
 from grpo_jax.run.grading import RolloutRewards, concatenate, concatenate_rewards
-from grpo_jax.types import Rollout, StepRewards
+from grpo_jax.types import FunctionRewards, Rollout, StepRewards
 
 BatchT = TypeVar('BatchT')
 
@@ -24,6 +24,7 @@ class Position(NamedTuple):
     step: int = 0  # of the stage
     next_batch: int = 0  # number of the first batch of prompts that no policy stage has sampled
     trained: frozenset[str] = frozenset()  # see `selection.select_completions`
+    tokens: int = 0  # of prompts and completions in this stage, see `count_tokens`
 
     def to_json(self) -> dict[str, Any]:
         """Return the position as JSON types."""
@@ -32,14 +33,21 @@ class Position(NamedTuple):
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> 'Position':
         """Return the position that `to_json` was called on."""
-        return cls(values['step'], values['next_batch'], frozenset(values['trained']))
+        tokens = values.get('tokens', 0)  # absent from older checkpoints
+        return cls(values['step'], values['next_batch'], frozenset(values['trained']), tokens)
+
+    def next_step(self, rollout: Rollout, **changes: Any) -> 'Position':
+        """Return the position after a step that trains on this rollout."""
+        tokens = self.tokens + count_tokens(rollout)
+        return self._replace(step=self.step + 1, tokens=tokens, **changes)
 
 
 class CollectedBatch(NamedTuple):
     """The batch of one training step, and the position after that step."""
 
     rollout: Rollout
-    rewards: np.ndarray | StepRewards  # f32[B, G], or a reward for each step of a completion
+    # f32[B, G], or rewards of each step of a completion, or of each function
+    rewards: np.ndarray | StepRewards | FunctionRewards
     metrics: dict[str, float]
     completions: list[dict[str, Any]]  # for completions.jsonl
     position: Position
@@ -124,6 +132,32 @@ def collect_rollout(
     return GradedRollout(rollout, rollout_rewards, len(rollouts), metrics)
 
 
+def count_tokens(rollout: Rollout) -> int:
+    """Count the tokens of all prompts and completions; a prompt counts for each completion."""
+    prompts = int(np.asarray(rollout.prompts.length, np.int64).sum())
+    return prompts * rollout.mask.shape[1] + int(np.asarray(rollout.mask).sum())
+
+
+def function_rewards(
+    rollout_rewards: RolloutRewards, weights: Mapping[str, float], score_weight: float
+) -> FunctionRewards:
+    """Return the rewards of each function, and of the reward model if there is one.
+
+    Args:
+      rollout_rewards: the rewards of a step's rollout.
+      weights: of the functions by name.
+      score_weight: of the reward model's scores.
+    """
+    parts = dict(rollout_rewards.texts.scores.parts)
+    numbers = [weights[name] for name in parts]
+    if rollout_rewards.model_scores is not None:
+        parts['reward_model'] = rollout_rewards.model_scores
+        numbers.append(score_weight)
+    values: Any = np.stack([*parts.values()], -1).reshape(*rollout_rewards.total.shape, -1)
+    tiled: Any = np.tile(np.asarray(numbers, np.float32), (len(values), 1))
+    return FunctionRewards(values.astype(np.float32), tiled)
+
+
 def reward_metrics(rollout_rewards: RolloutRewards, correct: str) -> dict[str, float]:
     """Return statistics of the rewards, and the accuracy if `correct` is one of them.
 
@@ -142,18 +176,25 @@ def reward_metrics(rollout_rewards: RolloutRewards, correct: str) -> dict[str, f
 
 
 def completion_records(rollout_rewards: RolloutRewards, count: int) -> list[dict[str, Any]]:
-    """Return the first `count` completions with their rewards, for `completions.jsonl`."""
+    """Return the first `count` completions with their rewards, for `completions.jsonl`.
+
+    A record has what reward functions logged by `log_extra` as well. Its reward is None if the
+    completion was skipped.
+    """
     texts, total = rollout_rewards.texts, rollout_rewards.total.reshape(-1)
     records = []
     for i in range(min(count, len(texts.prompts))):
         parts = {name: _none_for_nan(values[i]) for name, values in texts.scores.parts.items()}
         if rollout_rewards.model_scores is not None:
             parts['reward_model'] = float(rollout_rewards.model_scores[i])
+        skipped = rollout_rewards.skipped
+        logged = texts.scores.logs.extra.items()
         records.append({
             'prompt': texts.prompts[i],
             'completion': texts.completions[i],
-            'reward': float(total[i]),
+            'reward': float(total[i]) if skipped is None or not skipped.flat[i] else None,
             'rewards': parts,
+            **{column: values[i] for column, values in logged},
         })  # fmt: skip
     return records
 

@@ -12,7 +12,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from grpo_jax.run.config import compute_fields, defaults, flatten, nearest, set_value
+from grpo_jax.run.config import flatten, set_value
+from grpo_jax.run.defaults import compute_fields, defaults
+from grpo_jax.run.paths import same_path
+from grpo_jax.run.suggestions import suggest
 
 log = logging.getLogger('grpo_jax')
 
@@ -31,8 +34,12 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(values, indent=2, sort_keys=True) + '\n'
 
 
-def from_json(text: str) -> ConfigDict:
+def from_json(text: str, *, quiet: bool = False) -> ConfigDict:
     """A locked config from the text that a run saved; logs what differs from this version's keys.
+
+    Args:
+      text: from `to_json`.
+      quiet: do not log it, because it has been logged already.
 
     Raises:
       ValueError: the text is not JSON, was written by a later version, or has an unknown key.
@@ -60,37 +67,47 @@ def from_json(text: str) -> ConfigDict:
             )
     for path in saved.keys() - removed:
         if path not in known:
-            raise ValueError(f'unknown config key {path!r}: {nearest(path)}')
+            raise ValueError(f'unknown config key {path!r}: {suggest(path)}')
         set_value(config, path, saved[path])
     added = sorted(known.keys() - saved.keys())
-    if added or removed:
+    if (added or removed) and not quiet:
         log.warning('%s', _describe_changes(added, sorted(removed)))
     return config
 
 
-def read(path: pathlib.Path) -> ConfigDict:
+def read(path: pathlib.Path, *, quiet: bool = False) -> ConfigDict:
     """The config in a file; `from_json` with the file's name in its errors."""
     try:
-        return from_json(path.read_text())
+        return from_json(path.read_text(), quiet=quiet)
     except ValueError as error:
         raise ValueError(f'{path}: {error}') from error
 
 
-def differing_keys(config: ConfigDict, saved: ConfigDict) -> list[str]:
-    """Describes the keys whose values differ; a value that is None in `config` fits any."""
+def differences(config: ConfigDict, saved: ConfigDict) -> dict[str, tuple[Any, Any]]:
+    """The keys whose values differ, with their (saved, present) values as JSON types.
+
+    A value that is None in `config` fits any. `module_folders` may differ: the folder of the config
+    file may have moved.
+    """
     # As JSON, where tuples are lists.
     ours, theirs = (json.loads(to_json(c)) for c in (config, saved))
+    automatic = [path for path, value in flatten(defaults()).items() if value is None]
 
-    def compare(a: Any, b: Any, path: str) -> list[str]:
+    def compare(a: Any, b: Any, path: str) -> dict[str, tuple[Any, Any]]:
         if isinstance(a, dict) and isinstance(b, dict):
             pairs = [(a.get(k), b.get(k), f'{path}.{k}') for k in sorted({*a, *b})]
-            return [text for pair in pairs for text in compare(*pair)]
-        if a == b or (b is None and path[1:] in automatic):
-            return []
-        return [f'{path[1:]} (there {a!r}, here {b!r})']
+            return {key: value for pair in pairs for key, value in compare(*pair).items()}
+        key = path[1:]
+        if a == b or key == 'module_folders' or (b is None and key in automatic):
+            return {}
+        return {} if same_path(key, a, b) else {key: (a, b)}
 
-    automatic = [path for path, value in flatten(defaults()).items() if value is None]
     return compare(theirs, ours, '')
+
+
+def describe(key: str, values: tuple[Any, Any]) -> str:
+    """An item of `differences` in words."""
+    return f'{key} (there {values[0]!r}, here {values[1]!r})'
 
 
 def with_saved_choices(config: ConfigDict, saved: ConfigDict) -> ConfigDict:

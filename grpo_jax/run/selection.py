@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
@@ -75,8 +76,6 @@ def select_pairs(
     size = rewards.shape[1]
     best, worst = rewards.argmax(1), size - 1 - rewards[:, ::-1].argmin(1)
     rows, groups = np.stack([best, worst], 1), np.arange(len(rewards))[:, None]
-    selected = {
-        name: getattr(rollout, name)[groups, rows]
-        for name in ('tokens', 'mask', 'logprobs', 'ended')
-    }
-    return Rollout(rollout.prompts, **selected), rewards[groups, rows]
+    completions = rollout._replace(prompts=None)  # type: ignore[arg-type]
+    pairs: Rollout = jax.tree.map(lambda x: x[groups, rows], completions)
+    return pairs._replace(prompts=rollout.prompts), rewards[groups, rows]

@@ -10,13 +10,16 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from grpo_jax import models, sharding
+from grpo_jax import models, plugins, sharding
 from grpo_jax.algorithm.sample import sample
-from grpo_jax.data import eos_ids, get_format, load_tokenizer, stop_table, turn_end
+from grpo_jax.data import check_token_ids, get_format, load_tokenizer, stop_ids, stop_table
+from grpo_jax.engine.token_sampling import check_record
 from grpo_jax.models import hf
-from grpo_jax.run.config import defaults
 from grpo_jax.run.config_checks import check_values
-from grpo_jax.types import Params, Prompts
+from grpo_jax.run.defaults import defaults
+from grpo_jax.run.start import Start
+from grpo_jax.run.tokenization import bind_chat_template, end_ids, hidden_ids, vocabulary
+from grpo_jax.types import Params, Prompts, Sampling
 
 # (params, prompts, *, step, sampling, group_size, weights='model') -> Rollout;
 # with draw=sample_blocks an iterator of partial rollouts.
@@ -36,6 +39,7 @@ class Setup:
     model: models.Transformer
     tokenizer: Any
     ends: np.ndarray  # i32[E], tokens that end a completion
+    hidden: frozenset[int]  # ids that are not part of a completion's text
     sampler: Sampler
     source: pathlib.Path | None  # folder of the pretrained checkpoint, or of its copied description
     reward_model: models.Transformer | None = None
@@ -51,16 +55,31 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     Raises:
       ValueError: a wrong value or combination of values, or a checkpoint that cannot be used.
     """
+    plugins.set_folders(config.module_folders)
     check_values(config)
     mesh = sharding.make_mesh(**config.mesh)
     source = _source(config, workdir)
     tokenizer = load_tokenizer(config.tokenizer or str(source or 'bytes'))
-    model = models.Transformer(_model_config(config, source, len(tokenizer)))
+    config = bind_chat_template(config, tokenizer)
+    ends = end_ids(config, tokenizer, source)
+    model = models.Transformer(_model_config(config, source, tokenizer, ends))
     _check_platform(model.config.attention, mesh.devices.flat[0].platform)
-    ends = _ends(config, tokenizer, source)
-    sampler = _make_sampler(config, mesh, model, tokenizer, ends)
+    check_record(tuple(config.grpo.record), Sampling(**config.grpo.sampling), model.config.experts)
+    check_token_ids(ends, tokenizer, model.config.vocab_size)
+    hidden = hidden_ids(config, tokenizer, ends)
+    sampler = _make_sampler(config, mesh, model, tokenizer, ends, hidden)
     reward_model = _reward_model(config, model, tokenizer)
-    return Setup(config, workdir, mesh, model, tokenizer, ends, sampler, source, reward_model)
+    return Setup(
+        config, workdir, mesh, model, tokenizer, ends, hidden, sampler, source, reward_model
+    )
+
+
+def prepare_policy(config: ConfigDict, workdir: pathlib.Path) -> Setup:
+    """`prepare` without the reward model and attention kernel, which only training needs."""
+    config = config.copy_and_resolve_references()
+    config.reward_model.weight = 0.0
+    config.model.attention = 'auto'
+    return prepare(config, workdir)
 
 
 def _check_platform(attention: str, platform: str) -> None:
@@ -73,11 +92,14 @@ def _check_platform(attention: str, platform: str) -> None:
 
 
 def _source(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path | None:
-    """Folder of the pretrained checkpoint's description: the run's copy if it exists."""
+    """Folder of the pretrained checkpoint's description: the copy in the run or its start."""
     if not config.pretrained:
         return None
-    copied = workdir / 'pretrained'
-    return copied if copied.is_dir() else hf.find_folder(config.pretrained)
+    runs = [workdir, *([Start.parse(config.start).workdir] if config.start else [])]
+    for copied in (run / 'pretrained' for run in runs):
+        if copied.is_dir():
+            return copied
+    return hf.find_folder(config.pretrained)
 
 
 def keep_description(setup: Setup) -> None:
@@ -94,7 +116,7 @@ def keep_description(setup: Setup) -> None:
 
 
 def _model_config(
-    config: ConfigDict, source: pathlib.Path | None, tokens: int
+    config: ConfigDict, source: pathlib.Path | None, tokenizer: Any, ends: np.ndarray
 ) -> models.ModelConfig:
     options = {
         **config.model,
@@ -102,7 +124,7 @@ def _model_config(
         'lora': models.Lora(**config.model.lora),
     }
     if source is None:
-        return models.ModelConfig(vocab_size=tokens, **options)
+        return models.ModelConfig(**vocabulary(tokenizer, ends), **options)
     default_options = defaults().model.to_dict()
     for name in options:
         if name not in _COMPUTED and options[name] != default_options[name]:
@@ -111,13 +133,9 @@ def _model_config(
                 f'{config.pretrained!r}, which determines the model: remove it'
             )
     computed = {name: options[name] for name in _COMPUTED}
-    model_config = hf.model_config(hf.read_json(source / 'config.json'), **computed)
-    if tokens > model_config.vocab_size:
-        raise ValueError(
-            f'the tokenizer has {tokens} tokens, but pretrained={config.pretrained!r} embeds '
-            f'{model_config.vocab_size}: use the tokenizer of the checkpoint'
-        )
-    return model_config
+    model_config = hf.model_config(hf.read_config(source), **computed)
+    ranges = vocabulary(tokenizer, ends, model_config.vocab_size)['token_ranges']
+    return dataclasses.replace(model_config, token_ranges=ranges)
 
 
 def _reward_model(
@@ -135,7 +153,7 @@ def _reward_model(
         return models.Transformer(models.with_scalar_head(model.config))
     folder = hf.find_folder(c.pretrained)
     computed = {name: getattr(model.config, name) for name in _COMPUTED if name != 'lora'}
-    model_config = hf.model_config(hf.read_json(folder / 'config.json'), **computed)
+    model_config = hf.model_config(hf.read_config(folder), **computed)
     if not model_config.scalar_head:
         raise ValueError(
             f'reward_model.pretrained={c.pretrained!r} is a language model: name the folder of a '
@@ -149,22 +167,17 @@ def _reward_model(
     return models.Transformer(model_config)
 
 
-def _ends(config: ConfigDict, tokenizer: Any, source: pathlib.Path | None) -> np.ndarray:
-    path = source and source / 'generation_config.json'
-    ends = eos_ids(tokenizer, hf.read_json(path) if path and path.is_file() else None)
-    if config.data.chat:
-        ends = np.union1d(ends, [turn_end(tokenizer)[1]]).astype(np.int32)
-    return ends
-
-
 def _make_sampler(
     config: ConfigDict,
     mesh: jax.sharding.Mesh,
     model: models.Transformer,
     tokenizer: Any,
     ends: np.ndarray,
+    hidden: frozenset[int],
 ) -> Sampler:
-    table = stop_table(tokenizer, stop_strings(config), model.config.vocab_size)
+    strings = stop_strings(config)
+    table = stop_table(tokenizer, strings, model.config.vocab_size, hidden)
+    ends = np.union1d(ends, stop_ids(tokenizer, strings, hidden)).astype(np.int32)
     stops = None if table is None else jax.device_put(table, sharding.replicated(mesh))
     base = models.Transformer(model.config.base)
 

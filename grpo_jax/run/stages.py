@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import jax
 import optax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
 from grpo_jax import sharding
 from grpo_jax.algorithm import optimizer as optimizers
@@ -13,7 +15,6 @@ from grpo_jax.algorithm.config import Algorithm
 from grpo_jax.engine.compute import Compute
 from grpo_jax.run.evaluation import Evaluation
 from grpo_jax.run.rollouts import CollectedBatch, Position
-from grpo_jax.run.setup import Setup
 from grpo_jax.types import Params, Rollout, TrainState
 
 
@@ -46,7 +47,8 @@ class Stage:
         (position, samples, policy, initial) -> batch.
       policy: the parameters that sample and are evaluated, (state, initial) -> parameters.
       finish: (initial, state) -> parameters for the next stage.
-      heldout: evaluates a policy on held-out problems, every `eval_every` steps.
+      heldout: evaluates a policy on held-out problems, (policy, initial) -> evaluation, every
+        `eval_every` steps; None: no evaluation.
       eval_every: steps between these evaluations.
       algorithm: the algorithm of a policy's stage.
       compute: how its updates are computed.
@@ -66,7 +68,7 @@ class Stage:
     collect: Callable[[Position, Iterable[Rollout], Params, StageParams], CollectedBatch]
     policy: Callable[[TrainState, StageParams], Params]
     finish: Callable[[StageParams, TrainState], StageParams]
-    heldout: Callable[[Params], Evaluation] | None = None
+    heldout: Callable[[Params, StageParams], Evaluation] | None = None
     eval_every: int = 1
     algorithm: Algorithm | None = None
     compute: Compute | None = None
@@ -80,12 +82,12 @@ def stage_name(kind: str, iteration: int) -> str:
 
 
 def make_optimizer(
-    setup: Setup, section: str, steps: int
+    config: ConfigDict, section: str, steps: int
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """Make the optimizer of a section of the config and its schedule.
 
     Args:
-      setup: the run.
+      config: of the run.
       section: name of the section.
       steps: updates until the end of the schedule.
 
@@ -93,17 +95,20 @@ def make_optimizer(
       ValueError: an option of the optimizer is wrong; names the section.
     """
     try:
-        options = setup.config[section].optimizer.to_dict()
+        options = config[section].optimizer.to_dict()
         return optimizers.make_optimizer(steps=steps, **options)
     except ValueError as error:
         raise ValueError(f'{section}.optimizer: {error}') from error
 
 
-def check_batch_size(setup: Setup, section: str, name: str, microbatch: int | None) -> None:
+def check_batch_size(
+    config: ConfigDict, mesh: Mesh | None, section: str, name: str, microbatch: int | None
+) -> None:
     """Check that a section's batch divides into microbatches and over the mesh.
 
     Args:
-      setup: the run.
+      config: of the run.
+      mesh: the devices; None: one.
       section: name of the section.
       name: key of the microbatch in that section, for error messages.
       microbatch: groups per microbatch; None: chosen automatically.
@@ -111,11 +116,11 @@ def check_batch_size(setup: Setup, section: str, name: str, microbatch: int | No
     Raises:
       ValueError: it does not.
     """
-    batch_size = setup.config[section].batch_size
+    batch_size = config[section].batch_size
     sharding.check_batch(
         batch_size,
         batch_size if microbatch is None else microbatch,
-        setup.mesh,
+        mesh,
         of=f'{section}.batch_size',
         name=f'{section}.{name}',
     )

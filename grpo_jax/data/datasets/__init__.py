@@ -7,7 +7,7 @@
 from grpo_jax.data.datasets.arithmetic import Arithmetic, ArithmeticConfig
 from grpo_jax.data.datasets.countdown import Countdown, CountdownConfig
 from grpo_jax.data.datasets.files import Files, FilesConfig
-from grpo_jax.data.datasets.prepared import TextRows, prepare
+from grpo_jax.data.datasets.prepared import PreparedRows, prepare
 from grpo_jax.data.datasets.registry import resolve
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     'CountdownConfig',
     'Files',
     'FilesConfig',
-    'TextRows',
+    'PreparedRows',
     'prepare',
     'resolve',
 ]

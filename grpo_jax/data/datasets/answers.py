@@ -9,7 +9,7 @@ import re
 from grpo_jax.data.datasets.records import Row
 
 _BRACE = re.compile(r'\\.|[{}]', re.DOTALL)
-_BOX = re.compile(r'\\(?:boxed|fbox)(?![a-zA-Z])[ ]*')
+_BOX = re.compile(r'\\(?:boxed|fbox|framebox)(?![a-zA-Z])[ ]*')
 _INTEGER = re.compile(r'(-?[0-9]+)\.0+')
 
 

@@ -77,7 +77,7 @@ class Arithmetic(Generated):
     `train_size` and `mistakes`.
     """
 
-    VERSION = tfds.core.Version('1.0.0')  # increase it if the same options would give other text
+    VERSION = tfds.core.Version('2.0.0')  # increase it if the same options would give other text
     COLUMNS = ('question', 'answer', 'solution', 'demonstration')
 
     def _problems(self) -> Iterator[Problem]:

@@ -67,7 +67,7 @@ class Countdown(Generated):
     and the same numbers in any order, and the test problems are the same for any `train_size`.
     """
 
-    VERSION = tfds.core.Version('1.0.0')  # increase it if the same options would give other text
+    VERSION = tfds.core.Version('2.0.0')  # increase it if the same options would give other text
     COLUMNS = ('question', 'answer', 'numbers', 'target')
 
     def _problems(self) -> Iterator[Problem]:

@@ -3,14 +3,17 @@
 import dataclasses
 import hashlib
 import json
+import math
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 
 import tensorflow_datasets as tfds
 
+from grpo_jax.data.datasets.prepared import encode_row
 from grpo_jax.data.datasets.records import Row, digest_files, read_records
 from grpo_jax.data.datasets.sources import Source
-from grpo_jax.data.questions import question_key, select_heldout
+from grpo_jax.data.questions import key_of, question_column, select_heldout
+from grpo_jax.data.values import text_of
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -41,17 +44,19 @@ class FilesConfig(tfds.core.BuilderConfig):
     served: tuple[str, ...] = dataclasses.field(init=False, default=())
 
     def __post_init__(self) -> None:
-        is_count = self.heldout in (0, False) or (self.heldout >= 1 and self.heldout % 1 == 0)
-        if not (is_count or 0 < self.heldout < 1):
+        if not _is_share_or_count(self.heldout):
             raise ValueError(
-                f'heldout is {self.heldout}: make it a fraction below 1 or a whole number'
+                f'heldout is {self.heldout!r}: make it a fraction below 1 or a whole number'
             )
         self.columns = {**self.source.columns, **self.columns}
-        questions = ('question',) if self.heldout else ()
-        self.required = (*self.source.required, *self.required, *questions)
-        self.served = tuple(next(self.rows(), ('', {}))[1])
-        if not self.served:
+        self.required = (*self.source.required, *self.required)
+        first = next(self.rows(), ('', {}))[1]
+        if not first:
             raise ValueError(f'{self.paths[0]}: the file is empty: write one JSON object per line')
+        if self.heldout:
+            self.required = (*self.required, question_column(first) or 'question')
+            next(self.rows())  # checks that the first row has it
+        self.served = tuple(first)
         derive = getattr(self.source.derive, '__name__', '')
         options = json.dumps([self.columns, self.required, derive, self.heldout])
         content = f'{options} {digest_files(self.paths)}'
@@ -77,12 +82,14 @@ class FilesConfig(tfds.core.BuilderConfig):
                     "one by the option columns={'new name': 'name in the file'}, or use another "
                     'file'
                 )
-            if row[column].strip() in ('', 'null'):
+            if row[column] is None or not text_of(row[column]).strip():
                 raise ValueError(
                     f'{location}: column {column!r} is empty: fill it, or remove the row'
                 )
         try:
-            return row | self.source.derive(row) if self.source.derive else row
+            if self.source.derive is None:
+                return row
+            return row | self.source.derive({name: text_of(x) for name, x in row.items()})
         except ValueError as error:
             raise ValueError(f'{location}: {error}: fix the row, or remove it') from error
 
@@ -96,7 +103,7 @@ class Files(tfds.core.GeneratorBasedBuilder):
     columns than the first one.
     """
 
-    VERSION = tfds.core.Version('1.0.0')  # increase it if the same file would give other text
+    VERSION = tfds.core.Version('2.0.0')  # increase it if the same file would give other rows
 
     def _info(self) -> tfds.core.DatasetInfo:
         columns = self.builder_config.served
@@ -109,18 +116,20 @@ class Files(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(
         self, dl_manager: tfds.download.DownloadManager
-    ) -> dict[str, Iterator[tuple[int, Row]]]:
+    ) -> dict[str, Iterator[tuple[int, dict[str, str]]]]:
         config = self.builder_config
         if not config.heldout:
             return {'rows': self._generate_examples()}
-        keys = [question_key(row['question']) for _, row in config.rows()]
+        keys = [key_of(row) for _, row in config.rows()]
         heldout = select_heldout(keys, config.heldout)
         return {
             'train': self._generate_examples(set(keys) - heldout),
             'heldout': self._generate_examples(heldout),
         }
 
-    def _generate_examples(self, keys: set[str] | None = None) -> Iterator[tuple[int, Row]]:
+    def _generate_examples(
+        self, keys: set[str] | None = None
+    ) -> Iterator[tuple[int, dict[str, str]]]:
         """Yield the number and the columns of every row, or of those with certain questions."""
         columns = set(self.builder_config.served)
         for number, (location, row) in enumerate(self.builder_config.rows()):
@@ -129,8 +138,15 @@ class Files(tfds.core.GeneratorBasedBuilder):
                     f'{location}: the columns are {", ".join(row)} where the first line has '
                     f'{", ".join(self.builder_config.served)}: give every line the same columns'
                 )
-            if keys is None or question_key(row['question']) in keys:
-                yield number, row
+            if keys is None or key_of(row) in keys:
+                yield number, encode_row(row)
+
+
+def _is_share_or_count(heldout: object) -> bool:
+    """Return whether it is a fraction below 1 or a whole number; True and False are neither."""
+    if isinstance(heldout, bool) or not isinstance(heldout, int | float):
+        return False
+    return 0 <= heldout < 1 or (1 <= heldout < math.inf and heldout % 1 == 0)
 
 
 def _rename_columns(record: Row, columns: Mapping[str, str], location: str) -> Row:

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
+from grpo_jax.data.datasets.prepared import encode_row
+
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class GeneratedConfig(tfds.core.BuilderConfig):
@@ -89,4 +91,4 @@ class Generated(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, problems: list[Any]) -> Iterator[tuple[int, dict[str, str]]]:
         for number, problem in enumerate(problems):
-            yield number, self._row(problem)
+            yield number, encode_row(self._row(problem))

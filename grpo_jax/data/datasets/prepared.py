@@ -1,4 +1,4 @@
-"""Prepare the files of a builder once, and open them as rows of text."""
+"""Prepare the files of a builder once, and open them as rows."""
 
 import contextlib
 import io
@@ -11,11 +11,17 @@ import filelock
 import tensorflow_datasets as tfds
 from absl import logging
 
-Row = dict[str, str]
+from grpo_jax.data.datasets.records import Row
+from grpo_jax.data.values import json_text, parse_json
 
 
-class TextRows(Sequence[Row]):
-    """The rows of a TFDS data source as text. A row is read from disk when it is indexed."""
+def encode_row(row: Row) -> dict[str, str]:
+    """Return a row as it is prepared: each value as JSON."""
+    return {name: json_text(value) for name, value in row.items()}
+
+
+class PreparedRows(Sequence[Row]):
+    """The rows of a TFDS data source of JSON. A row is read from disk when it is indexed."""
 
     def __init__(self, source: Sequence[Mapping[str, bytes]]) -> None:
         self._source = source
@@ -34,7 +40,7 @@ class TextRows(Sequence[Row]):
             return [self[row] for row in range(*index.indices(len(self)))]
         if not 0 <= index < len(self):
             raise IndexError(f'row {index}: the data set has rows 0 to {len(self) - 1}')
-        return {name: text.decode() for name, text in self._source[index].items()}
+        return {name: parse_json(text) for name, text in self._source[index].items()}
 
 
 def prepare(

@@ -1,7 +1,6 @@
 """Read files of records: JSON lines, JSON, Parquet and Hugging Face datasets on disk.
 
-Every column is text: a string stays as it is, and any other value (number, boolean, null, list,
-object) becomes its JSON text.
+A value keeps its type, see `values`.
 """
 
 import gzip
@@ -13,7 +12,9 @@ import zlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-Row = dict[str, str]
+from grpo_jax.data.values import json_text, parse_json
+
+Row = dict[str, Any]  # column -> value
 
 SAVED_DATASET = 'state.json'  # a file that `datasets.Dataset.save_to_disk` writes into its folder
 
@@ -26,7 +27,7 @@ def read_records(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
     Hugging Face dataset that is saved in its folder.
 
     Yields:
-      The location of the record (file with line or row number) and its columns as text.
+      The location of the record (file with line or row number) and its columns.
 
     Raises:
       ValueError: the file or a record is malformed, or the package that reads such files is not
@@ -42,7 +43,7 @@ def read_records(path: pathlib.Path) -> Iterator[tuple[str, Row]]:
     else:
         records = _lines(path)
     for location, record in records:
-        yield location, _row(record, location)
+        yield location, checked_row(record, location)
 
 
 def digest_files(paths: Iterable[pathlib.Path]) -> str:
@@ -98,7 +99,7 @@ def _import_package(name: str, purpose: str) -> Any:
 
 def _parse(text: bytes, location: str) -> object:
     try:
-        return json.loads(text.strip())
+        return parse_json(text.strip())
     except json.JSONDecodeError as error:
         line = f'line {error.lineno}, ' if error.lineno > 1 else ''
         raise ValueError(
@@ -108,22 +109,22 @@ def _parse(text: bytes, location: str) -> object:
         raise ValueError(f'{location}: not JSON in UTF-8: {error}') from error
 
 
-def _row(record: object, location: str) -> Row:
+def checked_row(record: object, location: str) -> Row:
+    """Return a record as a row.
+
+    Raises:
+      ValueError: it is not a dictionary with columns, or a value is none that JSON has.
+    """
     if not isinstance(record, dict) or not record:
         text = json.dumps(record, ensure_ascii=False, default=str)[:40]
         raise ValueError(f'{location}: {text} is not a JSON object with columns: make it one')
-    row = {column: _text(value, f'{location}, {column}') for column, value in record.items()}
-    try:
-        ''.join([*row, *row.values()]).encode()
-    except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
-        raise ValueError(f'{location}: not JSON in UTF-8: {error}') from error
-    return row
-
-
-def _text(value: object, location: str) -> str:
-    if isinstance(value, str):
-        return value
-    try:
-        return json.dumps(value, ensure_ascii=False)
-    except TypeError as error:
-        raise ValueError(f'{location}: {error}: remove the column or convert it to text') from error
+    for column, value in record.items():
+        try:
+            f'{column}{json_text(value)}'.encode()
+        except TypeError as error:
+            raise ValueError(
+                f'{location}, {column}: {error}: remove the column or convert it to text'
+            ) from error
+        except UnicodeEncodeError as error:  # JSON can escape half a surrogate pair
+            raise ValueError(f'{location}: not JSON in UTF-8: {error}') from error
+    return record

@@ -41,7 +41,10 @@ def resolve(
         _check_options(name, options, _option_names(config))
         return builder, config(**options), split
     if name not in SOURCES:
-        raise ValueError(f'unknown data set {name!r}: choose {", ".join([*GENERATED, *SOURCES])}')
+        known = ', '.join([*GENERATED, *SOURCES])
+        raise ValueError(
+            f"unknown data set {name!r}: choose {known}, or your own function, 'module:function'"
+        )
     names = [option for option in _option_names(FilesConfig) if option not in ('source', 'paths')]
     _check_options(name, options, [*_LOCATION, *names])
     location = {option: options[option] for option in _LOCATION if option in options}

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from grpo_jax.data.datasets import answers
 from grpo_jax.data.datasets.records import SAVED_DATASET, Row
+from grpo_jax.data.rows import MissingSplitError
 
 
 class Source(NamedTuple):
@@ -79,7 +80,8 @@ def find_files(
       file: a pattern that replaces `source.files`.
 
     Raises:
-      ValueError: no file matches, or GRPO_JAX_DATA_DIR is needed and not set.
+      MissingSplitError: no file matches.
+      ValueError: GRPO_JAX_DATA_DIR is needed and not set.
     """
     root = os.environ.get('GRPO_JAX_DATA_DIR', '')
     folder = pathlib.Path(source.folder if folder is None else folder)
@@ -96,7 +98,7 @@ def find_files(
         if paths:
             return tuple(paths)
     others = f' (or {", ".join(patterns[1:])})' if patterns[1:] else ''
-    raise ValueError(
+    raise MissingSplitError(
         f'{base / patterns[0]}: no such file: put it there, or set GRPO_JAX_DATA_DIR (now '
         f'{root!r}) to the folder that contains {folder / patterns[0]}{others}'
     )

@@ -1,0 +1,65 @@
+"""The values of columns: read from JSON, and written as text in prompts and files.
+
+A value is what JSON can say: text, a number, a boolean, None, a list or a dictionary.
+"""
+
+import json
+from typing import Any
+
+
+class SpelledFloat(float):
+    """A number that is printed as its file spells it, such as `0.10` or `1E5`."""
+
+    text: str
+
+    def __new__(cls, text: str) -> 'SpelledFloat':
+        """Make the number that `text` spells."""
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    def __getnewargs__(self) -> Any:  # for copies
+        return (self.text,)
+
+    def __repr__(self) -> str:
+        return self.text
+
+    def __format__(self, spec: str) -> str:
+        return format(float(self), spec) if spec else self.text
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Parse JSON; a number keeps its spelling where Python would write it in another way.
+
+    Raises:
+      ValueError: it is not JSON.
+    """
+    return json.loads(text, parse_float=_parse_float)
+
+
+def json_text(value: Any) -> str:
+    """Return a value as JSON, with numbers in the spelling of their file.
+
+    Raises:
+      TypeError: it is not a value of JSON, such as a date or bytes.
+    """
+    if isinstance(value, SpelledFloat):
+        return value.text
+    if isinstance(value, list | tuple):
+        return f'[{", ".join(map(json_text, value))}]'
+    if isinstance(value, dict):
+        items = (
+            f'{json.dumps(str(k), ensure_ascii=False)}: {json_text(x)}' for k, x in value.items()
+        )
+        return f'{{{", ".join(items)}}}'
+    return json.dumps(value, ensure_ascii=False)
+
+
+def text_of(value: Any) -> str:
+    """Return a text as it is, and any other value as JSON."""
+    return value if isinstance(value, str) else json_text(value)
+
+
+def _parse_float(text: str) -> float:
+    number = float(text)
+    return number if repr(number) == text else SpelledFloat(text)

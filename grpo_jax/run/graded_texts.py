@@ -1,0 +1,108 @@
+"""Decodes completions and grades their texts by reward functions."""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int
+
+from grpo_jax import data, rewards
+from grpo_jax.data import completion_texts
+from grpo_jax.run.problems import Problems
+from grpo_jax.types import Rollout
+
+START = rewards.TrainerState()  # before the first step
+
+
+class GradedTexts(NamedTuple):
+    """The texts of N = B * G completions, group by group, with their rewards by functions."""
+
+    prompts: list[str]
+    completions: list[str]
+    scores: rewards.Scores
+
+    def select(self, completions: Int[np.ndarray, ' M']) -> 'GradedTexts':
+        """Return the entries of these completions, in this order."""
+        parts = {name: part[completions] for name, part in self.scores.parts.items()}
+        return GradedTexts(
+            [self.prompts[i] for i in completions],
+            [self.completions[i] for i in completions],
+            self.scores._replace(
+                total=self.scores.total[completions],
+                parts=parts,
+                logs=self.scores.logs.select(completions.tolist()),
+            ),
+        )
+
+
+def grade_texts(
+    rollout: Rollout,
+    problems: Problems,
+    functions: Mapping[str, rewards.RewardFunction],
+    weights: Mapping[str, float],
+    trainer_state: rewards.TrainerState = START,
+) -> GradedTexts:
+    """Decode the tokens of a rollout and call the reward functions on the texts.
+
+    Args:
+      rollout: [B, G, T] arrays on the host.
+      problems: the data set that the prompts are from.
+      functions: reward functions by name; without any, all rewards are 0.
+      weights: their weights by the same names.
+      trainer_state: for functions that name it.
+
+    Raises:
+      rewards.RewardError: see `rewards.score`.
+    """
+    prompts = rollout.prompts
+    asked, length, index = map(np.asarray, (prompts.tokens, prompts.length, prompts.index))
+    tokenizer, group_size = problems.tokenizer, rollout.tokens.shape[1]
+    columns = data.columns(problems.rows, index, group_size)
+    used = np.arange(asked.shape[1]) < length[:, None]
+    questions = completion_texts(tokenizer, asked, used, hidden=problems.hidden)
+    questions = [text for text in questions for _ in range(group_size)]
+    tokens, mask = flat_tokens(rollout)
+    completions = completion_texts(tokenizer, tokens, mask, problems.stops, problems.hidden)
+    if not functions:
+        nothing = np.zeros(len(completions), np.float32)
+        return GradedTexts(questions, completions, rewards.Scores(nothing, {}, 0))
+    scores = rewards.score(
+        functions,
+        weights,
+        prompts=questions,
+        completions=completions,
+        columns=columns,
+        completion_ids=[ids[used].tolist() for ids, used in zip(tokens, mask, strict=True)],
+        conversations=_conversations(problems, index, group_size),
+        trainer_state=trainer_state,
+    )
+    return GradedTexts(questions, completions, scores)
+
+
+def _conversations(
+    problems: Problems, index: Int[np.ndarray, ' B'], group_size: int
+) -> list[data.Conversation] | None:
+    """Return the prompt of each completion as messages, where the data set holds conversations."""
+    if problems.conversations is None:
+        return None
+    selected = [problems.conversations[int(row)] for row in index]
+    return [messages for messages in selected for _ in range(group_size)]
+
+
+def concatenate_texts(parts: Sequence[GradedTexts]) -> GradedTexts:
+    """Join the texts and rewards of several batches."""
+    scores = [part.scores for part in parts]
+    joined = rewards.Scores(
+        total=np.concatenate([s.total for s in scores]),
+        parts={name: np.concatenate([s.parts[name] for s in scores]) for name in scores[0].parts},
+        timeouts=sum(s.timeouts for s in scores),
+        logs=rewards.join_logs([(s.logs, len(s.total)) for s in scores]),
+    )
+    prompts = [text for part in parts for text in part.prompts]
+    return GradedTexts(prompts, [text for part in parts for text in part.completions], joined)
+
+
+def flat_tokens(rollout: Rollout) -> tuple[Int[np.ndarray, 'N T'], Bool[np.ndarray, 'N T']]:
+    """Return the tokens and the mask of all completions."""
+    length = rollout.tokens.shape[2]
+    return np.reshape(rollout.tokens, (-1, length)), np.reshape(rollout.mask, (-1, length))

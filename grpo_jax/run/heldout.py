@@ -1,0 +1,130 @@
+"""The held-out evaluation that a config describes, of a stage's policy or of a saved checkpoint."""
+
+import dataclasses
+import functools
+import json
+import logging
+import pathlib
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from grpo_jax.rewards import TrainerState
+from grpo_jax.run import compiled, evaluation
+from grpo_jax.run.config_checks import differing_defaults
+from grpo_jax.run.evaluation import Answers, Evaluation, spread
+from grpo_jax.run.graders import check_functions, make_grader, make_ranker
+from grpo_jax.run.grading import RolloutRewards
+from grpo_jax.run.methods import algorithm_of
+from grpo_jax.run.parameters import newest_policy, newest_reward_params
+from grpo_jax.run.problems import Problems, heldout_problems
+from grpo_jax.run.setup import Setup, prepare
+from grpo_jax.run.stages import StageParams
+from grpo_jax.types import Params, Rollout
+
+__all__ = ['answer', 'make_evaluator', 'spread']
+
+log = logging.getLogger('grpo_jax')
+
+
+def make_evaluator(
+    setup: Setup, heldout: Problems | None
+) -> Callable[[Params, StageParams], Evaluation] | None:
+    """Make the function that evaluates a stage's policy, (policy, initial) -> evaluation.
+
+    Args:
+      setup: the run.
+      heldout: the problems.
+
+    Returns:
+      The function; None without problems, or, with a warning, without anything that grades answers.
+
+    Raises:
+      ValueError: options that the user has to fix.
+    """
+    if heldout is None:
+        return None
+    options = evaluation.evaluation_options(setup.config.eval)
+    reward = None
+    if options['correct'] is not None:
+        check_functions({'eval.correct': options['correct']}, heldout, alone=True)
+    else:
+        reward = _make_reward(setup, heldout)
+        if reward is None:
+            log.warning('eval.correct and grpo.rewards are empty: the policy is not evaluated')
+            return None
+        sections = {f'eval.{name}': '' for name in ('samples', 'k', 'temperature')}
+        unused = [text for text, _ in differing_defaults(setup.config, sections)]
+        if unused and options['samples']:
+            log.warning(
+                'only greedy answers are evaluated, and %s has no effect: pass@k and maj@k need '
+                'eval.correct', ' and '.join(unused),
+            )  # fmt: skip
+
+    def evaluate(policy: Params, initial: StageParams) -> Evaluation:
+        graded = reward and functools.partial(reward, reward_params=initial.reward)
+        return evaluation.evaluate(setup.sampler, policy, heldout, reward=graded, **options)
+
+    return evaluate
+
+
+def answer(config: ConfigDict, workdir: pathlib.Path, checkpoint: str = '') -> tuple[str, Answers]:
+    """Evaluate a checkpoint of a run, and write `evaluation.jsonl`.
+
+    Args:
+      config: the config of the run, or a changed one.
+      workdir: the run's folder.
+      checkpoint: 'STAGE/STEP', STAGE or STEP; empty: the newest.
+
+    Returns:
+      The name of the checkpoint, and the answers.
+
+    Raises:
+      ValueError: options that the user has to fix, no checkpoint, or no held-out problems.
+    """
+    setup = prepare(config, workdir)
+    options = evaluation.evaluation_options(config.eval)
+    problems = heldout_problems(setup)
+    if problems is None:
+        raise ValueError(
+            'there are no problems to evaluate on: name a split by --config.data.heldout_split'
+        )
+    with compiled.kept_in(workdir / 'cache'), compiled.trimmed():
+        policy = newest_policy(setup, checkpoint)
+        if options['correct'] is not None:
+            check_functions({'eval.correct': options['correct']}, problems, alone=True)
+            options['rank'] = make_ranker(setup, problems)
+        elif (reward := _make_reward(setup, problems)) is not None:
+            params = newest_reward_params(setup)
+            options['reward'] = functools.partial(reward, reward_params=params)
+        else:
+            raise ValueError(
+                'eval.correct and grpo.rewards are empty, so nothing grades the answers: name a '
+                'reward function by --config.eval.correct'
+            )
+        answers = evaluation.answer_problems(setup.sampler, policy.params, problems, **options)
+    with (workdir / 'evaluation.jsonl').open('w') as file:
+        for record in evaluation.answer_records(answers):
+            file.write(json.dumps(record, ensure_ascii=False) + '\n')
+    return policy.name, answers
+
+
+def _make_reward(setup: Setup, problems: Problems) -> Callable[..., RolloutRewards] | None:
+    """Make the function from a rollout to its rewards in training; None if there are none."""
+    c, algorithm = setup.config.grpo, algorithm_of(setup.config)
+    if not len(c.rewards) and algorithm.supervision == 'outcome' and setup.reward_model is None:
+        return None
+    # As at the end of training, so that the reward means the same in all evaluations.
+    state = TrainerState(c.steps, c.steps)
+    grader = dataclasses.replace(make_grader(setup, problems, algorithm), trainer_state=state)
+
+    def reward(rollout: Rollout, *, reward_params: Params | None) -> RolloutRewards:
+        graded = grader.grade(rollout, reward_params)
+        if graded.skipped is not None:
+            log.warning(
+                '%d held-out completions have no reward, because all reward functions returned '
+                'None; they count as the mean of their group, or 0', graded.skipped.sum(),
+            )  # fmt: skip
+        return graded
+
+    return reward

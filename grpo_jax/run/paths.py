@@ -1,0 +1,98 @@
+"""Paths in a config: relative to the folder of the config file, on the command line to the current.
+
+They are made absolute when a config is read, so that a saved run finds the same files from any
+folder. A name that is not a file or folder there stays as it is: it is one of the Hugging Face hub
+or, for the files of a data set, relative to $GRPO_JAX_DATA_DIR.
+"""
+
+import glob
+import os
+from collections.abc import Iterable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from grpo_jax.run.defaults import at
+
+FOLDERS = ('tokenizer', 'pretrained', 'reward_model.pretrained', 'start')  # or names of the hub
+_NAMES = ('', 'bytes')  # of tokenizers that are in no folder
+
+
+def make_absolute(config: ConfigDict, folder: str, keys: Iterable[str] | None = None) -> None:
+    """Makes relative paths of a config absolute, in place.
+
+    Args:
+      config: the config.
+      folder: what they are relative to.
+      keys: the keys to look at; None: all.
+
+    Raises:
+      ValueError: a path is relative to the working directory and not to `folder`.
+    """
+
+    def chosen(key: str) -> bool:
+        return keys is None or key in keys
+
+    for key in filter(chosen, FOLDERS):
+        section, name = _place(config, key)
+        section[name] = _folder(key, section[name], folder)
+    if chosen('data.cache_dir') and config.data.cache_dir:
+        config.data.cache_dir = _join(folder, config.data.cache_dir)
+    options = config.data.options
+    if chosen('data.options') or chosen('data.options.folder'):
+        where = options.get('folder')
+        if isinstance(where, str) and (_is_path(where) or os.path.isdir(_join(folder, where))):
+            options['folder'] = _join(folder, where)
+    if chosen('data.options') or chosen('data.options.file'):
+        file = options.get('file')
+        if isinstance(file, str) and 'folder' not in options:
+            pattern = file.replace('{split}', '*')
+            if _is_path(file) or glob.glob(pattern, root_dir=folder):
+                options['file'] = _join(folder, file)
+
+
+def same_path(key: str, one: Any, other: Any) -> bool:
+    """Whether two values of a key name one folder; earlier versions saved relative paths."""
+    if key not in (*FOLDERS, 'data.cache_dir') or not (one and other):
+        return False
+    return os.path.abspath(one) == os.path.abspath(other)
+
+
+def absolute_modules(value: Any, folder: str) -> Any:
+    """Makes './file.py:name' absolute, in a value or in the keys and values of a dictionary."""
+    if isinstance(value, dict):
+        return {absolute_modules(k, folder): absolute_modules(v, folder) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(absolute_modules(item, folder) for item in value)
+    if isinstance(value, str) and _is_path(value) and '.py:' in value:
+        return _join(folder, value)
+    return value
+
+
+def _place(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
+    parent, _, name = key.rpartition('.')
+    return (at(config, parent) if parent else config), name
+
+
+def _folder(key: str, value: str, folder: str) -> str:
+    if value in _NAMES:
+        return value
+    path, colon, rest = value.partition(':') if key == 'start' else (value, '', '')
+    absolute = _join(folder, path)
+    if _is_path(path) or os.path.isdir(absolute):
+        return absolute + colon + rest
+    if os.path.isdir(path):
+        raise ValueError(
+            f'{key}={value!r} is a folder in the working directory, but paths in a config file are '
+            f'relative to the folder of that file, {folder}: write '
+            f"'{os.path.relpath(path, folder)}{colon}{rest}', or --config.{key}={value}"
+        )
+    return value
+
+
+def _is_path(text: str) -> bool:
+    return text.startswith(('./', '../', '/', '~')) or text in ('.', '..')
+
+
+def _join(folder: str, path: str) -> str:
+    return os.path.normpath(os.path.join(folder, os.path.expanduser(path)))
