@@ -265,13 +265,17 @@ def test_a_gradient_that_is_not_finite_is_left_out_and_reported(tmp_path, monkey
     calls = iter(range(8))
     bonus = runs.bonus
 
-    def huge(**columns):
+    def large(**columns):
         values = bonus(**columns)
-        return [3e38, 3e38, *values[2:]] if next(calls) == 2 else values
+        return [1000.0, *values[1:]] if next(calls) == 2 else values
 
-    monkeypatch.setattr(runs, 'bonus', huge)
+    monkeypatch.setattr(runs, 'bonus', large)
+    config = runs.get_config()
+    config.grpo.algorithm.update(
+        advantage_estimator='runs:infinite_above_100', baseline='mean', scale='std'
+    )
     with caplog.at_level(logging.WARNING):
-        runs.train(runs.get_config(), tmp_path)
+        runs.train(config, tmp_path)
     told = [record.message for record in caplog.records if record.name == 'grpo_jax']
     assert told == [
         'grpo step 2: the gradient was not finite, so its update was skipped (2 so far)'
@@ -317,7 +321,7 @@ def test_a_run_of_an_earlier_version_is_resumed(tmp_path, finished, caplog):
         'grpo.algorithm.advantage_estimator, grpo.optimizer.options; '
         'dropped: grpo.algorithm.entropy_mask'
     ]
-    runs.assert_same_run(run, finished)
+    runs.assert_same_run(run, finished, except_for=['num_tokens'])  # its checkpoints lack the sum
     saved = saved_config.read(run / 'config.json')  # it has gone on with the numbers it had
     assert saved.grpo.compute.widths == 4
 
