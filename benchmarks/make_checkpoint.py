@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 
-import tokenizers
 import torch
 import transformers
 from absl import app, flags
@@ -21,23 +20,10 @@ VOCABULARY = flags.DEFINE_integer('vocabulary', 4096, 'tokens')
 WIDTH = flags.DEFINE_integer('width', 256, 'of the hidden states')
 LAYERS = flags.DEFINE_integer('layers', 5, 'layers')
 
-# Qwen2's own: transformers adds them to any tokenizer in a Qwen2 folder that lacks them.
-SPECIAL = {'pad_token': '<|endoftext|>', 'eos_token': '<|im_end|>'}
-
-
-def make_tokenizer(texts: list[str], size: int) -> transformers.PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer."""
-    model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    model.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=list(SPECIAL.values()),
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    model.train_from_iterator(texts, trainer)
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=model, **SPECIAL)
+def make_tokenizer(texts: list[str], size: int) -> transformers.Qwen2Tokenizer:
+    """A byte-level BPE tokenizer that splits texts into words as Qwen2's does."""
+    empty = transformers.Qwen2Tokenizer(pad_token='<|endoftext|>', eos_token='<|im_end|>')
+    return empty.train_new_from_iterator(texts, size, show_progress=False)
 
 
 def main(arguments: list[str]) -> None:

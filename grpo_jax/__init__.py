@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from grpo_jax.models import ModelConfig, Transformer, init_params
     from grpo_jax.sharding import make_mesh
     from grpo_jax.types import (
+        BaselinedRewards,
         Batch,
         FunctionRewards,
         Prompts,
@@ -47,6 +48,7 @@ _HOMES = {
     'models': ('ModelConfig', 'Transformer', 'init_params'),
     'sharding': ('make_mesh',),
     'types': (
+        'BaselinedRewards',
         'Batch',
         'FunctionRewards',
         'Prompts',
@@ -60,8 +62,8 @@ _MODULES = {name: module for module, names in _HOMES.items() for name in names}
 _SUBMODULES = {'losses': 'algorithm.losses', 'presets': 'algorithm.presets'}
 
 __all__ = [
-    'Algorithm', 'Batch', 'Compute', 'Critic', 'FunctionRewards', 'ModelConfig', 'Prompts',
-    'Rollout', 'Sampling', 'StepRewards', 'TrainState', 'Transformer', 'adamw',
+    'Algorithm', 'BaselinedRewards', 'Batch', 'Compute', 'Critic', 'FunctionRewards', 'ModelConfig',
+    'Prompts', 'Rollout', 'Sampling', 'StepRewards', 'TrainState', 'Transformer', 'adamw',
     'completion_logprobs', 'gae', 'group_advantages', 'init_params', 'init_state', 'losses',
     'make_mesh', 'make_train_step', 'preset', 'presets', 'process_advantages', 'sample',
     'train_step',

@@ -6,6 +6,7 @@ Evaluate the newest checkpoint of a run, on its held-out problems or on others:
                                    --config.data.options={...}, --config.data.prompt=TEMPLATE
   --config.eval.samples=64 "--config.eval.k=(1,64)"
   --checkpoint=sft/60              or grpo/40, sft (its newest), 40; default: the newest of all
+  --output=FILE                    of the answers; default: evaluation.jsonl in the folder
 
 Grade completions produced elsewhere, without a model (see `grpo_jax.run.completions`):
   python -m grpo_jax.evaluate --completions=FILE.jsonl --dataset=NAME [--k=1,8] [--output=FILE]
@@ -27,12 +28,14 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 
-def main(config: 'ConfigDict', workdir: str, *, checkpoint: str = '') -> None:
+def main(
+    config: 'ConfigDict', workdir: str, *, checkpoint: str = '', output: str = ''
+) -> None:
     """Evaluate a checkpoint of a run, print the metrics and write the answers."""
     # Not at the top of the file: completions produced elsewhere are graded without JAX.
     from grpo_jax.run import heldout
 
-    name, answers = heldout.answer(config, pathlib.Path(workdir).absolute(), checkpoint)
+    name, answers = heldout.answer(config, pathlib.Path(workdir).absolute(), checkpoint, output)
     summary = {'checkpoint': name, 'problems': len(answers.prompts)}
     metrics = with_intervals(answers.values) | heldout.spread(answers)
     print(json.dumps(summary | metrics))
@@ -48,7 +51,7 @@ def run() -> None:
     from grpo_jax.run.arguments import run_command
 
     sys.argv[1:] = [re.sub('^--data=', '--config.data.name=', text) for text in arguments]
-    options = ('checkpoint',)
+    options = ('checkpoint', 'output')
     run_command(main, usage=__doc__, sections=('eval', 'data'), saved=True, options=options)
 
 

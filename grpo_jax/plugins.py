@@ -15,6 +15,7 @@ import os
 import pathlib
 import pkgutil
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -60,12 +61,13 @@ def load(path: str) -> Callable[..., Any]:
     except (Exception, SystemExit) as error:
         hint = _hint_for_missing_module(module_name, error)
         raise PluginError(
-            f'{path!r}: importing {module_name} raised {type(error).__name__}: {error}{hint}'
+            f'{path!r}{place_of(error)}: importing {module_name} raised '
+            f'{type(error).__name__}: {error}{hint}'
         ) from error
     value: Any = module
     for part in name.split('.'):
         if not hasattr(value, part):
-            hint = did_you_mean(part, dir(value))
+            hint = did_you_mean(part, _names_in(value))
             raise PluginError(f'{path!r}: {module_name} has no {name!r}{hint}')
         value = getattr(value, part)
     if not callable(value):
@@ -142,6 +144,20 @@ def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.0) -> str
     return f', did you mean {nearest[0]!r}?' if nearest else ''
 
 
+def place_of(error: BaseException) -> str:
+    """Return ` (file.py:14)`, the last line of the user's own code that an exception passed.
+
+    It is empty where the traceback has only files of Python, of packages and of this one.
+    """
+    others = tuple(f'{pathlib.Path(file).parent}{os.sep}' for file in (__file__, os.__file__))
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        path = pathlib.Path(frame.filename)
+        packaged = not {'site-packages', 'dist-packages'}.isdisjoint(path.parts)
+        if not packaged and not frame.filename.startswith(('<', *others)):
+            return f' ({path.name}:{frame.lineno})'
+    return ''
+
+
 def import_file(file: str | os.PathLike[str], *, fresh: bool = False) -> ModuleType:
     """Import a Python file, wherever it is.
 
@@ -173,6 +189,22 @@ def import_file(file: str | os.PathLike[str], *, fresh: bool = False) -> ModuleT
         del sys.modules[name]
         raise
     return module
+
+
+def _names_in(value: Any) -> list[str]:
+    """Return the callables that a module defines, without what it imports from elsewhere.
+
+    Of anything else, and of a module that defines none or makes them when asked, all names.
+    """
+    if type(value) is not ModuleType or hasattr(value, '__getattr__'):
+        return dir(value)
+    inside = f'{value.__name__}.'
+    own = [
+        name
+        for name, item in vars(value).items()
+        if callable(item) and f'{getattr(item, "__module__", "")}.'.startswith(inside)
+    ]
+    return own or dir(value)
 
 
 _PREFIX = 'grpo_jax_files_of_'  # of the packages that stand for folders

@@ -62,7 +62,15 @@ class FunctionRewards(NamedTuple):
     weights: Float[Array, 'B R']  # of the functions, the same for all groups
 
 
-Rewards = Float[Array, 'B G'] | StepRewards | FunctionRewards  # NaN: see `estimators.estimate`
+class BaselinedRewards(NamedTuple):
+    """A reward for each completion, and for one more of each prompt that they are compared with."""
+
+    values: Float[Array, 'B G']
+    baseline: Float[Array, ' B']  # of the prompt's greedy completion
+
+
+# NaN: see `estimators.estimate`.
+Rewards = Float[Array, 'B G'] | StepRewards | FunctionRewards | BaselinedRewards
 
 
 class Batch(NamedTuple):

@@ -209,7 +209,7 @@ def test_errors_name_the_thing_the_value_and_the_remedy(size, options, message):
 
 
 def test_a_critic_has_no_group_advantages():
-    assert set(BASELINES) == {*OF_A_GROUP, 'critic'}
+    assert set(BASELINES) == {*OF_A_GROUP, 'greedy', 'critic'}
     with pytest.raises(ValueError, match=r"baseline='critic' .*use grpo_jax.gae"):
         group_advantages(jnp.ones(3), baseline='critic', scale='none')
 

@@ -120,6 +120,10 @@ def test_automatic_choices():
             "unknown config key 'zzz': see grpo_jax.run.config.defaults() for all keys",
         ),
         (
+            [SMOKE, '--workdir=w', '--config.grpo.algorithm=dappo'],
+            '--config.grpo.algorithm=dappo: it is a section: give one of its keys',
+        ),
+        (
             [SMOKE, '--workdir=w', '--config.data.options.sizes=4'],
             "unknown config key 'data.options.sizes'",
         ),

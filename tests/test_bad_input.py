@@ -64,8 +64,18 @@ BAD = [
         {'sft.microbatch': 5},
         'sft.microbatch=5 does not cut sft.batch_size of 16 .* use one of 1, 2',
     ),
-    ({'sft.batch_size': 96, 'sft.microbatch': 96}, 'sft.batch_size is 96: make it 1 to 90, the'),
-    ({'grpo.group_size': 1}, "group_size=1 with baseline='mean', scale='std': .* group_size >= 2"),
+    (
+        {'sft.batch_size': 96, 'sft.microbatch': 96},
+        "sft.batch_size is 96: make it 1 to 90, the usable rows of the split 'train'$",
+    ),
+    (
+        {'sft.steps': 0, 'grpo.batch_size': 96, 'grpo.compute.microbatch': 96},
+        "grpo.batch_size is 96: make it 1 to 90, the usable rows of the split 'train'$",
+    ),
+    (
+        {'grpo.group_size': 1},
+        "^grpo.group_size=1 with baseline='mean', scale='std': .* group_size >= 2",
+    ),
     (
         {'grpo.group_size': 1, 'grpo.algorithm.baseline': 'leave_one_out'},
         "group_size=1 with baseline='leave_one_out'",
@@ -116,10 +126,10 @@ BAD = [
         "reward_model.loss='bradley_terry' with kind='process': an outcome model is trained by",
     ),
     ({'grpo.steps': 0, 'sft.steps': 0}, 'sft.steps=0 and grpo.steps=0: set one of them'),
-    ({'grpo.sampling.temperature': 0.0}, r'sampling temperature=0.0: make it above 0'),
-    ({'grpo.sampling.top_k': -1}, 'sampling top_k=-1: make it at least 0'),
-    ({'grpo.sampling.top_p': 1.5}, 'sampling top_p=1.5: make it above 0 and at most 1'),
-    ({'grpo.sampling.min_p': 1.0}, 'sampling min_p=1.0: make it at least 0 and below 1'),
+    ({'grpo.sampling.temperature': 0.0}, r'^grpo.sampling.temperature=0.0: make it above 0'),
+    ({'grpo.sampling.top_k': -1}, '^grpo.sampling.top_k=-1: make it at least 0'),
+    ({'grpo.sampling.top_p': 1.5}, '^grpo.sampling.top_p=1.5: make it above 0 and at most 1'),
+    ({'grpo.sampling.min_p': 1.0}, '^grpo.sampling.min_p=1.0: make it at least 0 and below 1'),
     (
         {'grpo.optimizer.name': 'adam'},
         "grpo.optimizer: unknown optimizer 'adam', did you mean 'adamw'",
@@ -149,7 +159,7 @@ BAD = [
         {'data.options': {'train_sze': 90}},
         "arithmetic has no option 'train_sze': it has train_size",
     ),
-    ({'model.dtype': 'float99'}, "model dtype='float99' is unknown: use one of float32"),
+    ({'model.dtype': 'float99'}, "^model.dtype='float99' is unknown: use one of float32"),
     ({'grpo.rewards': {}}, 'grpo.rewards is empty: name at least one reward function'),
     (
         {'grpo.rewards': {'exact_anwser': 1.0}},
@@ -199,9 +209,22 @@ BAD = [
         r'sft.optimizer.learning_rate=-1.0 is out of range: make it at least 0$',
     ),
     ({'sft.optimizer.warmup_steps': 9}, 'sft.optimizer: warmup_steps=9 and hold_steps=0 add up'),
+    (
+        {'grpo.algorithm.advantage_estimator': 'pass_at_k', 'grpo.algorithm.pass_k': 5},
+        '^grpo.algorithm.pass_k=5 with grpo.group_size=4: .* use pass_k <= 4$',
+    ),
+    ({'grpo.algorithm.advantage_estimator': 'opi'}, "opi' is unknown: .*, or '' for none$"),
+    (
+        {'grpo.algorithm.loss': 'dapo'},
+        r"dapo' is the name of a method: methods.apply\(config, 'dapo'\) sets its options$",
+    ),
+    ({'data.chat': True}, "tokenizer 'bytes' has no chat template: set data.chat=False, or use"),
+    ({'data.system': 'Be brief.'}, 'no place for a system message: set data.chat=True, or write'),
+    ({'log.to': 3}, r'^log.to names 3: give values of type str$'),
+    ({'eval.k': 'all'}, r"^eval.k names 'all': give values of type int$"),
     ({'checkpoint.every': 0}, r'checkpoint.every=0 is out of range: make it at least 1$'),
     ({'log.completions': -1}, r'log.completions=-1 is out of range: make it at least 0$'),
-    ({'model.kv_heads': 3}, 'model heads=4 is not a multiple of kv_heads=3'),
+    ({'model.kv_heads': 3}, '^model.heads=4 is not a multiple of kv_heads=3'),
 ]
 
 

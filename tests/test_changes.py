@@ -123,7 +123,8 @@ def test_the_start_of_another_run(finished, tmp_path):
     resolved = start.with_start(config, str(tmp_path / 'run'))
     assert resolved.start == f'{finished}:sft/5'
     assert config.start == f'{finished}:sft'
-    runs.train(config, tmp_path / 'run')
+    printed = runs.train(config, tmp_path / 'run')
+    assert printed.splitlines()[0] == f'begins from {finished}:sft/5'
     saved = saved_config.read(tmp_path / 'run' / 'config.json')
     assert saved.start == f'{finished}:sft/5'
     first = runs.lines(tmp_path / 'run' / 'heldout.jsonl')[0]
@@ -137,7 +138,7 @@ def test_the_start_of_another_run(finished, tmp_path):
     assert tiny.same(parameters.initial_params(prepared), expected)
     # The step is fixed with the run: it does not move when the other run goes on.
     assert start.with_start(config, str(tmp_path / 'run')).start == f'{finished}:sft/5'
-    runs.train(config, tmp_path / 'run')  # resumed
+    assert 'begins from' not in runs.train(config, tmp_path / 'run')  # resumed
 
 
 def test_the_model_is_that_of_the_other_run(finished):

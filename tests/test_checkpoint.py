@@ -134,6 +134,7 @@ def test_a_folder_is_claimed_by_one_config(tmp_path):
     checkpoint.claim_workdir(path, config)
     assert [file.name for file in path.iterdir()] == ['config.json']
     assert checkpoint.check_workdir(str(path), config) == (path, config)
+    (path / 'checkpoints' / 'sft' / '3').mkdir(parents=True)
     config.grpo.compute.microbatch = None  # chosen automatically: as the run in the folder does
     _, resumed = checkpoint.check_workdir(str(path), config)
     assert resumed.grpo.compute.microbatch == 2
@@ -145,6 +146,47 @@ def test_a_folder_is_claimed_by_one_config(tmp_path):
         f"workdir '{path}' holds the run of another config: eval.samples (there 4, here 5); "
         'seed (there 1, here 2). Use another --workdir, or the same config to resume'
     )
+
+
+def test_a_try_without_a_checkpoint_holds_no_folder(tmp_path, caplog):
+    """Another config begins afresh, and nothing of the failed try is left."""
+    failed, config = runs.get_config(), runs.get_config()
+    failed.seed, failed.grpo.compute.rows = 1, 8
+    config.grpo.compute.rows = None  # automatic: not that of the failed try
+    checkpoint.claim_workdir(tmp_path, failed)
+    (tmp_path / 'data').mkdir()  # prepared data has the names of what it was made from
+    for name in ('tensorboard/grpo', 'checkpoints/grpo', 'pretrained', 'replay/1'):
+        (tmp_path / name).mkdir(parents=True)
+    for name in (*runs.FILES, 'changes.jsonl', 'loggers.json', 'reward.png'):
+        (tmp_path / name).write_text('{}')
+
+    for extend in (False, True):
+        path, fresh = checkpoint.check_workdir(str(tmp_path), config, extend=extend)
+        assert fresh is config
+    assert (path / 'metrics.jsonl').exists()  # until all checks are done
+    assert not (path / 'pretrained').exists()  # which the checks would use
+    assert not caplog.records
+    checkpoint.remove_failed_try(path, config)
+    assert [record.message for record in caplog.records] == [
+        f'workdir {str(tmp_path)!r} held a run of another config without a checkpoint: its records '
+        'are removed, and this run starts from the beginning'
+    ]
+    assert [file.name for file in path.iterdir()] == ['data']
+    checkpoint.claim_workdir(path, config)
+    assert sorted(file.name for file in path.iterdir()) == ['config.json', 'data']
+    assert checkpoint.check_workdir(str(path), config) == (path, config)
+
+
+def test_a_run_keeps_its_records(tmp_path, caplog):
+    config = runs.get_config()
+    checkpoint.claim_workdir(tmp_path, config)
+    (tmp_path / 'metrics.jsonl').write_text('{}')
+    checkpoint.remove_failed_try(tmp_path, config)  # the same config
+    config.eval.samples = 5
+    (tmp_path / 'checkpoints' / 'sft' / '3').mkdir(parents=True)
+    checkpoint.remove_failed_try(tmp_path, config)  # it has a checkpoint
+    assert (tmp_path / 'metrics.jsonl').exists()
+    assert not [record for record in caplog.records if record.name == 'grpo_jax']
 
 
 def test_a_relative_folder_is_made_absolute(tmp_path, monkeypatch):

@@ -30,6 +30,7 @@ from grpo_jax.engine.policy import Policy, ValueModel
 from grpo_jax.models import KeyValues, ModelConfig, Transformer
 from grpo_jax.run import config, methods, selection
 from grpo_jax.types import (
+    BaselinedRewards,
     Batch,
     FunctionRewards,
     Prompts,
@@ -227,6 +228,7 @@ def covariance(advantages):
 LOW, HIGH = 0.1, 0.9
 MIDDLE = (covariance(outcome()) > LOW) & (covariance(outcome()) < HIGH)
 TWO = W.rewards[:, :2]
+GREEDY = np.float32([0.3, -0.5, 1.1])  # rewards of greedy completions
 CRITIC = {'scale': 'none', 'kl': 'none', 'kl_place': 'loss', 'beta': 0.0}
 STEPS = np.where(W.steps.ends, W.steps.values, 0.0)
 WIDE = {'max_kl': 5e8, 'damping': 1e8}  # the Fisher matrix is negligible against it
@@ -260,6 +262,10 @@ ROWS = {
     'REINFORCE++': row(whitened(W.rewards[..., None] - PULLS_TO_GO), 'reinforce_pp', beta=BETA),
     'REINFORCE++, baseline': row(
         whitened(outcome(scale='none')) - BETA * LOG_RATIO, 'reinforce_pp_baseline', beta=BETA
+    ),
+    'ReMax': row(
+        (W.rewards - GREEDY[:, None])[..., None] - PULLS_TO_GO, 'remax',
+        BaselinedRewards(W.rewards, GREEDY), beta=BETA,
     ),
     'Lite PPO': row(outcome(scale='none') / (W.rewards.std(ddof=1) + 1e-4), 'lite_ppo'),
     'GPG': row(outcome(scale='none') * 3 / 2, 'gpg'),  # 2 of 3 groups have differences

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import re
 from collections.abc import Mapping
 
 import pytest
@@ -317,6 +318,21 @@ RATES = [f'{s}.optimizer.learning_rate' for s in ('critic', 'grpo', 'reward_mode
 )
 def test_suggestions(key, expected):
     assert suggestions.candidates(key) == expected
+
+
+def test_the_page_of_other_trainers_names_what_is_suggested():
+    """Each name in the table of TRL is suggested as one of the keys that its row names."""
+    page = (pathlib.Path(__file__).parents[1] / 'docs/migrating.md').read_text()
+    table = page.partition('| TRL `GRPOConfig` | here |')[2].partition('\n\n')[0]
+    rows = [line.split('|')[1:3] for line in table.splitlines() if line.startswith('| `')]
+    assert len(rows) > 20
+    for names, keys in rows:
+        for name in re.findall(r'`(\w+)`', names):
+            found = suggestions.candidates(name)
+            assert found, name
+            parents = {path.rpartition('.')[0] for path in found}
+            of_section = any(f'`{parent}{end}`' in keys for parent in parents for end in ('', '.*'))
+            assert of_section or any(path.rpartition('.')[2] in keys for path in found), name
 
 
 def test_names_of_other_trainers_lead_to_keys():

@@ -5,7 +5,7 @@ from test_prompts import CHATML, NO_SYSTEM, SPACED, chat_tokenizer
 
 from grpo_jax import data
 from grpo_jax.data import prompt_conversations, prompt_messages, render_prompts
-from grpo_jax.data.conversations import is_conversation, prompt_column
+from grpo_jax.data.conversations import demonstration_of, is_conversation, prompt_column
 from grpo_jax.data.questions import key_of, without_leaks
 
 
@@ -110,7 +110,7 @@ def test_malformed_conversations(bad, text):
 
 def test_templates_that_do_not_fit_conversations():
     row = {'prompt': ASKED}
-    with pytest.raises(ValueError, match=r'is a column of conversations, .* set chat=True'):
+    with pytest.raises(ValueError, match=r'is a column of conversations, .* set data.chat=True'):
         render_prompts('{prompt}', [row])
     with pytest.raises(ValueError, match='a column of conversations has to stand alone'):
         render_prompts('Question: {prompt}', [row], chat=chat_tokenizer(CHATML))
@@ -147,6 +147,23 @@ def test_texts_as_messages():
     assert prompt_messages('{prompt}', [{'prompt': ASKED}]) == [ASKED]
     assert prompt_conversations('{question}', rows) is None
     assert prompt_conversations('{question}', []) is None
+
+
+@pytest.mark.parametrize('template', ['{qestion}', '{problem}', '{text}'])
+def test_only_the_default_template_stands_for_other_columns(template):
+    """A template that names a missing column would have no effect."""
+    problem = (
+        r"template '\{\w+\}' does not fit the data .KeyError: '\w+'.: the columns are \{prompt"
+    )
+    rows = [{'prompt': ASKED, 'completion': [message('assistant', '4')]}]
+    assert prompt_column('{question}', rows[0]) == 'prompt'
+    assert prompt_column(template, rows[0]) is None
+    with pytest.raises(ValueError, match=problem):
+        render_prompts(template, rows)
+    with pytest.raises(ValueError, match=problem):
+        prompt_messages(template, rows)
+    assert demonstration_of('{demonstration}', rows[0], 0) == '4'
+    assert demonstration_of(template, rows[0], 0) is None
 
 
 def test_leaks_of_conversations():

@@ -13,7 +13,7 @@ import pytest
 
 import grpo_jax
 from docs.hooks import tables
-from grpo_jax import rewards
+from grpo_jax import data, rewards
 from grpo_jax.run import arguments, evaluation, key_help, methods, problems
 from grpo_jax.run import config as run_config
 from grpo_jax.run import defaults as run_defaults
@@ -96,8 +96,26 @@ def test_own_data_and_reward_from_start_to_end(tmp_path, monkeypatch):
     columns = {'target': [14, 14, 14], 'nums': [[7, 7]] * 3, 'question': ['q'] * 3}
     texts = ['7+7=14', '14', '7']
     scores = rewards.score(functions, weights, prompts=texts, completions=texts, columns=columns)
-    assert scores.total.tolist() == [1.0, 0.5, 0.0]
+    # The target with a number and 4 of 6 digits, the target alone, and a digit.
+    assert scores.total.tolist() == pytest.approx([1 + 0.5 * 4 / 6, 0.5 + 0.5, 0 + 0.5])
     assert len(rows) == 3
+
+
+def test_the_tokenizer_with_a_chat_template(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / 'docs/data.md').read_text().partition('## Conversations')[2]
+    (code,) = [code for _, code in FENCE.findall(page) if 'save_pretrained' in code]
+    exec(compile(code, 'docs/data.md', 'exec'), {})
+    files = {path.name for path in (tmp_path / 'my_tokenizer').iterdir()}
+    assert files == {'tokenizer.json', 'tokenizer_config.json', 'chat_template.jinja'}
+    tokenizer = data.load_tokenizer('my_tokenizer')
+    rows = [{'prompt': [{'role': 'user', 'content': 'Is 2 < π?'}]}]
+    (prompt,) = data.render_prompts('{prompt}', rows, chat=tokenizer)
+    assert prompt == 'user: Is 2 < π?<|end|>assistant: '
+    ids = tokenizer.encode(prompt, add_special_tokens=False)
+    assert len(ids) == len(prompt.encode()) - len('<|end|>') + 1
+    assert tokenizer.decode(ids) == prompt
+    assert data.turn_end(tokenizer) == ('', tokenizer.eos_token_id)
 
 
 COMMANDS = [

@@ -11,6 +11,7 @@ import pytest
 import tiny
 from hypothesis import given
 
+from grpo_jax.algorithm.advantages import group_advantages, process_advantages
 from grpo_jax.algorithm.checks import check_inputs
 from grpo_jax.algorithm.config import Algorithm
 from grpo_jax.algorithm.estimators import (
@@ -24,7 +25,7 @@ from grpo_jax.algorithm.estimators import (
     total_rewards,
 )
 from grpo_jax.algorithm.moments import standard_deviation, unit_of
-from grpo_jax.types import FunctionRewards, StepRewards, TrainState
+from grpo_jax.types import BaselinedRewards, FunctionRewards, StepRewards, TrainState
 
 ROLLOUT = tiny.make_rollout()  # [4, 3, 5]
 MASK, LENGTHS = ROLLOUT.mask, ROLLOUT.mask.sum(-1)
@@ -244,6 +245,79 @@ def test_a_kl_in_the_reward_is_part_of_the_deviation():
     )
 
 
+# The reward of a greedy completion as baseline
+
+
+GREEDY = np.float32([1, 0.2, -1, NONE])
+REMAX = {'baseline': 'greedy', 'scale': 'none'}
+
+
+def test_greedy_baseline_by_hand():
+    """ReMax: r - r of the greedy completion, also where all of a group are alike."""
+    rewards = BaselinedRewards(np.float32([[1, 0, 0.5], [1, 1, 1], [0, 0, 0], [2, 2, 2]]),
+                               np.float32([1, 0, 0, 4]))  # fmt: skip
+    ours = advantages(rewards, **REMAX)
+    np.testing.assert_array_equal(ours, [[0, -1, -0.5], [1, 1, 1], [0, 0, 0], [-2, -2, -2]])
+    np.testing.assert_array_equal(total_rewards(rewards), rewards.values)
+
+
+@given(seed=st.integers(0, 10**6), whiten=st.booleans())
+def test_greedy_baseline_against_float64(seed, whiten):
+    """A group whose greedy completion has no reward is not trained; KL in the reward from t on."""
+    rng = np.random.default_rng(seed)
+    values, baseline = rng.normal(size=(4, 3)), rng.normal(size=4)
+    kept = np.repeat(np.arange(4) != 3, 3).reshape(4, 3)
+    rewards = BaselinedRewards(
+        np.where(kept, values, NONE).astype(np.float32), np.where(kept[:, 0], baseline, NONE)
+    )
+    penalty = (rng.uniform(0, 1, MASK.shape) * MASK).astype(np.float32)
+    options = REMAX | ({'scale': 'batch'} if whiten else {})
+    rollout = ROLLOUT._replace(kept=kept)
+    ours = of_batch(Algorithm(**options), jax.tree.map(np.float32, rewards), rollout, penalty)
+    expected = [
+        [[values[b, g] - baseline[b] - penalty[b, g, t:].sum() for t in range(5)] for g in range(3)]
+        for b in range(3)
+    ]
+    np.testing.assert_allclose(ours[:3], expected, atol=1e-5)
+    np.testing.assert_allclose(ours[3], -penalty[3, :, ::-1].cumsum(-1)[:, ::-1], atol=1e-5)
+
+
+def test_a_missing_baseline_of_a_trained_group_is_not_hidden():
+    ours = of_batch(Algorithm(**REMAX), BaselinedRewards(REWARDS, GREEDY), ROLLOUT)
+    assert np.isnan(ours[3]).all()
+    assert np.isfinite(ours[:3]).all()
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        ({'scale': 'std'}, r"^scale='std' with baseline='greedy', .*: use scale='none' or 'batch'"),
+        ({'supervision': 'process'}, r"^baseline='greedy' with supervision='process' is not def"),
+        (
+            {'reward_aggregation': 'normalize_then_sum'},
+            r"^reward_aggregation='normalize_then_sum' with baseline='greedy', which is the sum",
+        ),
+        ({'advantage_estimator': 'opo'}, r"^baseline='greedy' has no effect with an advantage_est"),
+        (
+            {'loss': 'dpo', 'kl': 'none', 'beta': 0.1, 'scale': 'none'},
+            r"^baseline='greedy' with l",
+        ),
+    ],
+)
+def test_what_a_greedy_baseline_does_not_go_with(options, message):
+    with pytest.raises(ValueError, match=message):
+        Algorithm(**REMAX | options)
+
+
+def test_a_group_of_one_with_a_greedy_baseline():
+    check_group_size(Algorithm(**REMAX), 1)
+    with pytest.raises(ValueError, match=r"baseline='greedy' is not one of the rewards: subtract"):
+        group_advantages(jnp.ones(1), **REMAX)
+    steps = jnp.ones((1, 2)), jnp.ones((1, 2), bool)
+    with pytest.raises(ValueError, match=r"'greedy' .*process supervision does not define it; use"):
+        process_advantages(*steps, **REMAX)
+
+
 # Rewards of functions
 
 
@@ -363,6 +437,32 @@ def test_units_are_powers_of_two_near_the_largest_value(value):
             r'rewards have shape \(4, 2\): the rollout needs .* \[B, G\] = \(4, 3\)',
         ),
         ({'advantage_estimator': 'pass_at_k', 'pass_k': 4}, REWARDS, r'pass_k=4 with group_size=3'),
+        (REMAX, REWARDS, r"^baseline='greedy' without the reward .*: pass BaselinedRewards$"),
+        (
+            REMAX,
+            FunctionRewards(np.zeros((4, 3, 2)), np.zeros((4, 2))),
+            r"^baseline='greedy' without the reward .*: pass BaselinedRewards$",
+        ),
+        (
+            {},
+            BaselinedRewards(REWARDS, GREEDY),
+            r"^the baseline of BaselinedRewards has no effect with baseline='mean': pass their val",
+        ),
+        (
+            {'supervision': 'process'},
+            BaselinedRewards(REWARDS, GREEDY),
+            r"^the baseline of BaselinedRewards has no effect with baseline='mean'",
+        ),
+        (
+            REMAX,
+            BaselinedRewards(REWARDS[:, :2], GREEDY),
+            r'rewards have shape \(4, 2\): the rollout needs',
+        ),
+        (
+            REMAX,
+            BaselinedRewards(REWARDS, GREEDY[:1]),
+            r'the baseline has shape \(1,\): the rollout needs one for each prompt, \[B\] = \(4,\)',
+        ),
     ],
 )
 def test_rewards_that_do_not_fit_the_algorithm(options, rewards, message):

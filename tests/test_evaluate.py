@@ -1,5 +1,6 @@
 """Evaluation of a policy by hand, and the command on the folder of a run."""
 
+import itertools
 import json
 import operator
 
@@ -176,8 +177,8 @@ def test_the_reward_alone():
 
     grader = grading.Grader(problems(), {'value': value}, {'value': 0.5})
 
-    def reward(rollout):
-        return grader.grade(rollout, None)
+    def reward(rollout, groups):
+        return grader.grade(rollout, None, groups=groups)
 
     settings = {'reward': reward, 'batch_size': 2, 'samples': 3, 'k': (1,), 'extract': str.strip}
     found = evaluation.evaluate(greedy_sampler, None, problems(), **settings)
@@ -196,6 +197,76 @@ def test_the_reward_alone():
     assert evaluation.spread(one) == {'eval/reward_std': 0.0}
     with pytest.raises(ValueError, match='nothing grades the answers: give correct or reward'):
         evaluation.evaluate(greedy_sampler, None, problems(), batch_size=2)
+
+
+def flat(lists):
+    return [*itertools.chain.from_iterable(lists)]
+
+
+class Watching:
+    """A reward function: the completion as a number, or None for '1'; keeps what it got."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, prompts, completions, completion_ids, question, log_metric, log_extra, **_):
+        self.calls.append((completions, question, [len(ids) for ids in completion_ids]))
+        log_metric('called', len(prompts))
+        log_extra('seen', completions)
+        return [None if text == '1' else float(text or 0) for text in completions]
+
+
+@pytest.mark.parametrize('batch_size', [2, 4, 64])
+def test_no_function_sees_the_copies_that_fill_a_batch(batch_size):
+    """Five problems never fill batches of 2, 4 and 64; each is scored once, at any size."""
+    seen, graded = Watching(), []
+    step_texts = []
+
+    def steps(prompts, completions, **columns):
+        step_texts.extend(completions)
+        return [[(len(text), 1.0)] if text else [] for text in completions]
+
+    def scorer(params, rollout):
+        assert len(rollout.tokens) == batch_size  # the reward model is one program for a batch
+        return np.ones(rollout.mask.shape, np.float32)
+
+    grader = grading.Grader(problems(), {'seen': seen}, {'seen': 0.5})
+
+    def reward(rollout, groups):
+        graded.append(grader.grade(rollout, None, groups=groups))
+        return graded[-1]
+
+    found = evaluation.evaluate(
+        greedy_sampler, None, problems(), reward=reward, batch_size=batch_size
+    )
+    greedy = ['2', '1', '4', '600', '8']
+    assert flat(completions for completions, _, _ in seen.calls) == greedy
+    assert flat(rows for _, rows, _ in seen.calls) == ['1+1=', '7=', '2+2=', '3+3=', '4+4=']
+    assert flat(lengths for _, _, lengths in seen.calls) == [2, 2, 2, 3, 2]
+    by_hand = [1, 0, 2, 300, 4]  # half of the numbers; 0 for the one without a reward
+    assert found.rewards == by_hand
+    assert found.metrics == {
+        'eval/reward': pytest.approx(307 / 5),
+        'eval/reward_std': pytest.approx(np.std(by_hand, ddof=1)),
+        'eval/mean_length': pytest.approx(11 / 5),
+        'eval/clipped_ratio': pytest.approx(1 / 5),
+    }
+    assert sum(rewards.skipped.sum() for rewards in graded if rewards.skipped is not None) == 1
+    logs = [rewards.texts.scores.logs for rewards in graded]
+    assert flat(log.metrics['called'] for log in logs) == [len(c) for c, _, _ in seen.calls]
+    assert flat(log.extra['seen'] for log in logs) == greedy
+
+    # pass@k with a ranker that has a step function
+    seen.calls.clear()
+    ranked = grading.Grader(problems(), {}, {}, ('steps', steps, 1.0), scorer, 1.0)
+    answers = evaluation.answer_problems(
+        greedy_sampler, None, problems(), correct=seen, batch_size=batch_size, samples=3, k=(3,),
+        rank=lambda rollout, texts: ranked.score(rollout, texts, None),
+    )  # fmt: skip
+    sampled = flat(SAMPLES.values())
+    assert flat(completions for completions, _, _ in seen.calls) == greedy + sampled
+    assert step_texts == sampled
+    assert answers.values['eval/rm@3'].shape == (5,)
 
 
 def test_reward_functions_get_the_row_of_every_completion():
@@ -271,6 +342,7 @@ def test_the_command_repeats_the_last_evaluation(finished, monkeypatch, capsys):
     for one, many in names.items():
         assert [row[one] for row in rows] == last[many]
     for row in rows:
+        assert row['checkpoint'] == 'grpo/8'
         assert row['extracted'] == rewards.final_result(row['completion'])
         assert len(row['sampled_correct']) == len(row['sampled_extracted']) == 4
 
@@ -287,12 +359,29 @@ def test_the_command_asks_other_problems_in_other_words(finished, monkeypatch, c
 
 
 def test_the_command_takes_another_eval_section(finished, monkeypatch, capsys):
-    run(monkeypatch, f'--workdir={finished}', '--config.eval.samples=0')
+    output = f'--output={finished / "other.jsonl"}'
+    before = (finished / 'evaluation.jsonl').exists()
+    run(monkeypatch, f'--workdir={finished}', '--config.eval.samples=0', output)
+    assert (finished / 'evaluation.jsonl').exists() == before
     last = runs.lines(finished / 'heldout.jsonl')[-1]['metrics']
     found = json.loads(capsys.readouterr().out)
     assert found['eval/accuracy'] == last['eval/accuracy']
     assert 'eval/pass@1' not in found
-    assert 'sampled_correct' not in runs.lines(finished / 'evaluation.jsonl')[0]
+    assert 'sampled_correct' not in runs.lines(finished / 'other.jsonl')[0]
+
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('', 'is a folder: name a file'),
+        ('heldout.jsonl', 'is a file of the run: name another'),
+        ('nowhere/a.jsonl', 'No such file or directory'),
+    ],
+)
+def test_an_output_that_is_rejected(finished, name, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run(monkeypatch, f'--workdir={finished}', f'--output={finished / name}')
+    assert message in capsys.readouterr().err
 
 
 def test_the_command_says_how_it_is_used(monkeypatch, capsys):

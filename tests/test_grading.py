@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax import data, rewards
 from grpo_jax.data import byte_tokenizer, char_to_token
-from grpo_jax.run import grading
+from grpo_jax.run import grading, rollout_rewards
 from grpo_jax.run.collector import RolloutCollector
 from grpo_jax.run.grading import Grader
 from grpo_jax.run.problems import Problems
@@ -206,6 +206,32 @@ def test_informative_outcomes():
     assert graded._replace(total=total).informative().tolist() == [False, True, False, True]
 
 
+def test_what_is_informative_with_a_baseline():
+    """Groups in which a completion that has a reward differs from the greedy one."""
+    total = np.array([[1, 1, 1], [1, 1, 1], [2, 1, 1], [2, 1, 1], [5, 5, 5]], np.float32)
+    baseline = np.array([0, 1, 1, 1, np.nan], np.float32)
+    skipped = np.zeros(total.shape, bool)
+    skipped[3, 0] = skipped[4] = True
+    graded = Grader(problems(), *RULES).grade(make_rollout(), None)
+    graded = graded._replace(total=total, baseline=baseline, skipped=skipped)
+    assert graded.informative().tolist() == [True, False, True, False, False]
+
+
+def test_a_greedy_completion_without_a_reward():
+    """Its group is skipped, beside completions of others that have none."""
+    greedy = make_rollout([['a'], ['b']])
+    own = make_grader(1, 2, 3, None, 5, 6).grade(make_rollout(), None)
+    graded = own.with_baseline(make_grader(None, 2).grade(greedy, None))
+    assert graded.skipped.tolist() == [[True] * 3, [True, False, False]]
+    np.testing.assert_array_equal(graded.baseline, np.float32([np.nan, 2]))
+    whole = make_grader(*range(6)).grade(make_rollout(), None)
+    graded = whole.with_baseline(make_grader(None, 2).grade(greedy, None))
+    assert graded.skipped.tolist() == [[True] * 3, [False] * 3]
+    assert whole.with_baseline(make_grader(3, 2).grade(greedy, None)).skipped is None
+    swapped = rollout_rewards.concatenate_rewards([graded, graded]).select(np.array([3, 2]))
+    np.testing.assert_array_equal(swapped.baseline, np.float32([2, np.nan]))
+
+
 def test_informative_steps():
     """Those of the whole group count, wherever they end; what is not at an end does not."""
     graded = Grader(problems(), *RULES).grade(make_rollout(), None)
@@ -232,8 +258,8 @@ def test_parts_and_choices_are_those_of_the_whole(kind):
         model = (scorer(values[some]), 0.5) if 'scored' in kind else (None, 0.0)
         grader = Grader(problems(), *RULES, steps, *model)
         parts.append(grader.grade(make_rollout(TEXTS[some], INDEX[some]), np.float32(1)))
-    check_equal(grading.concatenate_rewards(parts), whole)
-    check_equal(grading.concatenate_rewards(parts[::-1]).select(np.array([1, 0])), whole)
+    check_equal(rollout_rewards.concatenate_rewards(parts), whole)
+    check_equal(rollout_rewards.concatenate_rewards(parts[::-1]).select(np.array([1, 0])), whole)
     check_equal(whole.select(np.array([1])), parts[1])
 
 
@@ -315,7 +341,7 @@ def test_a_completion_without_a_reward_is_skipped():
     assert [record['reward'] for record in records] == [1.0, None, 3.0]
     whole = make_grader(*range(6)).grade(make_rollout(), None)
     assert whole.skipped is None
-    joined = grading.concatenate_rewards([whole, graded])
+    joined = rollout_rewards.concatenate_rewards([whole, graded])
     assert joined.skipped.tolist() == [[False] * 3] * 2 + graded.skipped.tolist()
 
 

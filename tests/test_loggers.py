@@ -160,7 +160,7 @@ def test_a_logger_that_fails_costs_its_records_only(services, tmp_path, caplog):
 @pytest.mark.parametrize(
     ('name', 'message'),
     [
-        ('wandb', "names 'wandb', which is not installed: pip install 'grpo_jax[wandb]', or pip"),
+        ('wandb', "names 'wandb', which is not installed: pip install wandb, or in the folder of"),
         ('wandbb', "names 'wandbb', which is unknown, did you mean 'wandb'?: use wandb, trackio"),
         (
             'test_loggers:colect',

@@ -250,7 +250,36 @@ SECTIONS = [
     ('reward_model', 'kind', {}, 'reward_model.weight=0'),
     ('reward_model.optimizer', 'b2', {}, 'reward_model.weight=0'),
     ('grpo.optimizer', 'learning_rate', TRUST, "step='trust_region'"),
+    ('grpo.entropy_control', 'step', {}, 'grpo.entropy_control.target=0'),
+    ('grpo.entropy_control', 'most', {}, 'grpo.entropy_control.target=0'),
 ]
+
+
+@pytest.mark.parametrize(
+    ('options', 'bonus', 'message'),
+    [
+        (
+            {'target': -1.0},
+            0.0,
+            r'^grpo.entropy_control.target=-1.0 is out of range: make it a',
+        ),
+        ({'target': float('nan')}, 0.0, r'^grpo.entropy_control.target=nan is out of range'),
+        (
+            {'target': 1.0, 'step': -1.0},
+            0.0,
+            r'^grpo.entropy_control: .*step=-1.0: make ',
+        ),
+        ({'target': 1.0, 'most': float('nan')}, 0.0, r'^grpo.entropy_control: .*most=nan'),
+        ({'target': 1.0, 'least': -1.0}, 0.0, r'^grpo.entropy_control: least=-1.0'),
+        ({'target': 1.0, 'least': 2.0}, 0.0, r'^grpo.entropy_control: least=2.0, most=1.0'),
+        ({'target': 1.0}, 1.5, r'^grpo.algorithm.entropy_bonus=1.5 is where .* most=1.0$'),
+    ],
+)
+def test_entropy_control_that_cannot_be(options, bonus, message):
+    config = plain(entropy_bonus=bonus)
+    config.grpo.entropy_control.update(options)
+    with pytest.raises(ValueError, match=message):
+        algorithm_of(config)
 
 
 @pytest.mark.parametrize(('section', 'key', 'options', 'reason'), SECTIONS)
@@ -352,6 +381,7 @@ def test_the_presets():
         'entropy_bonus', 'top_entropy', 'luspo', 'vespo', 'gmpo', 'clip_cov', 'kl_cov',
         'unbiased_kl', 'off_policy_mask', 'deepseek_v32', 'trl_defaults', 'router_balance',
         'reinforce_pp_baseline', 'lite_ppo', 'gpg', 'opo', 'gdpo', 'grpo_passk', 'pass_at_k',
+        'remax',
     }  # fmt: skip
 
 
@@ -388,6 +418,17 @@ TABLE = {
         {},
     ),
     'reinforce_pp_baseline': ({'scale': 'batch', 'aggregation': 'token_mean', 'kl': 'k2'}, {}, {}),
+    'remax': (
+        {
+            'loss': 'nll',
+            'baseline': 'greedy',
+            'scale': 'none',
+            'aggregation': 'token_mean',
+            **KL_IN_REWARD,
+        },
+        {},
+        {},
+    ),
     'lite_ppo': (
         {'scale': 'batch_std', 'aggregation': 'token_mean', **NO_KL},
         {'beta': 0.0},

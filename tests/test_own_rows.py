@@ -51,6 +51,7 @@ def test_rows_by_hand():
     [
         ('problem', r"data set 'test_own_rows:problem': .* did you mean 'problems'"),
         ('raising', r"data set 'test_own_rows:raising', split 'train': raised KeyError: 'train'"),
+        ('raising', r"raised KeyError: 'train' \(test_own_rows.py:19\)$"),
         ('leaving', 'raised SystemExit: 0'),
         ('uneven', 'row 1: the columns are b where the first row has a'),
         ('dates', 'row 0, a: Object of type date is not JSON serializable'),

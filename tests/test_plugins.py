@@ -219,6 +219,80 @@ def test_files(tmp_path, monkeypatch):
         plugins.load('./a/mine.py')
 
 
+def test_suggestions_are_what_the_file_defines(tmp_path):
+    text = """import os
+from collections import namedtuple
+from beside import nopes
+LIMIT = 3
+def reward(**_): return [0.0]
+class Scale:
+    def nope(self): pass
+"""
+    write(tmp_path, mine=text, beside='def nopes(): pass\n', empty='import nope_or_os as os\n')
+    write(tmp_path, nope_or_os='')
+    plugins.set_folders([tmp_path])
+    with pytest.raises(
+        PluginError, match=r"mine.py has no 'nope', did you mean '(Scale|reward)'\?$"
+    ):
+        plugins.load('./mine.py:nope')
+    with pytest.raises(PluginError, match=r"has no 'limit', did you mean '(Scale|reward)'\?$"):
+        plugins.load('./mine.py:limit')
+    with pytest.raises(PluginError, match=r"has no 'Scale.nop', did you mean 'nope'\?$"):
+        plugins.load('./mine.py:Scale.nop')
+    with pytest.raises(PluginError, match=r"empty.py has no 'oss', did you mean 'os'\?$"):
+        plugins.load('./empty.py:oss')
+    with pytest.raises(PluginError, match="did you mean 'sample'"):
+        plugins.load('grpo_jax:sampel')  # which loads its names when they are first used
+
+
+def raised_by(call):
+    try:
+        call()
+    except Exception as error:
+        return error
+    raise AssertionError('nothing was raised')
+
+
+def test_the_place_of_an_error(tmp_path):
+    """Lines are counted by hand; the last one that is the user's own."""
+    text = """import json
+from beside import divide
+
+def direct(): return 1 / 0
+def through_python(): return json.loads('{')
+def through_another_file(): return divide()
+def through_a_package(): return json.loads('{', cls=Own)
+
+class Own(json.JSONDecoder):
+    def decode(self, text):
+        return [][0]
+"""
+    write(tmp_path, mine=text, beside='def divide():\n    return 1 / 0\n')
+    write(tmp_path / 'site-packages', installed='import json\ndef f():\n    json.loads("{")\n')
+    plugins.set_folders([tmp_path])
+    places = {
+        'direct': ' (mine.py:4)',
+        'through_python': ' (mine.py:5)',
+        'through_another_file': ' (beside.py:2)',
+        'through_a_package': ' (mine.py:11)',
+    }
+    for name, place in places.items():
+        assert plugins.place_of(raised_by(plugins.load(f'./mine.py:{name}'))) == place
+    for call in (
+        lambda: plugins.load('./site-packages/installed.py:f')(),
+        lambda: plugins.load('json:loads')('{'),
+    ):
+        error = raised_by(call)
+        outside = error.with_traceback(error.__traceback__.tb_next.tb_next)  # not of this file
+        assert plugins.place_of(outside) == ''
+    assert plugins.place_of(ValueError()) == ''
+    write(tmp_path, broken='import json\n\njson.loads("{")\n')
+    with pytest.raises(PluginError, match=r"^'./broken.py:f' \(broken.py:3\): importing .* raised"):
+        plugins.load('./broken.py:f')
+    with pytest.raises(PluginError, match=r"^'./missing.py:f': importing"):
+        plugins.load('./missing.py:f')
+
+
 @pytest.mark.parametrize('text', ['import sys\nsys.exit(0)\n', 'raise SystemExit\n', 'exit()\n'])
 def test_a_file_that_exits(tmp_path, text):
     write(tmp_path, leaves=text)

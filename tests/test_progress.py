@@ -12,6 +12,7 @@ import runs
 import typechecking
 from tqdm import tqdm
 
+from grpo_jax.algorithm.config import Algorithm
 from grpo_jax.run import checkpoint, compiled, progress, report
 from grpo_jax.run.rollouts import CollectedBatch, Position
 from grpo_jax.run.stage_loop import Snapshot, StageLoop
@@ -354,6 +355,16 @@ def test_what_the_warning_says_of_the_rewards(caplog):
 def test_a_group_that_differs_starts_the_count_again(caplog):
     equal_groups([*[flat()] * 9, flat(frac_reward_zero_std=0.75), *[flat()] * 9, {'loss': 1.0}])
     assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ('baseline', 'watched'),
+    [('mean', True), ('leave_one_out', True), ('none', False), ('greedy', False)],
+)
+def test_no_warning_where_equal_rewards_have_a_gradient(baseline, watched):
+    algorithm = Algorithm(baseline=baseline, scale='none')
+    stage = SimpleNamespace(name='grpo', schedule=None, algorithm=algorithm)
+    assert (progress.Progress(stage, None, None, 0).equal_groups is not None) == watched
 
 
 # Compilations

@@ -74,9 +74,9 @@ def test_templates():
         render_prompts('r2', [ROW])
     with pytest.raises(ValueError, match=r'does not fit the data .*columns are \{q\}'):
         render_prompts('deepseekmath', [{'q': 'a'}])
-    with pytest.raises(ValueError, match='has no place for a system message: set chat=True'):
+    with pytest.raises(ValueError, match='has no place for a system message: set data.chat=True'):
         render_prompts('{question}', [ROW], system='S')
-    with pytest.raises(ValueError, match='has no place for a system message: set chat=True'):
+    with pytest.raises(ValueError, match='has no place for a system message: set data.chat=True'):
         render_prompts('deepseekmath', [ROW], system='S')
 
 
@@ -203,7 +203,7 @@ def test_how_the_assistant_ends(template, before, token):
 
 
 def test_chat_templates_that_do_not_fit():
-    with pytest.raises(ValueError, match=r'has no chat template: set chat=False'):
+    with pytest.raises(ValueError, match=r'has no chat template: set data.chat=False'):
         render_prompts('{question}', [ROW], chat=chat_tokenizer(None))
     with pytest.raises(ValueError, match='has no chat template'):
         turn_end(chat_tokenizer(None))

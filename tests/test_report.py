@@ -184,6 +184,18 @@ def test_long_texts_are_cut(tmp_path):
     assert last.split('  ') == ['a' * 27 + 'end', cell, cell]
 
 
+def test_control_characters_are_escaped(tmp_path):
+    records = report.Records(tmp_path, 'grpo', 0)
+    texts = ['\x1b[2J\x00 \u202eé\\frac', '好\r\n\x7f\x9b1']
+    records.heldout(0, Evaluation({}, ['\x07?', 'q\n'], texts, rewards=[0.5, 1.0]))
+    records.close()
+    lines = report.before_and_after(tmp_path, 1).split('\n')
+    assert [re.split(' {2,}', line.strip())[:2] for line in lines[2:]] == [
+        [r'\x07?', r'0.5: \x1b[2J\x00 \u202eé\frac'],
+        ['q', r'1: 好 \x7f\x9b1'],
+    ]
+
+
 def test_picture(written):
     path = report.plot(written, 3)
     assert path == written / 'reward.png'

@@ -184,6 +184,34 @@ def test_a_reward_that_ends_the_program_is_an_error(function, error):
         rewards.score_steps('bad', function, ['p'], ['c'], {})
 
 
+def test_a_reward_that_raises_is_found(tmp_path):
+    """The error names the last line in the user's file, of a function, an async one and a step."""
+    (tmp_path / 'my.py').write_text("""import json
+
+def reward(completions, **columns):
+    return [json.loads(text) for text in completions]
+
+async def waiting(completions, **columns):
+    return reward(completions)
+
+def extract(text):
+    return 1 / 0
+""")
+    found = r'raised JSONDecodeError: .* \(my.py:4\)$'
+    for name in ('reward', 'waiting'):
+        function = rewards.resolve(f'{tmp_path}/my.py:{name}')
+        with pytest.raises(RewardError, match=found):
+            run({'bad': function})
+        with pytest.raises(RewardError, match=found):
+            rewards.score_steps('bad', function, ['p'], ['c'], {})
+    with pytest.raises(RewardError, match=r'ZeroDivisionError: division by zero \(my.py:10\)$'):
+        rewards.extract_answers(rewards.extractor(f'{tmp_path}/my.py:extract'), ['a'])
+    with pytest.raises(
+        RewardError, match=r"raised TypeError: .*unexpected keyword argument 'p\w+'$"
+    ):
+        run({'bad': lambda completions: [1, 2]})
+
+
 def test_an_interrupt_names_the_reward():
     def interrupted(**_):
         raise KeyboardInterrupt

@@ -83,7 +83,8 @@ def test_a_step_function_that_raises():
     def failing(**columns):
         raise KeyError('gone')
 
-    with pytest.raises(RewardError, match=r"step rewards 'mine' raised KeyError: 'gone'"):
+    message = r"step rewards 'mine', called with prompts, completions, raised KeyError: 'gone'"
+    with pytest.raises(RewardError, match=message):
         call(failing)
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from grpo_jax import rewards
 from grpo_jax.run import rollouts
-from grpo_jax.run.grading import GradedTexts, RolloutRewards
+from grpo_jax.run.graded_texts import GradedTexts
+from grpo_jax.run.rollout_rewards import RolloutRewards
 from grpo_jax.types import Prompts, Rollout
 
 GROUP, LENGTH = 2, 3
@@ -126,6 +127,20 @@ def test_a_position_is_restored_from_json():
     assert rollouts.Position.from_json(json.loads(json.dumps(position.to_json()))) == position
 
 
+def test_a_position_follows_the_entropy_of_its_last_step_once():
+    """From 0.5 up where the entropy is at most 2, else down and without a bonus."""
+    options = {'start': 0.5, 'target': 2.0, 'step': 0.125}
+    position = rollouts.Position(1, 1)
+    seen = []
+    for entropy in (2.0, 3.0, 1.0):
+        position = position.follow(entropy, **options)
+        assert position.follow(0.0, **options) == position
+        assert rollouts.Position.from_json(json.loads(json.dumps(position.to_json()))) == position
+        seen.append(position.entropy[:2])
+        position = position._replace(entropy=position.entropy._replace(known=False))
+    assert seen == [(0.625, 0.625), (0.5, 0.0), (0.625, 0.625)]
+
+
 def test_the_tokens_of_a_run_are_counted():
     """As TRL counts them: all so far, the prompt of a group for each completion."""
     rollout = draw(make_prompts([3, 4]))
@@ -190,6 +205,8 @@ def test_reward_metrics():
         'rewards/half/std': np.std([0.5, 0.0, 0.25, 1.0], ddof=1),
         'accuracy': 0.25,
     })  # fmt: skip
+    baselined = graded._replace(baseline=np.float32([1, np.nan]))
+    assert rollouts.reward_metrics(baselined, 'half') == metrics | {'reward_greedy': 1.0}
     scored = graded._replace(model_scores=np.array([4.0, 3.0, 2.0, 1.0], np.float32))
     metrics = rollouts.reward_metrics(scored, 'none')
     assert 'accuracy' not in metrics

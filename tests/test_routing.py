@@ -127,6 +127,23 @@ def test_the_recorded_experts_are_those_of_the_sampler():
     assert rollout.routing.dtype == np.uint8
 
 
+@functools.cache
+def expected_of_another():
+    model, _, other, rollout = recorded()
+    return logprobs_and_routing(model, other, rollout)
+
+
+@functools.cache
+def expected_gradient():
+    model, _, other, rollout = recorded()
+
+    def loss(params):
+        logprobs, _ = completion_logprobs(model, params, rollout, Sampling())
+        return 0.1 * jnp.where(rollout.mask, logprobs, 0.0).sum()
+
+    return tiny.jit(jax.grad(loss))(other)
+
+
 @pytest.mark.parametrize('plan', PLANS)
 def test_all_ways_to_compute_a_gradient_use_the_recorded_experts(plan):
     model, _, other, rollout = recorded()
@@ -134,13 +151,8 @@ def test_all_ways_to_compute_a_gradient_use_the_recorded_experts(plan):
     mask = np.asarray(rollout.mask)
     weights = jnp.where(rollout.mask, 0.1, 0.0)
     batch = Batch(rollout, weights, weights)
-    expected, routing = logprobs_and_routing(model, other, rollout)
+    expected, routing = expected_of_another()
     assert (routing[mask] != rollout.routing[mask]).any()  # its own routers choose others
-
-    def expected_loss(params):
-        logprobs, _ = completion_logprobs(model, params, rollout, Sampling())
-        return (weights * logprobs).sum()
-
     policy = Policy(model, None, Sampling(), choose(compute, model.config, SHAPE))
     gradient, outputs = tiny.jit(
         lambda params: policy.gradient(
@@ -149,7 +161,7 @@ def test_all_ways_to_compute_a_gradient_use_the_recorded_experts(plan):
         )
     )(other)  # fmt: skip
     np.testing.assert_allclose(outputs['logprobs'][mask], expected[mask], atol=2e-5)
-    assert_close(gradient, tiny.jit(jax.grad(expected_loss))(other))
+    assert_close(gradient, expected_gradient())
 
 
 @pytest.mark.parametrize('options', [{'block': 2}, {'unroll': True}])

@@ -13,11 +13,12 @@ import runs
 import tiny
 from test_stages import newest, records
 
-from grpo_jax import evaluate
+from grpo_jax import data, evaluate
 from grpo_jax.algorithm.config import Algorithm
 from grpo_jax.algorithm.program import init_state, make_train_step
 from grpo_jax.engine.compute import Compute
-from grpo_jax.run import checkpoint, methods, parameters, report, setup
+from grpo_jax.run import checkpoint, methods, parameters, problems, report, setup
+from grpo_jax.run.graders import make_grader
 from grpo_jax.types import Sampling
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
@@ -94,6 +95,13 @@ def ppo():
     return config
 
 
+def remax():
+    """One completion for each prompt, and the greedy one as its baseline."""
+    config = get_config('remax', refill=2)
+    config.grpo.group_size = 1
+    return config
+
+
 def iterative_process():
     """Iterations whose rewards are those of a process reward model alone."""
     config = get_config('grpo_process', iterations=2)
@@ -144,6 +152,7 @@ RUNS = {
     'iterative_process': iterative_process,
     'iterative': iterative,
     **{name: functools.partial(get_config, name) for name in VARIANTS},
+    'remax': remax,
     'adapted rft': lambda: adapted('rft'),
     'adapted dpo': lambda: adapted('dpo'),
     'adapted, reward model': adapted_with_reward_model,
@@ -237,6 +246,30 @@ def test_a_critic_is_trained(trained):
     assert tiny.largest(rest['value_params']) > 0
 
 
+def test_the_greedy_completions_are_the_baseline(trained):
+    """ReMax with groups of one: the first step's are those of the initial policy."""
+    workdir = trained('remax')
+    rows = metrics(workdir)
+    assert [row['step'] for row in rows] == [0, 1]
+    made = setup.prepare(RUNS['remax'](), workdir)
+    training = problems.training_problems(made, problems.heldout_problems(made))
+    params, grader = parameters.initial_params(made), make_grader(made, training, Algorithm())
+    batches, of_prompt = data.batches(training.table, B, seed=made.config.seed, name=''), {}
+    for number in range(int(rows[0]['refill/batches'])):
+        greedy = made.sampler(
+            params, batches[number], step=7, sampling=Sampling(temperature=0.0), group_size=1
+        )
+        graded = grader.grade(greedy, None)
+        of_prompt |= zip(graded.texts.prompts, graded.total[:, 0], strict=True)
+    first = [r for r in report.read(workdir / 'completions.jsonl', 'grpo') if r['step'] == 0]
+    baseline = np.array([of_prompt[r['prompt']] for r in first])
+    assert rows[0]['reward_greedy'] == pytest.approx(baseline.mean())
+    differ = np.array([r['reward'] for r in first]) != baseline
+    assert len(differ) == B
+    assert rows[0]['refill/informative_ratio'] == differ.mean() > 0  # in groups of one
+    assert tiny.gap(params, newest(workdir)['params']) > 1e-4
+
+
 def test_a_trust_region_bounds_the_step(trained):
     for row in metrics(trained('trpo')):
         assert row['trust_region/accepted'] == 1
@@ -254,6 +287,48 @@ def test_process_supervision(trained):
         assert row['reward'] == pytest.approx(0.5 * np.mean(found))
         assert row['completions/mean_steps'] > 0
         assert row['rewards/runs:lucky/mean'] == row['accuracy']  # called, but with weight 0
+
+
+# The entropy bonus
+
+
+def controlled(*, ahead=False):
+    """Whose entropy is above the target at times: all tokens are alike at first."""
+    config = get_config('tis' if ahead else 'grpo', ahead=ahead)
+    config.grpo.update(steps=4)
+    config.grpo.optimizer.learning_rate = 0.1
+    config.grpo.entropy_control.update(target=5.0, step=0.25)
+    config.grpo.algorithm.entropy_bonus = 0.5
+    return config
+
+
+@pytest.mark.parametrize('ahead', tiny.some_slow([False, True], True))
+def test_the_entropy_bonus_follows_the_entropy(ahead, tmp_path, monkeypatch):
+    """The bonus of each step by hand; a stopped run has the same, to the last bit."""
+    runs.train(controlled(ahead=ahead), tmp_path / 'whole')
+    rows = metrics(tmp_path / 'whole')
+    coefficient = bonus = 0.5
+    for row in rows:
+        assert row['entropy_bonus'] == bonus
+        low = row['entropy'] <= 5
+        coefficient = min(max(coefficient + (0.25 if low else -0.25), 0), 1)
+        bonus = coefficient if low else 0.0
+    assert len({row['entropy_bonus'] for row in rows}) > 2
+    write, stops = report.Records.metrics, [1, 2]
+
+    def interrupt(records, step, values):
+        if stops and step == stops[0]:
+            stops.pop(0)
+            raise KeyboardInterrupt
+        write(records, step, values)
+
+    monkeypatch.setattr(report.Records, 'metrics', interrupt)
+    while stops:
+        with pytest.raises(KeyboardInterrupt):
+            runs.train(controlled(ahead=ahead), tmp_path / 'stopped')
+    runs.train(controlled(ahead=ahead), tmp_path / 'stopped')
+    assert records(tmp_path / 'stopped') == records(tmp_path / 'whole')
+    assert tiny.same(newest(tmp_path / 'stopped'), newest(tmp_path / 'whole'))
 
 
 # Iterations

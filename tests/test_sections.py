@@ -4,6 +4,7 @@ import copy
 import functools
 import json
 import pickle
+import re
 import sys
 
 import pytest
@@ -14,6 +15,10 @@ from grpo_jax.run.defaults import FREE, at, defaults
 
 PATH = 'my_package.my_module:my_reward'
 HERE = 'test_sections'
+TUPLES = (
+    'eval.k', 'log.to', 'data.stops', 'data.visible_tokens', 'grpo.drop', 'grpo.record',
+    'module_folders',
+)  # fmt: skip
 
 
 def short(completions, **columns):
@@ -111,6 +116,56 @@ def test_functions_in_the_place_of_paths():
     assert changed.eval.correct == changed.grpo.algorithm.loss == f'{HERE}:short'
     assert changed.grpo.optimizer.name == f'{HERE}:short'
     assert json.loads(saved_config.to_json(changed))['eval']['correct'] == f'{HERE}:short'
+
+
+@pytest.mark.parametrize('key', TUPLES)
+def test_a_tuple_may_be_given_as_one_value(key):
+    """In a config file as on the command line."""
+    value = 4 if key == 'eval.k' else 'wandb'
+    section, _, name = key.rpartition('.')
+    for change in (
+        lambda c: setattr(at(c, section) if section else c, name, value),
+        lambda c: c.update({section: {name: value}} if section else {name: value}),
+        lambda c: config.set_value(c, key, value),
+        lambda c: arguments._change(c, key, str(value)),
+    ):
+        changed = defaults()
+        change(changed)
+        assert at(changed, key) == (value,)
+        assert saved_config.from_json(saved_config.to_json(changed)) == changed
+        set_again = [value, value]
+        config.set_value(changed, key, set_again)
+        assert at(changed, key) == (value, value)
+        with pytest.raises(ValueError, match='give a value of type tuple'):
+            config.set_value(changed, key, {'a': 1})
+
+
+def test_a_function_in_the_place_of_a_tuple():
+    changed = defaults()
+    changed.log.to = short
+    assert changed.log.to == (f'{HERE}:short',)
+
+
+@pytest.mark.parametrize(
+    ('key', 'value', 'message'),
+    [
+        ('grpo.rewards', PATH, f"of type dictionary, such as {{{PATH!r}: 1.0}}"),
+        ('grpo.step_rewards', PATH, f"of type dictionary, such as {{{PATH!r}: 1.0}}"),
+        ('grpo.algorithm', 'dapo', "methods.apply(config, 'dapo') sets its options"),
+        ('grpo.algorithm', 'trl', "methods.apply(config, 'trl') sets its options"),
+        ('data.options', 'folder', 'give a value of type dictionary'),
+    ],
+)
+def test_a_text_in_the_place_of_a_dictionary(key, value, message):
+    section, _, name = key.rpartition('.')
+    for change in (
+        lambda c: setattr(at(c, section), name, value),
+        lambda c: config.set_value(c, key, value),
+        lambda c: arguments._change(c, key, value),
+    ):
+        with pytest.raises((TypeError, ValueError), match=re.escape(message)) as error:
+            change(defaults())
+        assert str(error.value).endswith(message)
 
 
 def local():

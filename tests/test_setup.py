@@ -342,6 +342,16 @@ def test_a_config_that_is_not_json(tmp_path):
         setup.prepare(folders.get_config(source), tmp_path)
 
 
+def test_routers_of_a_model_without_experts(tmp_path):
+    config = smoke.get_config()
+    config.grpo.algorithm.router_balance = 0.1
+    message = r'^grpo.algorithm.router_balance=0.1 has no effect with a model without experts: rem'
+    with pytest.raises(ValueError, match=message):
+        setup.prepare(config, tmp_path)
+    config.model.update(experts=4, experts_per_token=2)
+    assert setup.prepare(config, tmp_path).model.config.experts == 4
+
+
 @pytest.mark.parametrize(('attention', 'needed'), [('splash', 'TPU'), ('cudnn', 'GPU')])
 def test_kernels_of_other_platforms(attention, needed, tmp_path):
     config = smoke.get_config()

@@ -160,7 +160,8 @@ def test_demonstrations_of_a_chat_end_with_the_turn(source, tmp_path):
     )
     initial, position = StageParams(None), Position()
     batch = stage.collect(position, stage.sample(position, None, initial), None, initial)
-    assert batch.position == Position(1)
+    tokens = int(batch.rollout.prompts.length.sum()) + 3 * 2  # of prompts and demonstrations
+    assert batch.position == Position(1, tokens=tokens)
     assert batch.rollout.tokens[:, 0, :2].tolist() == [[ord('1'), folders.IM_END]] * 3
     assert batch.rollout.mask.sum(-1).tolist() == [[2]] * 3
     assert batch.rewards.tolist() == [[1.0]] * 3

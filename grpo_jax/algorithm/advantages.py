@@ -11,7 +11,8 @@ from jaxtyping import Bool, Float
 from grpo_jax.algorithm.moments import unit_of
 from grpo_jax.types import Array, Scalar
 
-BASELINES = ('mean', 'leave_one_out', 'none', 'critic')
+OF_GROUP = ('mean', 'leave_one_out')  # baselines that are computed from the group's rewards
+BASELINES = (*OF_GROUP, 'none', 'greedy', 'critic')
 OF_BATCH = ('batch', 'batch_std', 'informative')  # scales that are computed over the whole batch
 SCALES = ('std', 'population_std', *OF_BATCH, 'none')
 
@@ -49,12 +50,13 @@ def group_advantages(
 
     Raises:
       ValueError: an unknown option, G < 2 with a baseline or scale that needs other completions, or
-        `baseline='critic'`.
+        a baseline that is not in `rewards`: 'critic' or 'greedy'.
     """
     size = rewards.shape[0]
     check_group_options(size, baseline=baseline, scale=scale)
-    if baseline == 'critic':
-        raise ValueError("baseline='critic' needs values and not rewards alone: use grpo_jax.gae")
+    if baseline in ('critic', 'greedy'):
+        use = {'critic': 'use grpo_jax.gae', 'greedy': "subtract it, and use baseline='none'"}
+        raise ValueError(f'baseline={baseline!r} is not one of the rewards: {use[baseline]}')
     counted = jnp.ones(size, bool) if scored is None else scored
     advantages = _relative(rewards, counted, center=baseline != 'none', scale=scale, eps=eps)
     if baseline != 'leave_one_out':
@@ -94,10 +96,8 @@ def process_advantages(
     """
     _check_known(baseline, scale)
     if baseline not in ('mean', 'none'):
-        reason = {
-            'leave_one_out': 'process supervision does not define it',
-            'critic': 'its advantages are computed by grpo_jax.gae',
-        }[baseline]
+        by_critic = 'its advantages are computed by grpo_jax.gae'
+        reason = by_critic if baseline == 'critic' else 'process supervision does not define it'
         raise ValueError(
             f"baseline={baseline!r} with a reward for each step: {reason}; use 'mean' or 'none'"
         )
@@ -139,12 +139,13 @@ def check_group_options(group_size: int, *, baseline: str, scale: str) -> None:
       ValueError: unknown or conflicting options, or a group too small for them.
     """
     _check_known(baseline, scale)
-    if baseline == 'critic' and scale not in ('none', 'batch'):
+    alone = baseline in ('critic', 'greedy')
+    if alone and scale not in ('none', 'batch'):
         raise ValueError(
-            f"scale={scale!r} with baseline='critic', whose advantages are not those of a group: "
+            f'scale={scale!r} with baseline={baseline!r}, whose advantages are not of a group: '
             "use scale='none' or 'batch'"
         )
-    needs_group = baseline not in ('none', 'critic') or scale in ('std', 'population_std')
+    needs_group = not alone and (baseline != 'none' or scale in ('std', 'population_std'))
     if group_size < 2 and needs_group:
         raise ValueError(
             f'group_size={group_size} with baseline={baseline!r}, scale={scale!r}: a group of '

@@ -16,11 +16,13 @@ from grpo_jax.engine.compute import ComputePlan
 from grpo_jax.engine.policy import Policy
 from grpo_jax.sharding import check_batch
 from grpo_jax.types import (
+    BaselinedRewards,
     Batch,
     FunctionRewards,
     Params,
     Rewards,
     Rollout,
+    Scalar,
     StepRewards,
     TrainState,
 )
@@ -57,11 +59,8 @@ def check_inputs(
             f'ref_params=None with {use}, which needs a reference: pass its parameters'
             + ('' if a.pairwise else ', or set beta=0')
         )
-    if a.balances_routers and not model.config.experts:
-        raise ValueError(
-            f'router_balance={a.router_balance} has no effect with a model without experts: '
-            'remove it'
-        )
+    if a.balances_routers:
+        check_routers(a.router_balance, model.config.experts)
     if a.moves_reference and state.reference is None:
         raise ValueError(
             f'reference_decay={a.reference_decay} with a state that has no reference of its own: '
@@ -80,6 +79,21 @@ def check_support(algorithm: Algorithm, *, recorded: bool) -> None:
             "a recorded support has no effect with step='trust_region', which applies the filters "
             "to each policy's own logits: sample without record='support'"
         )
+
+
+def check_routers(weight: Scalar, experts: int, *, name: str = 'router_balance') -> None:
+    """Checks that a model whose routers are to be balanced has some.
+
+    Args:
+      weight: `Algorithm.router_balance`, not 0.
+      experts: of each layer; 0: the model has none.
+      name: of the weight, for error messages.
+
+    Raises:
+      ValueError: it has none.
+    """
+    if not experts:
+        raise ValueError(f'{name}={weight} has no effect with a model without experts: remove it')
 
 
 def check_critic(algorithm: Algorithm, critic: Critic | None) -> None:
@@ -173,6 +187,14 @@ def _check_rewards(a: Algorithm, rollout: Rollout, rewards: Rewards) -> None:
                     f'each token, [B, G, T] = {shape}'
                 )
         return
+    if isinstance(rewards, BaselinedRewards) != (a.baseline == 'greedy'):
+        raise ValueError(
+            "baseline='greedy' without the reward of each prompt's greedy completion: pass "
+            'BaselinedRewards'
+            if a.baseline == 'greedy'
+            else f'the baseline of BaselinedRewards has no effect with baseline={a.baseline!r}: '
+            "pass their values alone, or use baseline='greedy'"
+        )
     if isinstance(rewards, FunctionRewards) != a.uses_function_rewards:
         given = 'rewards of each function are' if a.uses_function_rewards else 'their sum is'
         raise ValueError(
@@ -190,4 +212,9 @@ def _check_rewards(a: Algorithm, rollout: Rollout, rewards: Rewards) -> None:
         raise ValueError(
             f'rewards have shape {given_shape}: the rollout needs one for each completion, '
             f'[B, G] = {shape[:2]}'
+        )
+    if isinstance(rewards, BaselinedRewards) and rewards.baseline.shape != shape[:1]:
+        raise ValueError(
+            f'the baseline has shape {rewards.baseline.shape}: the rollout needs one for each '
+            f'prompt, [B] = {shape[:1]}'
         )

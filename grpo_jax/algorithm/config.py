@@ -70,7 +70,7 @@ class Algorithm:
     ratio: str = _choice('token')  # see `off_policy.sequence_level`
     importance: str = _choice('none')  # sampler correction, see `off_policy.importance_weights`
     supervision: str = _choice('outcome')  # a reward per completion, or per step: 'process'
-    baseline: str = _choice('mean')  # see `advantages.group_advantages`; 'critic' is PPO
+    baseline: str = _choice('mean')  # see `group_advantages`; 'greedy': ReMax, 'critic': PPO
     scale: str = _choice('std')  # what advantages are divided by, see `group_advantages`
     # Of `estimators.ESTIMATORS`, or your own, instead of baseline and scale.
     advantage_estimator: str | Callable[..., jax.Array] | None = _choice(None)

@@ -1,4 +1,4 @@
-"""An entropy bonus that keeps the entropy near a target, for training loops of your own."""
+"""An entropy bonus that keeps the entropy near a target; in a run `grpo.entropy_control`."""
 
 
 def next_entropy_bonus(
@@ -16,8 +16,9 @@ def next_entropy_bonus(
     `use_adaptive_entropy`: c <- c + step where the entropy is at most the target, else c - step,
     within [least, most]; the bonus is c where the entropy is at most the target, else 0.
 
-    It depends on all earlier steps, so it is not part of the update. Set `Algorithm.entropy_bonus`
-    to the bonus as an array, such as `jnp.float32(bonus)`: a program has the term for any array.
+    It depends on all earlier steps, so it is not part of the update. In a training loop of your own
+    set `Algorithm.entropy_bonus` to the bonus as an array, such as `jnp.float32(bonus)`: a program
+    has the term for any array.
 
     Args:
       coefficient: c of the last step; at first 0, or another start.
@@ -31,11 +32,12 @@ def next_entropy_bonus(
       The new coefficient, to pass to the next call, and the bonus.
 
     Raises:
-      ValueError: `least` is above `most`, or `step` is negative.
+      ValueError: `least` is above `most`, or a number is negative or not finite.
     """
-    if least > most or step < 0:
+    if not (0 <= least <= most < float('inf') and 0 <= step < float('inf')):
         raise ValueError(
-            f'least={least}, most={most}, step={step}: make least at most most, and step at least 0'
+            f'least={least}, most={most}, step={step}: make least at most most, all of them '
+            'finite, and least and step at least 0'
         )
     low = entropy <= target
     coefficient = min(max(coefficient + (step if low else -step), least), most)

@@ -22,7 +22,15 @@ from grpo_jax.algorithm.advantages import (
 )
 from grpo_jax.algorithm.binding import bind
 from grpo_jax.algorithm.moments import standard_deviation, unit_of
-from grpo_jax.types import Array, FunctionRewards, Rewards, Rollout, Scalar, StepRewards
+from grpo_jax.types import (
+    Array,
+    BaselinedRewards,
+    FunctionRewards,
+    Rewards,
+    Rollout,
+    Scalar,
+    StepRewards,
+)
 
 if TYPE_CHECKING:
     from grpo_jax.algorithm.config import Algorithm
@@ -118,28 +126,32 @@ def estimate(
 ) -> Float[Array, 'B G T']:
     """Advantages f32[B, G, T] by baseline and scale, or by `Algorithm.advantage_estimator`.
 
-    The scale 'batch' is not applied here, see `advantages.normalize_batch`.
+    The scale 'batch' is not applied here, see `advantages.normalize_batch`. The baseline 'greedy'
+    is the reward of each prompt's greedy completion (ReMax, arXiv 2310.10505, section 4.1).
 
     Args:
       algorithm: baseline, scale and advantage_eps, or the estimator.
-      rewards: of completions, of their steps, or of each function. Completions without a reward
-        (see `scored_completions`) have advantage 0.
+      rewards: of completions, of their steps, of each function, or with the baseline 'greedy'.
+        Completions without a reward (see `scored_completions`) have advantage 0.
       rollout: the completions.
       penalty: beta * KL of each token, if the KL is part of the reward. Its sum is subtracted from
-        the completion's reward. Without a baseline and a scale of the group, advantages are per
-        token: r - beta * (sum of KL_i, i >= t), as in REINFORCE++ (arXiv 2501.03262).
+        the completion's reward. Where baseline and scale are not those of the group, advantages are
+        per token: r - beta * (sum of KL_i, i >= t), as in REINFORCE++ (arXiv 2501.03262).
     """
     a, mask = algorithm, rollout.mask
-    options = {'baseline': a.baseline, 'scale': a.scale, 'eps': a.advantage_eps}
+    baseline = 'none' if a.baseline == 'greedy' else a.baseline  # it is subtracted here
+    options = {'baseline': baseline, 'scale': a.scale, 'eps': a.advantage_eps}
     if isinstance(rewards, StepRewards):
         per_group = jax.vmap(lambda values, ends: process_advantages(values, ends, **options))
         return _scale_by_batch(a, per_group(*rewards), rewards.values, rewards.ends)
+    if isinstance(rewards, BaselinedRewards):
+        rewards = rewards.values - rewards.baseline[:, None]
     scored, of_functions = scored_completions(rewards, rollout), None
     if isinstance(rewards, FunctionRewards):
         of_functions = rewards
         rewards = total_rewards(_normalized(a, rewards))
     to_go = jnp.float32(0.0)
-    if penalty is not None and a.baseline == 'none' and a.scale in ('none', *OF_BATCH):
+    if penalty is not None and baseline == 'none' and a.scale in ('none', *OF_BATCH):
         to_go = jnp.cumsum(penalty[..., ::-1], -1)[..., ::-1]
     elif penalty is not None:
         rewards = rewards - penalty.sum(-1)
@@ -190,6 +202,8 @@ def scored_completions(rewards: Rewards, rollout: Rollout) -> Bool[Array, 'B G']
 def total_rewards(rewards: Rewards) -> Float[Array, 'B G']:
     """The reward of each completion: the sum over its steps, or the weighted sum over functions.
 
+    A baseline is not subtracted.
+
     Functions that do not apply (NaN) are left out of the sum; if none applies, it is NaN.
     """
     if isinstance(rewards, StepRewards):
@@ -198,6 +212,8 @@ def total_rewards(rewards: Rewards) -> Float[Array, 'B G']:
         absent = jnp.isnan(rewards.values)
         parts = jnp.where(absent, 0.0, rewards.values * rewards.weights[:, None])
         return jnp.where(absent.all(-1), jnp.nan, parts.sum(-1))
+    if isinstance(rewards, BaselinedRewards):
+        rewards = rewards.values
     return jnp.asarray(rewards)
 
 

@@ -71,10 +71,15 @@ def check_combinations(algorithm: 'Algorithm') -> None:
             "kl_place='reward' with supervision='process' would need a KL for each step: "
             "use kl_place='loss', or baseline='critic', whose rewards are per token"
         )
-    if process and a.baseline == 'leave_one_out':
+    if process and a.baseline in ('leave_one_out', 'greedy'):
         raise ValueError(
-            "baseline='leave_one_out' with supervision='process' is not defined: use 'mean', "
+            f"baseline={a.baseline!r} with supervision='process' is not defined: use 'mean', "
             "'none' or 'critic'"
+        )
+    if a.baseline == 'greedy' and a.reward_aggregation != 'sum_then_normalize':
+        raise ValueError(
+            f"reward_aggregation={a.reward_aggregation!r} with baseline='greedy', which is the sum "
+            "of the functions' rewards: use 'sum_then_normalize', or another baseline"
         )
     if a.loss == 'vespo' and a.importance.startswith('sequence'):
         raise ValueError(

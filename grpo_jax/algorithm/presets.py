@@ -51,7 +51,12 @@ PRESETS: dict[str, dict[str, Any]] = {
     'reinforce_pp': {  # Hu, arXiv 2501.03262: each token's reward minus the KL from that token on
         'baseline': 'none', 'scale': 'batch', 'aggregation': 'token_mean', **_KL_IN_REWARD,
     },
-    # The same paper, with a group: its mean as baseline, and k2 in the loss
+    # Li et al., arXiv 2310.10505: the reward of the greedy completion as baseline, no clip
+    'remax': {
+        'loss': 'nll', 'baseline': 'greedy', 'scale': 'none', 'aggregation': 'token_mean',
+        **_KL_IN_REWARD,
+    },
+    # REINFORCE++ with a group: its mean as baseline, and k2 in the loss
     'reinforce_pp_baseline': {
         'scale': 'batch', 'aggregation': 'token_mean', 'kl': 'k2', 'beta': BETA,
     },

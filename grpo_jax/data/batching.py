@@ -30,7 +30,7 @@ class BatchSequence(Protocol[BatchT]):
 
 
 def batches(
-    table: Table[BatchT], batch_size: int, *, seed: int, name: str = 'batch_size'
+    table: Table[BatchT], batch_size: int, *, seed: int, name: str = 'batch_size', split: str = ''
 ) -> BatchSequence[BatchT]:
     """Return an endless sequence of batches in random order.
 
@@ -47,6 +47,7 @@ def batches(
       batch_size: rows in a batch.
       seed: seed of the order.
       name: name of the batch size in error messages.
+      split: name of the split that the table has the usable rows of, for error messages.
 
     Returns:
       A sequence of Prompts for a PromptTable, of Rollout for a DemonstrationTable.
@@ -56,7 +57,8 @@ def batches(
     """
     size = len(table)
     if not 1 <= batch_size <= size:
-        raise ValueError(f'{name} is {batch_size}: make it 1 to {size}, the rows of the table')
+        of = f'the usable rows of the split {split!r}' if split else 'the rows of the table'
+        raise ValueError(f'{name} is {batch_size}: make it 1 to {size}, {of}')
     if seed < 0:
         raise ValueError(f'seed is {seed}: make it at least 0')
     import grain  # imports JAX and Orbax

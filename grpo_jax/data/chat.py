@@ -153,8 +153,8 @@ def _render(
 ) -> list[str]:
     if not tokenizer.chat_template:
         raise ValueError(
-            f'tokenizer {tokenizer.name_or_path!r} has no chat template: set chat=False, or use '
-            'the tokenizer of a chat model'
+            f'tokenizer {tokenizer.name_or_path or "bytes"!r} has no chat template: set '
+            'data.chat=False, or use the tokenizer of a chat model'
         )
     try:
         import jinja2

@@ -30,14 +30,14 @@ def prompt_column(template: str, row: Mapping[str, Any]) -> str | None:
     """Return the column with the conversations that a prompt template stands for.
 
     Args:
-      template: `'{name}'` for a column of conversations. Where the row has no such column, it
-        stands for its conversation in `prompt` or `messages`.
+      template: `'{name}'` for a column of conversations. The default of `data.prompt`,
+        `'{question}'`, stands for the conversation in `prompt` or `messages` of a row without it.
       row: a row of the data set.
 
     Returns:
       The column, or None if the template is to be filled with text.
     """
-    return _column(template, row, _COLUMNS)
+    return _column(template, row, '{question}', _COLUMNS)
 
 
 def prompt_of(
@@ -74,7 +74,8 @@ def demonstration_of(template: str, row: Mapping[str, Any], number: int) -> str 
     """Return the last message of the assistant in the column that a template stands for.
 
     Args:
-      template: as in `prompt_column`, with the columns `completion` and `messages`.
+      template: as in `prompt_column`, with the default `'{demonstration}'` and the columns
+        `completion` and `messages`.
       row: a row of the data set.
       number: of the row, for error messages.
 
@@ -84,7 +85,7 @@ def demonstration_of(template: str, row: Mapping[str, Any], number: int) -> str 
     Raises:
       ValueError: the conversation does not end with a text of the assistant.
     """
-    column = _column(template, row, _DEMONSTRATIONS)
+    column = _column(template, row, '{demonstration}', _DEMONSTRATIONS)
     if column is None:
         return None
     last = _message(_messages(row, column, number)[-1], column, number)
@@ -96,11 +97,14 @@ def demonstration_of(template: str, row: Mapping[str, Any], number: int) -> str 
     return str(last['content'])
 
 
-def _column(template: str, row: Mapping[str, Any], others: Sequence[str]) -> str | None:
+def _column(
+    template: str, row: Mapping[str, Any], default: str, others: Sequence[str]
+) -> str | None:
     match = _ONE_COLUMN.fullmatch(template)
     if match is None:
         return None
-    names = [match[1]] if match[1] in row else others
+    # Only the default stands for other columns: any other template would have no effect.
+    names = others if template == default and match[1] not in row else [match[1]]
     return next((name for name in names if is_conversation(row.get(name))), None)
 
 

@@ -33,7 +33,8 @@ def load_own(path: str, split: str, options: Mapping[str, Any]) -> list[Row]:
         returned = function(split, **options)
         records = None if returned is None else list(returned)
     except (Exception, SystemExit) as error:
-        raise ValueError(f'{place}: raised {type(error).__name__}: {error}') from error
+        raised = f'raised {type(error).__name__}: {error}{plugins.place_of(error)}'
+        raise ValueError(f'{place}: {raised}') from error
     if records is None:
         raise MissingSplitError(f'{place}: there is none, since the function returned None')
     rows = [checked_row(record, f'{place}, row {i}') for i, record in enumerate(records)]

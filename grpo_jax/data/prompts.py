@@ -43,7 +43,7 @@ def render_prompts(
         if chat is None:
             raise ValueError(
                 f'prompt {template!r} is a column of conversations, which a chat template renders: '
-                'set chat=True'
+                'set data.chat=True'
             )
         return conversation_prompts(chat, conversations)
     prompt_format = get_format(template)
@@ -53,8 +53,8 @@ def render_prompts(
         return chat_prompts(chat, user_messages, system)
     if system and '{system}' not in prompt_format.frame:
         raise ValueError(
-            f'prompt {template!r} has no place for a system message: set chat=True, or write it '
-            'into a template'
+            f'prompt {template!r} has no place for a system message: set data.chat=True, or '
+            'write it into a template'
         )
     return [prompt_format.frame.format(user=user, system=system) for user in user_messages]
 

@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from typing import Any, TypeAlias, cast
 
-from grpo_jax.plugins import did_you_mean
+from grpo_jax.plugins import did_you_mean, place_of
 from grpo_jax.rewards.messages import takes_texts
 
 # Called with keyword arguments; its result is checked here, so nothing is assumed about it.
@@ -101,7 +101,8 @@ def _named_errors(function: str, arguments: Iterable[str] = ()) -> Iterator[None
     except BaseException as error:  # with SystemExit, which would end the program without an error
         called = f', called with {", ".join(arguments)},' if arguments else ''
         raise RewardError(
-            f'{function}{called} raised {type(error).__name__}: {error}{_hint(error)}'
+            f'{function}{called} raised {type(error).__name__}: {error}'
+            f'{place_of(error)}{_hint(error)}'
         ) from error
 
 

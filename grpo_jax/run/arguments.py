@@ -23,6 +23,7 @@ from grpo_jax.run.defaults import FREE, defaults
 from grpo_jax.run.errors import ConfigError, caught
 from grpo_jax.run.key_help import help_text
 from grpo_jax.run.paths import absolute_modules, make_absolute
+from grpo_jax.run.sections import preset_hint, type_name
 from grpo_jax.run.suggestions import suggest
 
 _BOOLEANS = {'true': True, 't': True, '1': True, 'false': False, 'f': False, '0': False}
@@ -188,6 +189,9 @@ def _change(config: ConfigDict, key: str, text: str) -> None:
         return
     default_values = flatten(defaults())
     if key not in default_values:
+        if any(path.startswith(f'{key}.') for path in default_values):
+            hint = preset_hint(text) if key == 'grpo.algorithm' else ''
+            raise ValueError(f'--config.{key}={text}: it is a section: give one of its keys{hint}')
         raise ValueError(f'unknown config key {key!r}: {suggest(key)}')
     if text == 'None' and default_values[key] is None:
         set_value(config, key, None)
@@ -220,7 +224,7 @@ def _parse(text: str, kind: type, key: str) -> Any:
         parse_text = parsers.get(ConfigDict if issubclass(kind, ConfigDict) else kind, _literal)
         return absolute_modules(parse_text(text), os.getcwd())
     except ValueError as error:
-        expected = 'dictionary' if issubclass(kind, ConfigDict) else kind.__name__
+        expected = type_name(kind, key, text)
         raise ValueError(
             f'--config.{key}={text}: {error}; give a value of type {expected}'
         ) from error

@@ -1,7 +1,9 @@
 """Saving and restoring training states with Orbax, and which run a folder belongs to."""
 
+import logging
 import os
 import pathlib
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +19,14 @@ from grpo_jax.run import changes, saved_config
 from grpo_jax.run.layout import stage_order
 from grpo_jax.types import Params, Prompts, Rollout, TrainState
 
+log = logging.getLogger('grpo_jax')
+
+# What a run leaves in its folder, except for prepared data and compiled programs.
+OF_RUN = (
+    'config.json', 'changes.jsonl', 'loggers.json', 'metrics.jsonl', 'completions.jsonl',
+    'heldout.jsonl', 'reward.png', 'tensorboard', 'checkpoints', 'replay', 'pretrained',
+)  # fmt: skip
+
 
 def check_workdir(
     workdir: str, config: ConfigDict, *, extend: bool = False, override: bool = False
@@ -31,7 +41,8 @@ def check_workdir(
 
     Returns:
       The folder, and the config to run with: keys that are None have the values of the run in the
-      folder, if there is one.
+      folder, if there is one. A try with another config that left no checkpoint is none, see
+      `remove_failed_try`.
 
     Raises:
       ValueError: the folder cannot be written to, or holds the run of another config that it
@@ -51,8 +62,38 @@ def check_workdir(
     saved = saved_config.read(path / 'config.json')
     if saved_config.differences(config, saved):
         done = steps_of_stages(path)
+        if not any(done.values()):
+            # Or it would be taken for that of another checkpoint; the rest is needed until the
+            # config has been checked.
+            shutil.rmtree(path / 'pretrained', ignore_errors=True)
+            return path, config
         changes.check_changes(config, saved, path, done, extend=extend, override=override)
     return path, saved_config.with_saved_choices(config, saved)
+
+
+def remove_failed_try(path: pathlib.Path, config: ConfigDict) -> None:
+    """Removes what a try with another config left, if it has no checkpoint, and says so.
+
+    Call it after all checks of the config.
+
+    Args:
+      path: the run's folder.
+      config: the config to run with.
+    """
+    file = path / 'config.json'
+    if not file.exists() or any(steps_of_stages(path).values()):
+        return
+    if not saved_config.differences(config, saved_config.read(file, quiet=True)):
+        return
+    for name in OF_RUN:
+        if (path / name).is_dir():
+            shutil.rmtree(path / name)
+        else:
+            (path / name).unlink(missing_ok=True)
+    log.warning(
+        'workdir %r held a run of another config without a checkpoint: its records are removed, '
+        'and this run starts from the beginning', str(path),
+    )  # fmt: skip
 
 
 def claim_workdir(path: pathlib.Path, config: ConfigDict) -> None:

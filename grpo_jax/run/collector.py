@@ -9,12 +9,14 @@ import jax
 import numpy as np
 
 from grpo_jax.algorithm.config import Algorithm
-from grpo_jax.algorithm.sample import last_block, sample_blocks
+from grpo_jax.algorithm.sample import last_block, sample, sample_blocks
 from grpo_jax.rewards import TrainerState, name_in
 from grpo_jax.run.early_grading import dispatch_first
-from grpo_jax.run.grading import Grader, RolloutRewards
+from grpo_jax.run.grading import Grader
+from grpo_jax.run.rollout_rewards import RolloutRewards
 from grpo_jax.run.rollouts import (
     CollectedBatch,
+    HostRewards,
     Position,
     PrefetchedBatches,
     collect_rollout,
@@ -25,7 +27,7 @@ from grpo_jax.run.rollouts import (
 from grpo_jax.run.selection import select_completions, select_pairs
 from grpo_jax.run.setup import Setup
 from grpo_jax.run.stages import StageParams
-from grpo_jax.types import FunctionRewards, Params, Prompts, Rollout, Sampling, StepRewards
+from grpo_jax.types import BaselinedRewards, Params, Prompts, Rollout, Sampling
 
 log = logging.getLogger('grpo_jax')
 
@@ -64,7 +66,7 @@ class RolloutCollector:
         rollout, rewards, used, metrics = collect_rollout(
             sampled,
             lambda number: self._sample_batch(first + number, policy, initial),
-            lambda rollout, early: grader.grade(rollout, initial.reward, early),
+            lambda rollout, early: self._grade(grader, rollout, early, policy, initial),
             grader.grade_early,
             refill=config.grpo.refill,
         )
@@ -84,23 +86,47 @@ class RolloutCollector:
     def _sample_batch(self, number: int, policy: Params, initial: StageParams) -> Iterable[Rollout]:
         """Sample batch `number`, which seeds its random numbers; dispatch the first block."""
         c = self.setup.config.grpo
-        blocks = self.setup.sampler(
-            initial.policy if c.source == 'reference' else policy,
+        blocks = self._draw(
+            policy,
+            initial,
             self.prompts(number),
             draw=sample_blocks,
             step=number,
             sampling=Sampling(**c.sampling),
             group_size=c.group_size,
-            weights=c.weights,
             record=tuple(c.record),
         )
         dispatched = dispatch_first(blocks)
         self.prompts.prefetch(number + 1)
         return dispatched
 
+    def _grade(
+        self, grader: Grader, rollout: Rollout, early: Any, policy: Params, initial: StageParams
+    ) -> RolloutRewards:
+        """Grade a rollout, and the greedy completions of its prompts if they are the baseline."""
+        graded = grader.grade(rollout, initial.reward, early)
+        if self.algorithm.baseline != 'greedy':
+            return graded
+        greedy = self._draw(
+            policy,
+            initial,
+            rollout.prompts._replace(routing=None),
+            draw=sample,
+            step=0,  # which greedy decoding does not depend on
+            sampling=Sampling(temperature=0.0),
+            group_size=1,
+        )
+        return graded.with_baseline(grader.grade(greedy, initial.reward))
+
+    def _draw(self, policy: Params, initial: StageParams, prompts: Prompts, **options: Any) -> Any:
+        """Sample from the policy that `grpo.source` names, with its weights as configured."""
+        c = self.setup.config.grpo
+        params = initial.policy if c.source == 'reference' else policy
+        return self.setup.sampler(params, prompts, weights=c.weights, **options)
+
     def _select(
         self, position: Position, rollout: Rollout, rewards: RolloutRewards
-    ) -> tuple[Rollout, np.ndarray | StepRewards | FunctionRewards, frozenset[str]]:
+    ) -> tuple[Rollout, HostRewards, frozenset[str]]:
         """Return the completions to train on, with their rewards."""
         drop = self.setup.config.grpo.drop
         if self.algorithm.pairwise:
@@ -117,8 +143,9 @@ class RolloutCollector:
             kept = ~rewards.skipped if kept is None else kept & ~rewards.skipped
             rollout = rollout._replace(kept=kept)
             log.warning(
-                'step %d: %d completions have no reward, because all reward functions returned '
+                'step %d: %d completions have no reward%s, because all reward functions returned '
                 'None; they are not trained on', position.step + 1, rewards.skipped.sum(),
+                '' if rewards.baseline is None else ' or no baseline',
             )  # fmt: skip
         if self.algorithm.uses_function_rewards:
             of_functions = function_rewards(rewards, self.grader.weights, self.grader.score_weight)
@@ -127,4 +154,8 @@ class RolloutCollector:
             return rollout, rewards.steps, trained
         # NaN: without a reward, so no part of the group that a completion is compared with.
         missing = np.zeros((), bool) if rewards.skipped is None else rewards.skipped
-        return rollout, np.where(missing, np.float32(np.nan), rewards.total), trained
+        values: Any = np.where(missing, np.float32(np.nan), rewards.total)
+        baseline: Any = rewards.baseline
+        if baseline is not None:
+            return rollout, BaselinedRewards(values, baseline), trained
+        return rollout, values, trained

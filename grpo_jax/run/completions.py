@@ -19,7 +19,6 @@ it `votes` for, and whether it is `correct`.
 import argparse
 import json
 import math
-import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -28,6 +27,7 @@ from tqdm import tqdm
 
 from grpo_jax import rewards
 from grpo_jax.rewards import DATASETS
+from grpo_jax.run.output_file import replaced
 from grpo_jax.run.statistics import maj_at_k, pass_at_k, rm_at_k, with_intervals
 
 CHUNK = 256  # rows graded between two updates of the progress bar
@@ -63,24 +63,17 @@ def main(arguments: Sequence[str]) -> None:
     output = pathlib.Path(options.output or source.with_suffix('.grades.jsonl'))
     if output.exists() and source.exists() and output.samefile(source):
         raise ValueError(f'--output={output} is the file of completions: name another')
-    if output.is_dir():
-        raise ValueError(f'--output={output} is a folder: name a file')
     if not source.is_file():
         raise ValueError(f'--completions={source}: no such file: name a file of JSON lines')
     rows = read(source)
     sizes = _sizes(rows, options.k)
     _check_references(source, options.dataset, rows)
-    partial = output.with_name(output.name + '.partial')
-    try:  # opened before the work, so that a file that cannot be written fails at once
-        with partial.open('w', encoding='utf-8', errors='backslashreplace') as file:
-            graded = grade(options.dataset, rows)
-            for row, *grades in zip(rows, *graded[:3], strict=True):
-                record = {'line': row.line, 'answer': row.answer}
-                record |= zip(graded._fields, grades, strict=False)
-                file.write(json.dumps(record, ensure_ascii=False) + '\n')
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with replaced(output) as file:
+        graded = grade(options.dataset, rows)
+        for row, *grades in zip(rows, *graded[:3], strict=True):
+            record = {'line': row.line, 'answer': row.answer}
+            record |= zip(graded._fields, grades, strict=False)
+            file.write(json.dumps(record, ensure_ascii=False) + '\n')
     print(json.dumps(estimate(rows, graded, sizes) | {'grades': str(output)}))
 
 

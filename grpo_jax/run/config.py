@@ -15,7 +15,7 @@ from grpo_jax import plugins
 from grpo_jax.run.defaults import FREE, at, defaults
 from grpo_jax.run.errors import ConfigError, caught
 from grpo_jax.run.paths import make_absolute
-from grpo_jax.run.sections import UnknownKeyError, collecting
+from grpo_jax.run.sections import UnknownKeyError, collecting, type_name
 
 __all__ = ['defaults', 'flatten', 'load', 'read', 'set_value']
 
@@ -43,7 +43,7 @@ def set_value(config: ConfigDict, path: str, value: Any) -> None:
     try:
         section[name] = value
     except TypeError as error:
-        kind = section.get_type(name).__name__
+        kind = type_name(section.get_type(name), path, value)
         raise ValueError(f'{path}={value!r}: give a value of type {kind}') from error
     if path in FREE:
         section[name].unlock()

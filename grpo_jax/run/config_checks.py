@@ -55,6 +55,12 @@ def check_values(config: ConfigDict) -> None:
         for path in paths
         if not least <= values[path] < math.inf  # also rejects NaN
     ]
+    for path, default in flatten(defaults()).items():
+        kind = int if path == 'eval.k' else str
+        wrong = (
+            [x for x in values[path] if not isinstance(x, kind)] if type(default) is tuple else ()
+        )
+        problems += [f'{path} names {x!r}: give values of type {kind.__name__}' for x in wrong]
     if problems:
         raise ConfigError(problems)
 

@@ -9,9 +9,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from grpo_jax import data, plugins, rewards, sharding
-from grpo_jax.algorithm.advantages import check_group_options
 from grpo_jax.algorithm.config import Algorithm
-from grpo_jax.engine.token_sampling import check_sampling
 from grpo_jax.run import loggers
 from grpo_jax.run.config import flatten, set_value
 from grpo_jax.run.config_checks import check_values
@@ -19,13 +17,11 @@ from grpo_jax.run.defaults import defaults
 from grpo_jax.run.errors import problems_of
 from grpo_jax.run.evaluation import evaluation_options
 from grpo_jax.run.graders import check_kinds
-from grpo_jax.run.methods import algorithm_of, compute_of
+from grpo_jax.run.methods import algorithm_of, check_group, compute_of, sampling_of
 from grpo_jax.run.reward_stage import check_loss
 from grpo_jax.run.stages import check_batch_size, make_optimizer
-from grpo_jax.types import Sampling
 
-_NAMED = re.compile(r'(?:(sampling|model) )?([\w.]+)')  # the key that a message begins with
-_PREFIXES = {None: '', 'sampling': 'grpo.sampling.', 'model': 'model.'}
+_NAMED = re.compile(r'[\w.]+')  # the key that a message begins with
 
 
 def find_problems(config: ConfigDict) -> tuple[list[str], ConfigDict]:
@@ -73,7 +69,7 @@ def _checks_of_stages(
     if not config.grpo.steps:
         return
     yield compute_of
-    yield lambda c: check_sampling(Sampling(**c.grpo.sampling))
+    yield sampling_of
     yield batch('grpo', 'compute.microbatch')
     if config.reward_model.steps and config.reward_model.weight:
         c = config.reward_model
@@ -83,8 +79,7 @@ def _checks_of_stages(
     if algorithm is None:  # the other checks do not depend on what is wrong with it
         algorithm = Algorithm()
     updates = config.grpo.steps * algorithm.inner_updates
-    options = {'baseline': algorithm.baseline, 'scale': algorithm.scale}
-    yield lambda c: check_group_options(c.grpo.group_size, **options)
+    yield lambda c: check_group(c, algorithm)
     yield optimizer('grpo', updates)
     if algorithm.has_critic:
         yield optimizer('critic', max(updates, 1))
@@ -134,5 +129,4 @@ class _Finder:
 def _named_key(message: str) -> str | None:
     """The path of the key that a message begins with; None if it begins with none."""
     match = _NAMED.match(message)
-    key = match and _PREFIXES[match[1]] + match[2]
-    return key if key in flatten(defaults()) else None
+    return match[0] if match and match[0] in flatten(defaults()) else None

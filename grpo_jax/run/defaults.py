@@ -124,6 +124,12 @@ def defaults() -> ConfigDict:
         'refill': 0,  # maximum of extra batches per step, to replace groups with equal rewards
         'drop': (),  # do not train on: 'wrong' (reward <= 0), 'duplicates', 'truncated'
         'algorithm': algorithm_fields() | {'beta': BETA},  # see `algorithm.config.Algorithm`
+        'entropy_control': {  # changes `algorithm.entropy_bonus` between steps
+            'target': 0.0,  # the bonus rises while the entropy is at most this, in nats; 0: off
+            'step': 0.005,  # by how much the bonus rises or falls in a step
+            'least': 0.0,  # lower bound of the bonus
+            'most': 1.0,  # upper bound of the bonus
+        },  # see `algorithm.entropy_control.next_entropy_bonus`
         'compute': compute_fields(),  # see `engine.compute.Compute`; None: chosen automatically
         'sampling': Sampling()._asdict(),  # see `types.Sampling`
         'rewards': {},  # function -> weight, or weight and options; see `rewards.build`

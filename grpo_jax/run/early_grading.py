@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from grpo_jax.run.grading import RolloutRewards
+from grpo_jax.run.rollout_rewards import RolloutRewards
 from grpo_jax.types import Rollout
 
 

@@ -1,6 +1,7 @@
 """Everything that is wrong with a config, in one error. Imports nothing that is slow."""
 
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 
@@ -19,6 +20,22 @@ class ConfigError(ValueError):
 def problems_of(error: Exception) -> tuple[str, ...]:
     """The messages of an error: several of a `ConfigError`, one of any other."""
     return error.problems if isinstance(error, ConfigError) else (str(error),)
+
+
+@contextmanager
+def renamed(names: Mapping[str, str]) -> Iterator[None]:
+    """Gives what the message of a ValueError in the block names the names that it has in a config.
+
+    Args:
+      names: {text in the message: text in its place}.
+    """
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        for name, other in names.items():
+            text = re.sub(rf'(?<![\w.]){re.escape(name)}', other, text)
+        raise ValueError(text) from error
 
 
 @contextmanager

@@ -14,15 +14,15 @@ from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
 from grpo_jax import data, rewards
-from grpo_jax.run.graded_texts import GradedTexts, grade_texts
-from grpo_jax.run.grading import RolloutRewards
+from grpo_jax.run.graded_texts import GradedTexts, first_groups, grade_texts
 from grpo_jax.run.problems import Problems
+from grpo_jax.run.rollout_rewards import RolloutRewards
 from grpo_jax.run.setup import Sampler
 from grpo_jax.run.statistics import maj_at_k, pass_at_k, rm_at_k
 from grpo_jax.types import Params, Rollout, Sampling
 
 Ranker = Callable[[Rollout, GradedTexts], Float[np.ndarray, ' N']]
-Rewarder = Callable[[Rollout], RolloutRewards]
+Rewarder = Callable[[Rollout, int], RolloutRewards]  # of the first groups of a rollout
 
 
 class Answers(NamedTuple):
@@ -89,8 +89,10 @@ def answer_problems(
       samples: completions per problem in addition to the greedy one.
       k: sizes for pass@k and maj@k, each at most `samples`; see `statistics`.
       temperature: of the samples.
-      rank: returns a reward model's scores of B * G completions, for rm@k (best of k).
-      reward: returns the rewards of a rollout, which are the metric without `correct`.
+      rank: returns a reward model's scores of a rollout's completions, of those that it gets the
+        texts of, for rm@k (best of k).
+      reward: returns the rewards of the first groups of a rollout, `(rollout, groups)`, which are
+        the metric without `correct`. The groups after them fill up a batch, with copies.
 
     Returns:
       Answers with the values `eval/accuracy` (without `correct` it is `eval/reward`),
@@ -218,11 +220,10 @@ def _estimates_at_k(
 def _grader_of(correct: rewards.RewardFunction, problems: Problems) -> Rewarder:
     """Return a function that grades a rollout by the reward function `correct` alone."""
 
-    def grade(rollout: Rollout) -> RolloutRewards:
-        texts = grade_texts(
-            jax.device_get(rollout), problems, {'correct': correct}, {'correct': 1.0}
-        )
-        return RolloutRewards(texts, texts.scores.total.reshape(rollout.ended.shape), None, None)
+    def grade(rollout: Rollout, groups: int) -> RolloutRewards:
+        host = first_groups(jax.device_get(rollout), groups)
+        texts = grade_texts(host, problems, {'correct': correct}, {'correct': 1.0})
+        return RolloutRewards(texts, texts.scores.total.reshape(host.ended.shape), None, None)
 
     return grade
 
@@ -238,16 +239,12 @@ def _complete(
     parts = []
     for prompts, count in data.in_order(problems.table, batch_size):
         rollout = sample(prompts)
-        graded = grade(rollout)
-        texts, group_size = graded.texts, rollout.ended.shape[1]
-        scores = None if rank is None else rank(rollout, texts).reshape(-1, group_size)[:count]
-        total = np.asarray(graded.total)[:count]
-        end = count * group_size  # the last batch is filled up with copies
+        graded = grade(rollout, count)  # the last batch is filled up with copies
+        texts, total = graded.texts, np.asarray(graded.total)
+        scores = None if rank is None else rank(rollout, texts).reshape(total.shape)
         ended, mask = (np.asarray(x)[:count] for x in (rollout.ended, rollout.mask))
         parts.append(
-            _Completions(
-                texts.prompts[:end], texts.completions[:end], total, ended, mask.sum(-1), scores
-            )
+            _Completions(texts.prompts, texts.completions, total, ended, mask.sum(-1), scores)
         )
     return _Completions(
         [text for part in parts for text in part.prompts],

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import jax
 import numpy as np
 from jaxtyping import Bool, Int
 
@@ -100,6 +101,11 @@ def concatenate_texts(parts: Sequence[GradedTexts]) -> GradedTexts:
     )
     prompts = [text for part in parts for text in part.prompts]
     return GradedTexts(prompts, [text for part in parts for text in part.completions], joined)
+
+
+def first_groups(rollout: Rollout, count: int | None) -> Rollout:
+    """Return the first groups of a rollout on the host; all if `count` is None."""
+    return jax.tree.map(lambda x: x[:count], rollout)
 
 
 def flat_tokens(rollout: Rollout) -> tuple[Int[np.ndarray, 'N T'], Bool[np.ndarray, 'N T']]:

@@ -14,40 +14,13 @@ from grpo_jax.run.graded_texts import (
     START,
     GradedTexts,
     concatenate_texts,
+    first_groups,
     flat_tokens,
     grade_texts,
 )
 from grpo_jax.run.problems import Problems
+from grpo_jax.run.rollout_rewards import RolloutRewards, completions_of
 from grpo_jax.types import Params, Rollout, StepRewards
-
-
-class RolloutRewards(NamedTuple):
-    """The rewards of a rollout."""
-
-    texts: GradedTexts
-    total: Float[np.ndarray, 'B G']  # with step rewards, their sum over steps
-    steps: StepRewards | None
-    model_scores: Float[np.ndarray, ' N'] | None  # of the reward model; with steps, their mean
-    # Completions without a reward, which are not trained on; None if all have one. Their `total` is
-    # the mean of their group's others, so that it changes no baseline.
-    skipped: Bool[np.ndarray, 'B G'] | None = None
-
-    def informative(self) -> Bool[np.ndarray, ' B']:
-        """Return which groups have rewards, of completions or of steps, that differ."""
-        if self.steps is None:
-            return self.total.max(1) > self.total.min(1)
-        values, ends = self.steps
-        largest = np.where(ends, values, -np.inf).max((1, 2))
-        return largest > np.where(ends, values, np.inf).min((1, 2))
-
-    def select(self, groups: Int[np.ndarray, ' M']) -> 'RolloutRewards':
-        """Return the rewards of these groups, in this order."""
-        completions = _completions_of(groups, self.total.shape[1])
-        steps = self.steps and StepRewards(*(x[groups] for x in self.steps))
-        scores = None if self.model_scores is None else self.model_scores[completions]
-        skipped = None if self.skipped is None else self.skipped[groups]
-        texts = self.texts.select(completions)
-        return RolloutRewards(texts, self.total[groups], steps, scores, skipped)
 
 
 class GradedGroups(NamedTuple):
@@ -103,7 +76,12 @@ class Grader:
         return graded
 
     def grade(
-        self, rollout: Rollout, reward_params: Params | None, early: Sequence[GradedGroups] = ()
+        self,
+        rollout: Rollout,
+        reward_params: Params | None,
+        early: Sequence[GradedGroups] = (),
+        *,
+        groups: int | None = None,
     ) -> RolloutRewards:
         """Compute the rewards of a whole rollout.
 
@@ -114,17 +92,18 @@ class Grader:
           rollout: on the devices.
           reward_params: parameters of the reward model.
           early: from `grade_early`; the functions are not called on these groups again.
+          groups: grade only the first ones, where the batch is filled up with copies; None: all.
 
         Raises:
           rewards.RewardError: see `rewards.score` and `rewards.score_steps`.
         """
         # Dispatched first, so that the devices score while the host grades.
         scored = self.scorer(reward_params, rollout) if self.scorer else None
-        host = jax.device_get(rollout)
+        host = first_groups(jax.device_get(rollout), groups)
         texts = self._grade_rest(host, early)
         total = texts.scores.total.reshape(host.tokens.shape[:2])
         steps = self.grade_steps(host, texts) if self.step_rewards else None
-        scores = None if scored is None else np.asarray(scored)
+        scores = None if scored is None else np.asarray(scored)[:groups]
         if steps is None and scores is None:
             return RolloutRewards(texts, *_without_missing(total))
         total = np.nan_to_num(total)
@@ -153,7 +132,7 @@ class Grader:
 
         Args:
           rollout: [B, G, T] arrays on the devices.
-          texts: its texts, in which the step function finds the steps.
+          texts: of its first groups, or all; the step function finds the steps in them.
           reward_params: parameters of the reward model.
 
         Raises:
@@ -161,10 +140,11 @@ class Grader:
         """
         if self.scorer is None:
             raise ValueError('this grader has no reward model: make it with a scorer')
-        scores = np.asarray(self.scorer(reward_params, rollout))
+        groups = len(texts.completions) // rollout.ended.shape[1]
+        scores = np.asarray(self.scorer(reward_params, rollout))[:groups]
         if self.step_rewards is None:
             return scores.reshape(-1)
-        ends = self.grade_steps(jax.device_get(rollout), texts).ends
+        ends = self.grade_steps(first_groups(jax.device_get(rollout), groups), texts).ends
         return _mean_over_steps(scores, np.asarray(ends))
 
     def grade_steps(self, rollout: Rollout, texts: GradedTexts) -> StepRewards:
@@ -207,32 +187,13 @@ class Grader:
         rest = np.setdiff1d(np.arange(batch), _numbers(early))
         graded = [*early, GradedGroups(rest, self._grade_groups(host, rest))]
         texts = concatenate_texts([part.texts for part in graded])
-        return texts.select(_completions_of(np.argsort(_numbers(graded)), group_size))
+        return texts.select(completions_of(np.argsort(_numbers(graded)), group_size))
 
     def _grade_groups(self, host: Rollout, groups: Int[np.ndarray, ' M']) -> GradedTexts:
         selected = jax.tree.map(lambda x: x[groups], host)
         return grade_texts(
             selected, self.problems, self.functions, self.weights, self.trainer_state
         )
-
-
-def concatenate_rewards(parts: Sequence[RolloutRewards]) -> RolloutRewards:
-    """Join the rewards of several rollouts."""
-    total, steps, scores = (
-        concatenate([getattr(part, name) for part in parts])
-        for name in ('total', 'steps', 'model_scores')
-    )
-    skipped = None
-    if any(part.skipped is not None for part in parts):
-        masks = [np.zeros(p.total.shape, bool) if p.skipped is None else p.skipped for p in parts]
-        skipped = np.concatenate(masks)
-    texts = concatenate_texts([part.texts for part in parts])
-    return RolloutRewards(texts, total, steps, scores, skipped)
-
-
-def concatenate(trees: Sequence[Any]) -> Any:
-    """Join trees of host arrays along their first axis."""
-    return jax.tree.map(lambda *x: np.concatenate(x), *trees)
 
 
 def _float32(values: Float[np.ndarray, '*S']) -> Float[np.ndarray, '*S']:
@@ -283,8 +244,3 @@ def _mean_over_steps(
 
 def _numbers(graded: Sequence[GradedGroups]) -> Int[np.ndarray, ' M']:
     return np.concatenate([np.zeros(0, int), *(part.groups for part in graded)])
-
-
-def _completions_of(groups: Int[np.ndarray, ' M'], group_size: int) -> Int[np.ndarray, ' N']:
-    """Return the indices of all completions of these groups."""
-    return (groups[:, None] * group_size + np.arange(group_size)).reshape(-1)

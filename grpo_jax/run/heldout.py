@@ -11,13 +11,15 @@ from ml_collections import ConfigDict
 
 from grpo_jax.rewards import TrainerState
 from grpo_jax.run import compiled, evaluation
+from grpo_jax.run.checkpoint import OF_RUN
 from grpo_jax.run.config_checks import differing_defaults
 from grpo_jax.run.evaluation import Answers, Evaluation, spread
 from grpo_jax.run.graders import check_functions, make_grader, make_ranker
-from grpo_jax.run.grading import RolloutRewards
 from grpo_jax.run.methods import algorithm_of
+from grpo_jax.run.output_file import replaced
 from grpo_jax.run.parameters import newest_policy, newest_reward_params
 from grpo_jax.run.problems import Problems, heldout_problems
+from grpo_jax.run.rollout_rewards import RolloutRewards
 from grpo_jax.run.setup import Setup, prepare
 from grpo_jax.run.stages import StageParams
 from grpo_jax.types import Params, Rollout
@@ -51,7 +53,11 @@ def make_evaluator(
     else:
         reward = _make_reward(setup, heldout)
         if reward is None:
-            log.warning('eval.correct and grpo.rewards are empty: the policy is not evaluated')
+            log.warning(
+                'eval.correct and grpo.rewards are empty: the policy is not evaluated, although '
+                'there are held-out problems (data.heldout_split=%r), and heldout.jsonl stays '
+                'empty. Name a reward function in eval.correct', setup.config.data.heldout_split,
+            )  # fmt: skip
             return None
         sections = {f'eval.{name}': '' for name in ('samples', 'k', 'temperature')}
         unused = [text for text, _ in differing_defaults(setup.config, sections)]
@@ -68,20 +74,27 @@ def make_evaluator(
     return evaluate
 
 
-def answer(config: ConfigDict, workdir: pathlib.Path, checkpoint: str = '') -> tuple[str, Answers]:
-    """Evaluate a checkpoint of a run, and write `evaluation.jsonl`.
+def answer(
+    config: ConfigDict, workdir: pathlib.Path, checkpoint: str = '', output: str = ''
+) -> tuple[str, Answers]:
+    """Evaluate a checkpoint of a run, and write a line for each problem.
 
     Args:
       config: the config of the run, or a changed one.
       workdir: the run's folder.
       checkpoint: 'STAGE/STEP', STAGE or STEP; empty: the newest.
+      output: the file to write; empty: `evaluation.jsonl` in the run's folder.
 
     Returns:
       The name of the checkpoint, and the answers.
 
     Raises:
       ValueError: options that the user has to fix, no checkpoint, or no held-out problems.
+      OSError: the file cannot be written.
     """
+    path = pathlib.Path(output or workdir / 'evaluation.jsonl').absolute()
+    if path.name in OF_RUN and path.parent.samefile(workdir):
+        raise ValueError(f'--output={output} is a file of the run: name another')
     setup = prepare(config, workdir)
     options = evaluation.evaluation_options(config.eval)
     problems = heldout_problems(setup)
@@ -89,7 +102,7 @@ def answer(config: ConfigDict, workdir: pathlib.Path, checkpoint: str = '') -> t
         raise ValueError(
             'there are no problems to evaluate on: name a split by --config.data.heldout_split'
         )
-    with compiled.kept_in(workdir / 'cache'), compiled.trimmed():
+    with replaced(path) as file, compiled.kept_in(workdir / 'cache'), compiled.trimmed():
         policy = newest_policy(setup, checkpoint)
         if options['correct'] is not None:
             check_functions({'eval.correct': options['correct']}, problems, alone=True)
@@ -103,14 +116,14 @@ def answer(config: ConfigDict, workdir: pathlib.Path, checkpoint: str = '') -> t
                 'reward function by --config.eval.correct'
             )
         answers = evaluation.answer_problems(setup.sampler, policy.params, problems, **options)
-    with (workdir / 'evaluation.jsonl').open('w') as file:
         for record in evaluation.answer_records(answers):
-            file.write(json.dumps(record, ensure_ascii=False) + '\n')
+            line = {'checkpoint': policy.name, **record}
+            file.write(json.dumps(line, ensure_ascii=False) + '\n')
     return policy.name, answers
 
 
 def _make_reward(setup: Setup, problems: Problems) -> Callable[..., RolloutRewards] | None:
-    """Make the function from a rollout to its rewards in training; None if there are none."""
+    """Make the function that rewards a rollout as in training; None if there are no rewards."""
     c, algorithm = setup.config.grpo, algorithm_of(setup.config)
     if not len(c.rewards) and algorithm.supervision == 'outcome' and setup.reward_model is None:
         return None
@@ -118,8 +131,8 @@ def _make_reward(setup: Setup, problems: Problems) -> Callable[..., RolloutRewar
     state = TrainerState(c.steps, c.steps)
     grader = dataclasses.replace(make_grader(setup, problems, algorithm), trainer_state=state)
 
-    def reward(rollout: Rollout, *, reward_params: Params | None) -> RolloutRewards:
-        graded = grader.grade(rollout, reward_params)
+    def reward(rollout: Rollout, groups: int, *, reward_params: Params | None) -> RolloutRewards:
+        graded = grader.grade(rollout, reward_params, groups=groups)
         if graded.skipped is not None:
             log.warning(
                 '%d held-out completions have no reward, because all reward functions returned '

@@ -64,7 +64,7 @@ def descriptions() -> dict[str, str]:
         for section, texts in (
             ('model', Source(ModelConfig).fields()),
             ('model.lora', Source(Lora).fields()),
-            ('grpo.algorithm', algorithm_options()),
+            ('grpo.algorithm', _algorithm_keys()),
             ('grpo.compute', docstring_entries(Compute, 'Attributes')),
             ('grpo.sampling', Source(Sampling).fields()),
         )
@@ -89,6 +89,11 @@ def _comments_of_defaults() -> dict[str, str]:
     return comments
 
 
+def _algorithm_keys() -> dict[str, str]:
+    """`algorithm_options` of a config, where an empty string stands for None."""
+    return {name: text.replace('`None`', "`''`") for name, text in algorithm_options().items()}
+
+
 def algorithm_options() -> dict[str, str]:
     """The descriptions of the options of `Algorithm`, with the values that a choice has."""
     comments = Source(Algorithm).fields()
@@ -100,15 +105,14 @@ def algorithm_options() -> dict[str, str]:
 
 
 def _known_values(name: str) -> str:
-    """The values of an option, from the error for a wrong one."""
+    """The values of an option, from the error for a wrong one; empty if it is not a choice."""
     options: dict[str, Any] = {name: '?'}
     try:
         Algorithm(**options)
-    except ValueError as error:
-        known = str(error).rpartition('use one of ')[2]
-        return ', '.join(f'`{value}`' for value in known.split(', ') if value)
-    except TypeError:  # not a string
-        return ''
+    except (ValueError, TypeError) as error:
+        beginning = f"{name}='?' is unknown: use one of "
+        if str(error).startswith(beginning):
+            return ', '.join(f'`{x}`' for x in str(error).removeprefix(beginning).split(', '))
     return ''
 
 

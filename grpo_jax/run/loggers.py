@@ -172,8 +172,8 @@ def check(config: ConfigDict) -> None:
         if name in _LOGGERS:
             if importlib.util.find_spec(name) is None:
                 raise ValueError(
-                    f'log.to names {name!r}, which is not installed: pip install '
-                    f"'grpo_jax[{name}]', or pip install {name}"
+                    f'log.to names {name!r}, which is not installed: pip install {name}, or in the '
+                    f"folder of grpo_jax's source pip install -e '.[{name}]'"
                 )
         elif ':' not in name:
             hint = plugins.did_you_mean(name, _LOGGERS, cutoff=0.5)

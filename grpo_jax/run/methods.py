@@ -8,13 +8,19 @@ from ml_collections import ConfigDict
 from grpo_jax import plugins
 from grpo_jax.algorithm.checks import check_support
 from grpo_jax.algorithm.config import Algorithm
+from grpo_jax.algorithm.entropy_control import next_entropy_bonus
+from grpo_jax.algorithm.estimators import check_group_size
 from grpo_jax.algorithm.preferences import PAIRWISE
 from grpo_jax.algorithm.presets import CONVENTIONS, PRESETS
 from grpo_jax.engine.compute import Compute
 from grpo_jax.engine.decode import WEIGHTS
+from grpo_jax.engine.token_sampling import check_sampling
 from grpo_jax.run.config_checks import differing_defaults
 from grpo_jax.run.defaults import algorithm_fields, optimizer_fields
+from grpo_jax.run.errors import renamed
+from grpo_jax.run.sections import preset_hint
 from grpo_jax.run.selection import DROPS
+from grpo_jax.types import Sampling
 
 # Keys of `grpo` that a method sets in addition to its `Algorithm`.
 _RUN: dict[str, dict[str, Any]] = {
@@ -86,16 +92,46 @@ def algorithm_of(config: ConfigDict) -> Algorithm:
     try:
         algorithm = Algorithm(**options)
     except ValueError as error:
-        raise ValueError(f'grpo.algorithm.{error}') from error
+        name = str(error).partition('=')[0]
+        text = str(error).replace(', None', ", or '' for none")  # which has no type in a config
+        hint = preset_hint(options.get(name)) if ' is unknown: ' in text else ''
+        raise ValueError(f'grpo.algorithm.{text}{hint}') from error
     if algorithm.moves_reference and config.model.lora.rank:
         raise ValueError(
             f'grpo.algorithm.reference_decay={algorithm.reference_decay} with adapters, whose '
             'reference is their fixed base: set it to 1 or train all parameters'
         )
+    entropy_control_of(config)
     _check_source(config.grpo, algorithm)
     _check_sampler(config.grpo, algorithm)
     _check_sections(config, algorithm)
     return algorithm
+
+
+def entropy_control_of(config: ConfigDict) -> dict[str, float] | None:
+    """Returns the arguments of `next_entropy_bonus` in the `grpo` section; None: a fixed bonus.
+
+    Raises:
+      ValueError: an option out of its range.
+    """
+    options, start = dict(config.grpo.entropy_control), config.grpo.algorithm.entropy_bonus
+    if not options['target']:
+        return None
+    if not 0 < options['target'] < float('inf'):
+        raise ValueError(
+            f'grpo.entropy_control.target={options["target"]} is out of range: make it above 0, or '
+            '0 to switch it off'
+        )
+    try:
+        next_entropy_bonus(start, 0.0, **options)
+    except ValueError as error:
+        raise ValueError(f'grpo.entropy_control: {error}') from error
+    if not options['least'] <= start <= options['most']:
+        raise ValueError(
+            f'grpo.algorithm.entropy_bonus={start} is where grpo.entropy_control starts: make it '
+            f'at least least={options["least"]} and at most most={options["most"]}'
+        )
+    return options
 
 
 def compute_of(config: ConfigDict) -> Compute:
@@ -108,6 +144,28 @@ def compute_of(config: ConfigDict) -> Compute:
         return Compute(**config.grpo.compute)
     except ValueError as error:
         raise ValueError(f'grpo.compute.{error}') from error
+
+
+def sampling_of(config: ConfigDict) -> Sampling:
+    """Returns how completions are sampled in training.
+
+    Raises:
+      ValueError: an option out of its range.
+    """
+    sampling = Sampling(**config.grpo.sampling)
+    with renamed({'sampling ': 'grpo.sampling.'}):
+        check_sampling(sampling)
+    return sampling
+
+
+def check_group(config: ConfigDict, algorithm: Algorithm) -> None:
+    """Checks that groups have enough completions for the advantages.
+
+    Raises:
+      ValueError: they have not.
+    """
+    with renamed({'group_size=': 'grpo.group_size=', 'pass_k=': 'grpo.algorithm.pass_k='}):
+        check_group_size(algorithm, config.grpo.group_size)
 
 
 def _load(key: str, path: str) -> Callable[..., Any]:
@@ -128,6 +186,8 @@ def _check_sections(config: ConfigDict, algorithm: Algorithm) -> None:
     elif not config.reward_model.steps:
         for name in ('loss', 'batch_size', 'group_size', 'microbatch', 'replay', 'optimizer'):
             unused[f'reward_model.{name}'] = 'reward_model.steps=0'
+    if not config.grpo.entropy_control.target:
+        unused['grpo.entropy_control'] = 'grpo.entropy_control.target=0'
     if algorithm.step == 'trust_region':
         unused['grpo.optimizer'] = "step='trust_region'"
     for path, reason in differing_defaults(config, unused):

@@ -13,16 +13,20 @@ import optax
 from grpo_jax import data, models, sharding
 from grpo_jax.algorithm.config import Algorithm
 from grpo_jax.algorithm.critic import Critic
-from grpo_jax.algorithm.estimators import check_group_size
 from grpo_jax.algorithm.presets import SFT
 from grpo_jax.algorithm.program import Step, init_state, make_train_step
 from grpo_jax.algorithm.sample import last_block
 from grpo_jax.engine.compute import Compute
-from grpo_jax.engine.token_sampling import check_sampling
 from grpo_jax.run.collector import RolloutCollector
 from grpo_jax.run.graders import make_grader
 from grpo_jax.run.heldout import make_evaluator
-from grpo_jax.run.methods import algorithm_of, compute_of
+from grpo_jax.run.methods import (
+    algorithm_of,
+    check_group,
+    compute_of,
+    entropy_control_of,
+    sampling_of,
+)
 from grpo_jax.run.parameters import initial_adapters
 from grpo_jax.run.problems import Problems, prompting
 from grpo_jax.run.rollouts import (
@@ -70,7 +74,13 @@ def sft_stage(setup: Setup, training: Problems, heldout: Problems | None = None)
         data.check_token_ids(ids, setup.tokenizer, setup.model.config.vocab_size)
     if table.prompts.dropped:
         log.warning('demonstrations: %s', table.prompts.summary())
-    batches = data.batches(table, c.batch_size, seed=config.seed, name='sft.batch_size')
+    batches = data.batches(
+        table,
+        c.batch_size,
+        seed=config.seed,
+        name='sft.batch_size',
+        split=config.data.train_split,
+    )
     ones = np.ones((c.batch_size, 1), np.float32)
 
     def sample(position: Position, policy: Params, initial: StageParams) -> list[Rollout]:
@@ -115,11 +125,17 @@ def grpo_stage(
       ValueError: options that the user has to fix.
     """
     c, config = setup.config.grpo, setup.config
-    algorithm, compute, sampling = algorithm_of(config), compute_of(config), Sampling(**c.sampling)
-    check_sampling(sampling)
-    check_group_size(algorithm, c.group_size)
+    algorithm, compute, sampling = algorithm_of(config), compute_of(config), sampling_of(config)
+    control = entropy_control_of(config)
+    check_group(config, algorithm)
     check_batch_size(config, setup.mesh, 'grpo', 'compute.microbatch', compute.microbatch)
-    batches = data.batches(training.table, c.batch_size, seed=config.seed, name='grpo.batch_size')
+    batches = data.batches(
+        training.table,
+        c.batch_size,
+        seed=config.seed,
+        name='grpo.batch_size',
+        split=config.data.train_split,
+    )
     collector = RolloutCollector(
         setup,
         algorithm,
@@ -139,11 +155,21 @@ def grpo_stage(
         sampling,
         critic=_make_critic(setup, updates) if algorithm.has_critic else None,
         initial_policy_samples=c.source == 'reference',
+        controls_entropy=control is not None,
     )
     stage = trainer.stage(
         stage_name('grpo', iteration), c.steps, collector.sample, collector.collect, heldout
     )
-    return dataclasses.replace(stage, ahead=c.ahead, stale=c.ahead and c.source == 'policy')
+    follow = None
+    if control is not None:
+        start = float(algorithm.entropy_bonus)
+
+        def follow(position: Position, entropy: float) -> Position:
+            return position.follow(entropy, start, **control)
+
+    return dataclasses.replace(
+        stage, ahead=c.ahead, stale=c.ahead and c.source == 'policy', follow=follow
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +184,7 @@ class _PolicyTrainer:
     sampling: Sampling
     critic: Critic | None = None
     initial_policy_samples: bool = False
+    controls_entropy: bool = False  # whether the entropy bonus is that of the position
 
     def stage(
         self,
@@ -228,7 +255,14 @@ class _PolicyTrainer:
         """Do one training step."""
         rollout, rewards = sharding.put_groups((batch.rollout, batch.rewards), self.setup.mesh)
         frozen = initial.policy if self._lora or self._fixed_reference else None
-        return self._program(state, frozen, rollout, rewards, self.sampling, self.algorithm)
+        if not self.controls_entropy:
+            return self._program(state, frozen, rollout, rewards, self.sampling, self.algorithm)
+        entropy = batch.position.entropy
+        bonus: Any = self.algorithm.entropy_bonus if entropy is None else entropy.bonus
+        bonus = np.asarray(bonus, np.float32)  # an array, so that a bonus of 0 has the same program
+        algorithm = dataclasses.replace(self.algorithm, entropy_bonus=bonus)
+        state, metrics = self._program(state, frozen, rollout, rewards, self.sampling, algorithm)
+        return state, metrics | {'entropy_bonus': bonus}
 
     def policy(self, state: TrainState, initial: StageParams) -> Params:
         """Return the parameters that sample and are evaluated."""

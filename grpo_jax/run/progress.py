@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from grpo_jax.algorithm.advantages import OF_GROUP
 from grpo_jax.rewards import RewardError
 from grpo_jax.run.report import Records
 from grpo_jax.run.rollouts import CollectedBatch
@@ -79,9 +80,12 @@ class Progress:
         if stage.schedule:  # in one program, before the devices are busy
             counts = np.arange(stage.steps * stage.updates, dtype=np.int32)
             self.rates = jax.device_get(jax.jit(jax.vmap(stage.schedule))(counts))
+        self.newest: dict[str, float] | None = None  # the last fetched metrics of the update
         self.waiting: collections.deque[Any] = collections.deque()
         self.partly_written = False  # whether the first waiting step is
-        self.equal_groups = EqualGroups(stage.name)
+        # With another baseline than the group's, equal rewards have a gradient.
+        in_group = stage.algorithm is None or stage.algorithm.baseline in OF_GROUP
+        self.equal_groups = EqualGroups(stage.name) if in_group else None
         self.restart()
 
     def restart(self) -> None:
@@ -106,12 +110,14 @@ class Progress:
                 self.records.remove_from(step)
             self.partly_written = True
             values = {name: float(value) for name, value in fetched.items()}
+            self.newest = dict(values)
             metrics = self._complete(step, values, host_metrics)
             self.records.metrics(step, metrics)
             self.records.completions(step, completions)
             self.waiting.popleft()
             self.partly_written = False
-            self.equal_groups.add(step, metrics)
+            if self.equal_groups is not None:
+                self.equal_groups.add(step, metrics)
             self._show(metrics)
 
     def _complete(

@@ -196,7 +196,7 @@ def before_and_after(workdir: pathlib.Path, steps: int, count: int = 8) -> str:
     first, last = tests[0], tests[-1]
 
     def cell(row: Mapping[str, Any], i: int) -> str:
-        text = ' '.join(row['completions'][i].split())
+        text = _on_one_line(row['completions'][i])
         text = text if len(text) <= 40 else text[:37] + '...'
         if 'correct' not in row:
             return f'{row["rewards"][i]:.3g}: {text}'
@@ -204,8 +204,13 @@ def before_and_after(workdir: pathlib.Path, steps: int, count: int = 8) -> str:
 
     table = [('prompt', f'before (step {first["step"]})', f'after (step {last["step"]})')]
     for i in range(min(count, len(first['prompts']))):
-        prompt = ' '.join(first['prompts'][i].split())
-        table.append((prompt[-30:], cell(first, i), cell(last, i)))
+        table.append((_on_one_line(first['prompts'][i])[-30:], cell(first, i), cell(last, i)))
     widths = [max(len(row[column]) for row in table) for column in range(3)]
     lines = ['  '.join(text.ljust(w) for text, w in zip(row, widths, strict=True)) for row in table]
     return '\n'.join([lines[0], '-' * len(lines[0]), *lines[1:]])
+
+
+def _on_one_line(text: str) -> str:
+    """The text with single spaces, and characters that a terminal would obey as their escapes."""
+    line = ' '.join(text.split())
+    return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in line)

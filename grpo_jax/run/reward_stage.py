@@ -53,7 +53,11 @@ def reward_stage(setup: Setup, training: Problems, iteration: int = 1) -> Stage:
     check_batch_size(config, setup.mesh, 'reward_model', 'microbatch', c.microbatch)
     optimizer, schedule = make_optimizer(config, 'reward_model', c.steps)
     batches = data.batches(
-        training.table, c.batch_size, seed=config.seed + 1, name='reward_model.batch_size'
+        training.table,
+        c.batch_size,
+        seed=config.seed + 1,
+        name='reward_model.batch_size',
+        split=config.data.train_split,
     )
     training_stage = _RewardTraining(
         setup,

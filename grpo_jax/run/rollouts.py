@@ -8,11 +8,21 @@ import jax
 import numpy as np
 
 from grpo_jax import rewards
+from grpo_jax.algorithm.entropy_control import next_entropy_bonus
 from grpo_jax.run.early_grading import grade_while_sampling
-from grpo_jax.run.grading import RolloutRewards, concatenate, concatenate_rewards
-from grpo_jax.types import FunctionRewards, Rollout, StepRewards
+from grpo_jax.run.rollout_rewards import RolloutRewards, concatenate, concatenate_rewards
+from grpo_jax.types import BaselinedRewards, FunctionRewards, Rollout, StepRewards
 
 BatchT = TypeVar('BatchT')
+HostRewards = np.ndarray | StepRewards | FunctionRewards | BaselinedRewards  # see `types.Rewards`
+
+
+class EntropyBonus(NamedTuple):
+    """The state of `grpo.entropy_control`."""
+
+    coefficient: float  # see `entropy_control.next_entropy_bonus`
+    bonus: float  # of the next step; of the last one, if its entropy is not yet known
+    known: bool = False  # whether the entropy of the last step has been followed
 
 
 class Position(NamedTuple):
@@ -25,6 +35,7 @@ class Position(NamedTuple):
     next_batch: int = 0  # number of the first batch of prompts that no policy stage has sampled
     trained: frozenset[str] = frozenset()  # see `selection.select_completions`
     tokens: int = 0  # of prompts and completions in this stage, see `count_tokens`
+    entropy: EntropyBonus | None = None  # None: that of the config; goes on in later iterations
 
     def to_json(self) -> dict[str, Any]:
         """Return the position as JSON types."""
@@ -33,8 +44,30 @@ class Position(NamedTuple):
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> 'Position':
         """Return the position that `to_json` was called on."""
-        tokens = values.get('tokens', 0)  # absent from older checkpoints
-        return cls(values['step'], values['next_batch'], frozenset(values['trained']), tokens)
+        tokens, entropy = values.get('tokens', 0), values.get('entropy')  # newer than the others
+        return cls(
+            values['step'],
+            values['next_batch'],
+            frozenset(values['trained']),
+            tokens,
+            None if entropy is None else EntropyBonus(*entropy),
+        )
+
+    def follow(self, entropy: float, start: float, **options: float) -> 'Position':
+        """Return the position with the bonus that follows from the entropy of its last step.
+
+        It changes nothing if that entropy has been followed already.
+
+        Args:
+          entropy: the metric of the last step.
+          start: the bonus of the first step.
+          **options: arguments of `next_entropy_bonus`.
+        """
+        last = EntropyBonus(start, start) if self.entropy is None else self.entropy
+        if last.known:
+            return self
+        following = next_entropy_bonus(last.coefficient, entropy, **options)
+        return self._replace(entropy=EntropyBonus(*following, known=True))
 
     def next_step(self, rollout: Rollout, **changes: Any) -> 'Position':
         """Return the position after a step that trains on this rollout."""
@@ -46,8 +79,7 @@ class CollectedBatch(NamedTuple):
     """The batch of one training step, and the position after that step."""
 
     rollout: Rollout
-    # f32[B, G], or rewards of each step of a completion, or of each function
-    rewards: np.ndarray | StepRewards | FunctionRewards
+    rewards: HostRewards
     metrics: dict[str, float]
     completions: list[dict[str, Any]]  # for completions.jsonl
     position: Position
@@ -170,6 +202,9 @@ def reward_metrics(rollout_rewards: RolloutRewards, correct: str) -> dict[str, f
     if model_scores is not None:
         scores = scores._replace(parts=scores.parts | {'reward_model': model_scores})
     metrics = rewards.statistics(scores)
+    if rollout_rewards.baseline is not None:
+        usable = rollout_rewards.baseline[~np.isnan(rollout_rewards.baseline)]
+        metrics['reward_greedy'] = float(usable.mean()) if usable.size else 0.0
     if correct in scores.parts:
         metrics['accuracy'] = float(np.mean(scores.parts[correct] >= 1))
     return metrics

@@ -8,6 +8,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from grpo_jax import plugins
+from grpo_jax.algorithm.presets import CONVENTIONS, PRESETS
 from grpo_jax.run.suggestions import suggest
 
 FREE = (
@@ -47,6 +48,8 @@ def collecting() -> Iterator[list[str]]:
 class Section(ConfigDict):
     """A section of the config. A function, as a key or as a value, is replaced by its path.
 
+    A key whose value is a tuple also takes a single string or number.
+
     `grpo.rewards` also takes a function or a list of functions, each with weight 1, and
     `{'name': function}`.
 
@@ -77,6 +80,8 @@ class Section(ConfigDict):
             value = {'function': value, 'weight': 1.0}
         if callable(value) and not isinstance(value, _Unknown):
             value = plugins.path_of(value)
+        if isinstance(value, str | int | float) and self._holds_tuple(key):
+            value = (value,)
         if isinstance(value, _Unknown):
             _report(UnknownKeyError(value.message))
         elif self.is_locked and key not in self and (self.allow_dotted_keys or '.' not in key):
@@ -87,8 +92,8 @@ class Section(ConfigDict):
             try:
                 super().__setitem__(key, value)
             except TypeError:
-                kind = self.get_type(key).__name__
-                _report(TypeError(f'config key {path!r} is {value!r}: give a value of type {kind}'))
+                remedy = f'give a value of type {type_name(self.get_type(key), path, value)}'
+                _report(TypeError(f'config key {path!r} is {value!r}: {remedy}'))
 
     def __setattr__(self, name: str, value: Any) -> None:
         self._ensure_mutability(name)
@@ -118,8 +123,29 @@ class Section(ConfigDict):
         object.__setattr__(copy, '_path', self._path)
         return copy
 
+    def _holds_tuple(self, key: str) -> bool:
+        return key in self and issubclass(self.get_type(key), tuple)
+
     def _path_of(self, key: str) -> str:
         return f'{self._path}.{key}' if self._path else str(key)
+
+
+def type_name(kind: type, path: str, value: Any) -> str:
+    """The type of a key's values in an error for `value`, with what may have been meant."""
+    if not issubclass(kind, ConfigDict):
+        return kind.__name__
+    if path in _WEIGHTED and isinstance(value, str):
+        return f'dictionary, such as { ({value: 1.0}) }'
+    if path == 'grpo.algorithm' and (hint := preset_hint(value)):
+        return f'dictionary{hint}'
+    return 'dictionary'
+
+
+def preset_hint(value: Any) -> str:
+    """The end of an error for a value that is the name of a preset; empty if it is none."""
+    if not isinstance(value, str) or value not in (*PRESETS, *CONVENTIONS):
+        return ''
+    return f'; {value!r} is the name of a method: methods.apply(config, {value!r}) sets its options'
 
 
 def _with_weights(path: str, functions: Any) -> dict[str, float]:

@@ -11,12 +11,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from grpo_jax import models, plugins, sharding
+from grpo_jax.algorithm.checks import check_routers
 from grpo_jax.algorithm.sample import sample
 from grpo_jax.data import check_token_ids, get_format, load_tokenizer, stop_ids, stop_table
 from grpo_jax.engine.token_sampling import check_record
 from grpo_jax.models import hf
 from grpo_jax.run.config_checks import check_values
 from grpo_jax.run.defaults import defaults
+from grpo_jax.run.errors import renamed
 from grpo_jax.run.start import Start
 from grpo_jax.run.tokenization import bind_chat_template, end_ids, hidden_ids, vocabulary
 from grpo_jax.types import Params, Prompts, Sampling
@@ -64,7 +66,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     ends = end_ids(config, tokenizer, source)
     model = models.Transformer(_model_config(config, source, tokenizer, ends))
     _check_platform(model.config.attention, mesh.devices.flat[0].platform)
-    check_record(tuple(config.grpo.record), Sampling(**config.grpo.sampling), model.config.experts)
+    _check_experts(config, model.config.experts)
     check_token_ids(ends, tokenizer, model.config.vocab_size)
     hidden = hidden_ids(config, tokenizer, ends)
     sampler = _make_sampler(config, mesh, model, tokenizer, ends, hidden)
@@ -89,6 +91,15 @@ def _check_platform(attention: str, platform: str) -> None:
             f'model.attention={attention!r} is for a {needed.upper()}, and these devices are '
             f"{platform.upper()}s: use 'auto'"
         )
+
+
+def _check_experts(config: ConfigDict, experts: int) -> None:
+    """Checks options of the `grpo` section that may need a model with experts."""
+    with renamed({'record': 'grpo.record'}):
+        check_record(tuple(config.grpo.record), Sampling(**config.grpo.sampling), experts)
+    weight = config.grpo.algorithm.router_balance
+    if weight:
+        check_routers(weight, experts, name='grpo.algorithm.router_balance')
 
 
 def _source(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path | None:
@@ -124,7 +135,8 @@ def _model_config(
         'lora': models.Lora(**config.model.lora),
     }
     if source is None:
-        return models.ModelConfig(**vocabulary(tokenizer, ends), **options)
+        with renamed({'model ': 'model.'}):
+            return models.ModelConfig(**vocabulary(tokenizer, ends), **options)
     default_options = defaults().model.to_dict()
     for name in options:
         if name not in _COMPUTED and options[name] != default_options[name]:

@@ -116,6 +116,11 @@ class StageLoop:
 
     def _update(self, batch: CollectedBatch, sampled: Iterable[Rollout] | None) -> None:
         """Dispatches the update, which donates the buffers of the old state."""
+        if self.stage.follow is not None:
+            self._follow_entropy()
+            entropy = self.snapshot.position.entropy
+            entropy = None if entropy is None else entropy._replace(known=False)
+            batch = batch._replace(position=batch.position._replace(entropy=entropy))
         step = self.snapshot.position.step
         # The update donates the old state, so an interrupt must not lose the new one. The first
         # update can be interrupted: it may compile for minutes, and there is nothing to lose yet.
@@ -125,6 +130,15 @@ class StageLoop:
             self.progress.add(step, metrics, batch)
             self.snapshot = Snapshot(state, batch.position, sampled)
         self.progress.write(keep=1)
+
+    def _follow_entropy(self) -> None:
+        """Waits for the last step's metrics, and changes the position by its entropy."""
+        if self.stage.follow is None:
+            return
+        self.progress.write()
+        if self.progress.newest is not None:
+            position = self.stage.follow(self.snapshot.position, self.progress.newest['entropy'])
+            self.snapshot = self.snapshot._replace(position=position)
 
     def _announced(self, what: str, first: bool) -> contextlib.AbstractContextManager[None]:
         name = f'{self.stage.name}: compiling {what}'
@@ -139,6 +153,7 @@ class StageLoop:
             tqdm.write(f'{self.stage.name}: {plan}')
 
     def _save(self) -> None:
+        self._follow_entropy()
         state, position, sampled = self.snapshot
         # Samples that are not stale can be drawn again.
         rollout = last_block(sampled) if self.stage.stale and sampled is not None else None

@@ -54,6 +54,8 @@ class Stage:
       compute: how its updates are computed.
       ahead: whether step k + 1 is sampled before the update of step k.
       stale: whether that sampling depends on the policy, which the update changes.
+      follow: changes a position by the metric `entropy` of its last step, (position, entropy) ->
+        position; None: positions do not depend on metrics.
     """
 
     name: str
@@ -74,6 +76,7 @@ class Stage:
     compute: Compute | None = None
     ahead: bool = False
     stale: bool = False
+    follow: Callable[[Position, float], Position] | None = None
 
 
 def stage_name(kind: str, iteration: int) -> str:

@@ -58,6 +58,9 @@ def train(
         with caught(problems):  # the data set too, where something else was wrong before it
             check_data(repaired, path)
         raise ConfigError(problems)
+    checkpoint.remove_failed_try(path, setup.config)
+    if setup.config.start and not any(checkpoint.steps_of_stages(path).values()):
+        print(f'begins from {setup.config.start}')
     with (
         compiled.kept_in(path / 'cache'),
         compiled.trimmed(),

@@ -6,6 +6,7 @@ from fractions import Fraction
 _DIGITS = {c: k for k, c in enumerate('零一二三四五六七八九')} | {'〇': 0, '两': 2}
 _UNITS = {'十': 10, '百': 100, '千': 1000}
 _MYRIADS = {'万': 10**4, '亿': 10**8}
+_COLLOQUIAL = {'百': 10, '千': 100, '万': 1000}  # what a digit after them counts
 _MAX_CHARACTERS = 30  # in a numeral
 
 _CHARACTERS = ''.join([*_DIGITS, *_UNITS, *_MYRIADS])
@@ -16,7 +17,7 @@ NUMERAL = (
 )  # fmt: skip
 _PART = rf'(?:(?<![0-9.])[0-9]++(?:\.[0-9]++)?|[{_CHARACTERS}]{{1,{_MAX_CHARACTERS}}}+)'
 _FRACTION = re.compile(
-    rf'(?:(?P<whole>(?<![0-9.])[0-9]{{1,9}})又)?(?P<bottom>{_PART})分之(?P<top>{_PART})'
+    rf'(?:(?P<whole>(?<![0-9.])[0-9]{{1,9}}|[{_CHARACTERS}]{{1,{_MAX_CHARACTERS}}}+)又)?(?P<bottom>{_PART})分之(?P<top>{_PART})'
 )
 _MIXED = re.compile(r'(?<![0-9])([0-9]{1,9})又([0-9]{1,9})/([0-9]{1,9})')
 _NEGATIVE = re.compile(rf'(?:负|零下) ?(?=[0-9.]|[{_CHARACTERS}])')
@@ -66,7 +67,8 @@ def _parse_whole(text: str) -> int:
         else:  # 亿 multiplies all before it
             total = (total + section + digit or 1) * _MYRIADS[character]
             section = digit = 0
-    return total + section + digit
+    # 三千五 is 3500, 三千零五 is 3005.
+    return total + section + digit * max(1, _COLLOQUIAL.get(text[-2:-1], 1))
 
 
 def _number(text: str) -> Fraction | None:
@@ -80,7 +82,7 @@ def _plain_fraction(match: re.Match[str]) -> str:
     bottom = _number(match['bottom'])
     if not bottom or top is None:
         return match.group()
-    value = int(match['whole'] or 0) + top / bottom
+    value = (_number(match['whole']) or 0 if match['whole'] else 0) + top / bottom
     return f'{value.numerator}/{value.denominator}'
 
 

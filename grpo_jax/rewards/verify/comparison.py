@@ -32,7 +32,10 @@ _MAX_DEPTH = 3  # of nested brackets whose elements are compared one by one
 _MAX_UNORDERED = 12  # elements of a list or set that differ in text and are compared in any order
 _BASE = re.compile(r'(-?[0-9A-F.]+)_([0-9]{1,2}|\{[0-9]{1,2}\})')
 _EULER = re.compile('[0-9]e[-+]')
-_SET_KINDS = frozenset({'interval', 'points', 'union', 'intersection', 'minus', 'relation'})
+_SET_KINDS = frozenset(
+    {'interval', 'points', 'union', 'intersection', 'minus', 'relation', 'either'}
+)
+_VECTOR = re.compile('matrix (?:[0-9]+(?:x1)+|1x[0-9]+)')  # (1,2) as a matrix
 _CHOICE = re.compile(r'\\choice\{([A-J])\}\{(.*)\}')
 
 
@@ -116,7 +119,9 @@ def _compare_by_name(a: str, b: str, depth: int) -> Tree | None:
     if not values or not other:
         return None if not values else False
     ordered = list(values.values())
-    if other.kind == 'list' and len({name[0] for name in values}) == 1:  # x_1=1, x_2=2
+    if (
+        other.kind == 'list' and len({name.partition('_')[0] for name in values}) == 1
+    ):  # x_1=1, x_2=2
         return _compare_parts(Parts('list', tuple(ordered)), other, depth + 1)
     if all(re.fullmatch('[A-Za-z]', name) for name in values):
         ordered = [values[name] for name in sorted(values)]  # (3,4) is x=3, y=4
@@ -160,7 +165,11 @@ def _compare_with_one(parts: Parts, value: str, depth: int) -> Tree:
 
 def _compare_parts(parts_a: Parts, parts_b: Parts, depth: int) -> Tree:
     """Compare element by element, in any order if both are unordered."""
-    kinds = {parts_a.kind, parts_b.kind}
+    kinds = {
+        '()' if _VECTOR.fullmatch(parts.kind) and '()' in (parts_a.kind, parts_b.kind)
+        else parts.kind
+        for parts in (parts_a, parts_b)
+    }  # fmt: skip
     without_brackets = kinds == {'()', 'list'}  # 1,2 for (1,2)
     if len(kinds) == 2 and not without_brackets and kinds != {r'\{\}', 'list'}:
         return False

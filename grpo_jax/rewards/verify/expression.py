@@ -24,9 +24,11 @@ _READ = frozenset(f'{_GREEK}|{_FUNCTIONS}|pi|infty|cdot|le|ge|ne|vec|hat|bar|ove
 _CHARACTERS = re.compile(r"[0-9A-Za-z+\-*/^_=<>().,!|{}\[\]\\%:' ]*")
 _SUBSCRIPT = re.compile(r'_(?:\{[^{}]*\}|.)')
 _LETTERS = re.compile(r'(?<!\\)(?<![A-Za-z])[A-Za-z]{3,}')
-# Numbers without a sign between them, several ratios or factorials, derivatives.
+# Numbers without a sign between them, several ratios or factorials, products of matrices,
+# derivatives.
 _UNREADABLE = re.compile(
     r'[0-9.] +[0-9.]|\.[0-9]*\.|[0-9]_|:.*:|!!'
+    r'|[A-Z]\^(?:T|\{T\})[A-Z]|[A-Z][A-Z]\^(?:T|\{T\})'  # matrices do not commute
     r'|\\frac\{d(?:\^(?:[0-9]|\{[^{}]*\}))?(?:[a-z]|\\[a-z]+)?(?:\([a-z]\))?\}\{d[a-z]'
 )
 _MIXED = re.compile(r'(?<![0-9.}\])A-Za-z!_^])([0-9]+)\\frac\{([0-9]+)\}\{([0-9]+)\}')
@@ -53,7 +55,7 @@ _ARGUMENT = re.compile(
     rf'([0-9]*(?:[A-Za-z]|\\(?:{_GREEK}|pi))|[0-9]+) ?(?=\\cdot|\*)'
 )
 _LETTER_D = re.compile(r'\\[A-Za-z]+|_\{[^{}]*\}|(d)(?!_)')  # d is a variable, not a differential
-_POWER_T = re.compile(r'\^(?:T|\{T\})(?![A-Za-z])')
+_POWER_T = re.compile(r'\^(?:T|\{T\})')
 
 
 def scientific(form: str) -> str:

@@ -8,7 +8,8 @@ from grpo_jax.rewards.verify.notation import plain_notation
 from grpo_jax.rewards.verify.numbers import QUANTITY, spell_quantity
 
 _PHRASE = re.compile(
-    r'answer(?:\*\*)?(?: (?:is|equals|(?:would|should|must|will) be)(?![A-Za-z])|:)[\s:*]*+'
+    r'(?:answer|correct (?:option|choice))(?:\*\*)?'
+    r'(?: (?:is|equals|(?:would|should|must|will) be)(?![A-Za-z])|:)[\s:*]*+'
     r'(?:(?:approximately|about|exactly|therefore|thus|simply|still|now)(?![A-Za-z])[\s:*]*+)*+',
     re.IGNORECASE,
 )
@@ -100,7 +101,7 @@ def _at_start(text: str) -> str | None:
     """Return the answer that begins the text after `answer is`, or None."""
     if formulas := _formulas_at_start(text):
         return ', '.join(formulas)
-    text = _SENTENCE_END.split(text, maxsplit=1)[0].strip(' *:,.')
+    text = _SENTENCE_END.split(text, maxsplit=1)[0].strip(' *:,.`')
     sentence, text = text, _REASON.split(text, maxsplit=1)[0].strip(' *:,.')
     text = _OPEN_BOX.sub('', text)
     number = number_at_start(plain_notation(text))

@@ -51,7 +51,9 @@ _FUNCTION = (
 )
 _IN_ARGUMENT = r'(?:\\(?!boxed|fbox|framebox)[A-Za-z]++|[\]}^_]) ?\{[^{}]*'
 _PART_OF_FORMULA = re.compile(
-    rf'(?:{_IN_ARGUMENT}|(?:[\^√π]|[0-9)}}\]]_|{_FUNCTION})[ ({{\[]*|\\sqrt ?\[[^\]]*|[0-9][.:]|/'
+    rf'(?:{_IN_ARGUMENT}|(?:[\^√π]|[0-9)}}\]]_|{_FUNCTION})[ ({{\[]*|\\sqrt ?\[[^\]]*'
+    rf'|[0-9][.:,]|[0-9]{{4}}-[0-9]{{1,2}}-|\\pm ?|\\mp ?|±|/'
+    r'|[0-9)][a-z] ?[+-] ?|(?<![A-Za-z\'])[b-zB-Z] ?\+ ?|[0-9]点'
     r'|(?:[0-9)}\]] ?[*/]|(?<![A-Za-z])[A-Za-z] ?\*) ?[({\[]*|[0-9] ?[xX] ?)$'
 )
 _RIGHT_OF_SIGN = re.compile(r'[A-Za-z0-9)}\]] *[+-] *$')
@@ -59,8 +61,13 @@ _OPERAND = r'[0-9(\\.$√π]'
 _CONTINUES = re.compile(
     rf'[ \t]*(?:(?:[+*/^]|(?:[A-Za-z]++ ){{1,3}}[+*] ) ?{_OPERAND}|- *[0-9\\.$√π]|[xX] ?[0-9]'
     rf'|:[0-9]|,(?: ?and)? ?-?\$?[0-9]|\.[0-9]|{_FUNCTION}|[√π]|\\over|(?:pi|sqrt)(?![A-Za-z])'
-    r'|(?:to|through) \$?[0-9]|[~～至到] ?[0-9])|[xyzi](?![A-Za-z])|_[0-9{]|\.?\\overline'
+    r'|(?:to|through|or) \$?[0-9]|[~～至到] ?[0-9]|\\[pm][pm](?![A-Za-z])|±|点[0-9]'
+    r'|!(?= ?[$=/^}\\])'
+    r'|\^ ?(?:\{|[A-Za-z])(?!(?:st|nd|rd|th)(?![A-Za-z])))'
+    r'|[xyzi](?![A-Za-z])|_[0-9{]|\.?\\(?:overline|dot)(?![a-z])'
 )
+_RELATION = re.compile(r'[<>≤≥≠]|\\(?:[lg]e?q?|[lg]t|ne)(?![A-Za-z])')
+_ANOTHER = re.compile(r' *(?:and|&|\\&) *-?\\?\$?[0-9]')
 _EQUALS = re.compile(r'[=≈]|\\approx')
 _CLAUSE = re.compile(
     r', |(?<![A-Za-z])(?:because|since|as|so|which|that|if|when|where)(?![A-Za-z])'
@@ -133,6 +140,8 @@ def _in_box(text: str) -> str | None:
         return None
     before = content[max(0, match.start() - _WINDOW) : match.start()]
     if not stands_alone(content, match) or _RIGHT_OF_SIGN.search(before):
+        return ''
+    if _RELATION.search(content) or _ANOTHER.match(content, match.end()):
         return ''
     return spell_quantity(match) or '' if content[match.end() : match.end() + 1] != '!' else ''
 

@@ -44,9 +44,13 @@ _REWRITES = [
     for pattern, replacement in (
         (r'\{,\}', ','),
         (r'\\!', ''),
-        (r'(?<!\\)\\[,;: ]|\\(?:q?quad|thinspace)(?![A-Za-z])|(?<=[0-9}])~(?=[0-9\\])', ' '),
+        (r'(?<!\\)\\[,;: ]|\\(?:q?quad|thinspace)(?![A-Za-z])|(?<=[-+0-9}])~(?=[0-9\\])', ' '),
         (r'\\(?:left|right|displaystyle)(?![A-Za-z])', ''),
         (r'\\(?:times|cdot)(?![A-Za-z]) ?|\\ast(?![A-Za-z])', '*'),
+        (r'(?<=\*)\{ *10 *\}', '10'),
+        (r'\\colon(?![A-Za-z])', ':'),
+        (r'(?<=[={([]-)\(([0-9]++(?:[.,][0-9]++)*+)\)', r'\1'),
+        (r'\{ *([0-9]{1,20}) *\\over *([0-9]{1,20}) *\}', r'\\frac{\1}{\2}'),
         (r'\\div(?![A-Za-z])', '/'),
         (r'\^ *(?:\{ *)?\\circ(?![A-Za-z])(?: *\})?|\\degree(?![A-Za-z])', ' '),
         (r'(?<=[A-Za-z}])\^(?:[23]|\{[23]\})', ''),  # the 2 of cm^2 is no number
@@ -59,7 +63,7 @@ _REWRITES = [
 _PART = r'[0-9]++(?:,[0-9]{3})*+(?:\.[0-9]++)?+'
 _ARGUMENT = rf'(?:\{{ *+([+-]?{_PART}) *+\}}|([0-9]))'
 _FRACTION = re.compile(
-    rf'(?P<whole>[0-9] *)?(?P<sign>[+-] *)?\\[dtc]?frac *{_ARGUMENT} *{_ARGUMENT}'
+    rf'(?P<whole>[0-9] *)?(?P<sign>[+-] *)?\\(?:[dtcs]|x|nice)?frac *{_ARGUMENT} *{_ARGUMENT}'
 )
 
 

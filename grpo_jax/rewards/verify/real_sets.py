@@ -2,22 +2,29 @@ r"""Sets of real numbers in a normal form: intervals, inequalities, set-builder 
 
 `[2,\infty)`, `x\ge2`, `\{x|x\ge2\}` and `x\in[2,\infty)` are the same set. It is described by
     ['interval', lower, upper, lower is open, upper is open] · ['points', texts] ·
-    ['union', sets] · ['intersection', sets] · ['minus', set, set] · ['relation', text]
-where a relation is one that is not solved for its variable. The process that compares expressions
-evaluates these descriptions (see `worker`).
+    ['union', sets] · ['intersection', sets] · ['minus', set, set] · ['relation', text] ·
+    ['either', sets]
+where a relation is one that is not solved for its variable, and a list of relations is the
+intersection of their sets, or the union if that is empty (`x<1, x>2`). The process that compares
+expressions evaluates these descriptions (see `worker`).
 """
 
 import re
 from typing import NamedTuple, TypeAlias
 
-from grpo_jax.rewards.verify.structure import is_name, split_elements, split_outside
+from grpo_jax.rewards.verify.structure import (
+    expand_signs,
+    is_name,
+    split_elements,
+    split_outside,
+)
 
 Set: TypeAlias = list[object]  # see above
 
 _RELATION = re.compile(r'[<>]|\\(?:le|ge|ne)(?![A-Za-z])')
 _SIGN = re.compile(r'(<|>|\\le(?![A-Za-z])|\\ge(?![A-Za-z])|\\ne(?![A-Za-z]))')
 _SET = re.compile(r'\\(?:R|emptyset|cup|cap|setminus|backslash|lor|land)(?![A-Za-z])')
-_BUILDER = re.compile(r'\\\{([^|:]+?)[|:](.*)\\\}')
+_BUILDER = re.compile(r'\\\{([^|:;]+?)(?:[|:]|;(?=.*[<>]))(.*)\\\}')
 _MEMBER = re.compile(r'(.+?)\\in(?![A-Za-z])(.+)')
 _MINUS = re.compile(r'\\(?:setminus|backslash)(?![A-Za-z])|-(?=\\\{)')
 _SIGNS = re.compile(rf'{_RELATION.pattern}|{_SET.pattern}|\\in(?![A-Za-z])')
@@ -37,7 +44,7 @@ def is_real_set(text: str) -> bool:
 
     `(1,2)` may be a point, and `\{1,2\}` is compared element by element: for both this is false.
     """
-    return bool(_RELATION.search(text) or _SET.search(text))
+    return '\\begin' not in text and bool(_RELATION.search(text) or _SET.search(text))
 
 
 def read_set(text: str) -> RealSet | None:
@@ -47,6 +54,17 @@ def read_set(text: str) -> RealSet | None:
 
 def _read_set(text: str) -> RealSet | None:
     text = text.strip()
+    for separator, kind in (('\\lor', 'union'), ('\\land', 'intersection')):
+        pieces = split_outside(text, separator)
+        if len(pieces) > 1:
+            return _combine(kind, [_read_set(piece) for piece in pieces])
+    if not _RELATION.search(text) and (member := _MEMBER.fullmatch(text)):
+        values = _read_set(member[2])
+        return values and values._replace(variable=member[1])
+    for separator, kind in (('\\cup', 'union'), ('\\cap', 'intersection')):
+        pieces = split_outside(text, separator)
+        if len(pieces) > 1:
+            return _combine(kind, [_read_set(piece) for piece in pieces])
     if builder := _BUILDER.fullmatch(text):
         member = _MEMBER.fullmatch(builder[1])
         variable = member[1] if member else builder[1]
@@ -57,18 +75,6 @@ def _read_set(text: str) -> RealSet | None:
         if within.description == _REALS:
             return RealSet('', condition.description)
         return RealSet('', ['intersection', [within.description, condition.description]])
-    if not _RELATION.search(text) and (member := _MEMBER.fullmatch(text)):
-        values = _read_set(member[2])
-        return values and values._replace(variable=member[1])
-    for separator, kind in (
-        ('\\lor', 'union'),
-        ('\\land', 'intersection'),
-        ('\\cup', 'union'),
-        ('\\cap', 'intersection'),
-    ):
-        pieces = split_outside(text, separator)
-        if len(pieces) > 1:
-            return _combine(kind, [_read_set(piece) for piece in pieces])
     if _RELATION.search(text):
         return _read_relations(text)
     if text in ('\\R', '(-\\infty,\\infty)'):
@@ -94,9 +100,14 @@ def _combine(kind: str, sets: list[RealSet | None]) -> RealSet | None:
 def _read_brackets(text: str) -> RealSet | None:
     """Read an interval, or a finite set in braces."""
     if text.startswith('\\{') and text.endswith('\\}'):
-        return RealSet('', ['points', split_elements(text[2:-2])])
+        if _RELATION.search(text):
+            return _read_relations(text[2:-2])
+        return RealSet('', ['points', list(expand_signs(split_elements(text[2:-2])))])
     if text[:1] not in tuple('([') or text[-1:] not in tuple(')]'):
         return None
+    intervals = split_elements(text)
+    if len(intervals) > 1 and re.search(r'[\[\]]|\\infty', text):  # (1,2),(3,4) are points
+        return _combine('union', [_read_brackets(each) for each in intervals])
     ends = split_elements(text[1:-1])
     if len(ends) != 2:
         return None
@@ -111,7 +122,7 @@ def _read_relations(text: str) -> RealSet | None:
             variable = elements[0].partition('\\ne')[0]
             relations = [e if '\\ne' in e else f'{variable}\\ne{e}' for e in elements]
             return _combine('intersection', [_read_set(each) for each in relations])
-        return None
+        return _combine('either', [_read_set(each) for each in elements])
     pieces = [piece.strip() for piece in _SIGN.split(text)]
     sides, signs = pieces[::2], pieces[1::2]
     if not all(sides) or len(signs) > 2:
@@ -121,7 +132,7 @@ def _read_relations(text: str) -> RealSet | None:
         return RealSet('', ['relation', text])
     variable, lower, upper, excluded = bounds
     if excluded is not None:
-        return RealSet(variable, ['minus', _REALS, ['points', [excluded]]])
+        return RealSet(variable, ['minus', _REALS, ['points', list(expand_signs([excluded]))]])
     return RealSet(variable, ['interval', lower[0], upper[0], lower[1], upper[1]])
 
 

@@ -6,9 +6,13 @@ from typing import NamedTuple
 from grpo_jax.rewards.verify.normal_form import is_product
 
 _MATRIX = re.compile(
-    r'(?:[(\[|]|\\\{)*\\begin\{([pbvBV]?(?:small)?matrix|array|cases|aligned)\}(?:\{[lcr|]*\})?(.*)'
+    r'(?:[(\[|]|\\\{)*\\begin\{([pbvBV]?(?:small)?matrix|array|cases|aligned)\}(?:\{(?:[lcr|]|@\{[^{}]*\})*\})?(.*)'
     r'\\end\{\1\}[)\]|]*'
 )
+_FACTOR = re.compile(  # of a matrix
+    r'(?:-|-?(?:[0-9.]+|\\frac\{[0-9]+\}\{[0-9]+\}|\\sqrt\{[0-9]+\}))(?=[(\[]?\\begin\{p?(?:small)?matrix)'
+)
+_CONDITION = re.compile('^(?:if|for|when)(?=[^A-Za-z]|[A-Za-z](?![A-Za-z]))')
 _OPENING, _CLOSING = '([{', ')]}'
 _BRACKETS = (('\\{', '\\}'), ('(', ')'), ('[', ']'), ('(', ']'), ('[', ')'))
 _LETTER = re.compile(
@@ -21,13 +25,16 @@ _POINTS = r"[A-Z]'?[A-Z]'?[A-Z]?"
 _NAME = re.compile(
     rf'{_SYMBOL}(?:\([A-Za-z](?:,[A-Za-z])*\))?'
     rf"|(?:[fgh]|[A-Z]|[A-Z][a-z]{{1,2}}){_SUBSCRIPT}(?:\^\{{-1\}})?'*[(\[].*[)\]]"  # f(3), P(X=3)
-    rf'|m?\\(?:angle|triangle|widehat|overline|vec|hat|bar)[ {{(]?(?:{_POINTS}|[A-Za-z])[)}}]?'
+    rf'|m?\\(?:angle|triangle|widehat|overline|overrightarrow|vec|hat|bar)'
+    rf'[ {{(]?(?:{_POINTS}|[A-Za-z])[)}}]?'
     rf'|\|?{_POINTS}\|?'
     r'|\\(?:sin|cos|tan|cot|sec|csc) ?(?:[A-Z]|\\angle ?[A-Z]+|\([A-Z]\)|\\[a-z]+)'
     rf'|\\vec\{{?[a-zA-Z]+\}}?\\cdot ?\\vec\{{?[a-zA-Z]+\}}?'
-    r'|\|(?:z|\\vec\{?[a-z]\}?)\|'
+    r'|\|\|[a-z]\|\||\|{1,2}(?:[A-Zzw]|\\(?:vec|mathbf)\{?[a-z]\}?|\\(?:vec|overrightarrow)\{?[A-Z]{2}\}?)\|{1,2}'
+    r'|\[[A-Z]{3,}\]|[A-Z]{2}(?:\+[A-Z]{2})+|[A-Z]{2}:[A-Z]{2}|\\frac\{[A-Z]{2}\}\{[A-Z]{2}\}'
+    r'|[ACP]_(?:[0-9n]|\{[0-9n]+\})\^(?:[0-9km]|\{[0-9km]+\})'
     r'|\\(?:frac|d?frac)\{d[a-z]?\}\{d[a-z]\}[a-z]?|\\(?:sum|int|lim|prod|det|gcd|lcm|max|min|dim|deg|Pr)(?![a-z]).*'
-    r'|[A-Za-z]{3,}'  # a word
+    r'|[A-Za-z]{3,}(?:\([^()]*\))?'  # a word
 )
 _NAMES = re.compile(rf'\(({_SYMBOL}(?:[,;]{_SYMBOL})+)\)')
 _MEMBER = re.compile(rf'({_SYMBOL})\\in(?![A-Za-z])')
@@ -48,14 +55,20 @@ class Parts(NamedTuple):
 
 def split_parts(text: str) -> Parts | None:
     """Return the elements of a list, tuple, interval, set, union or matrix; None for one value."""
-    matrix = _MATRIX.fullmatch(text)
+    factor = _FACTOR.match(text)
+    matrix = _MATRIX.fullmatch(text, factor.end() if factor else 0)
     if matrix:
         rows = [row.split('&') for row in matrix[2].removesuffix('\\\\').split('\\\\')]
         equations = all('=' in cell for row in rows for cell in row)
         kind = 'cases' if matrix[1] in ('cases', 'aligned') or equations else 'matrix'
         kind = 'determinant' if text.startswith('|') or matrix[1].startswith(('v', 'V')) else kind
         shape = f'{kind} {len(rows)}x{"x".join(str(len(row)) for row in rows)}'
-        return Parts(shape, tuple(cell.rstrip(',') for row in rows for cell in row))
+        cells = [_CONDITION.sub('', cell.strip(',')) for row in rows for cell in row]
+        if factor and kind != 'matrix':
+            return None
+        return Parts(
+            shape, tuple(f'{factor[0]}({cell})' for cell in cells) if factor else tuple(cells)
+        )
     if '\\begin' in text:
         return None
     union = split_outside(text, '\\cup')
@@ -63,7 +76,7 @@ def split_parts(text: str) -> Parts | None:
         return Parts('union', tuple(union))
     elements = split_elements(text)
     if len(elements) > 1:
-        return Parts('list', expand_signs(elements))
+        return Parts('list', _solutions(expand_signs(elements)))
     if '\\pm' in text or '\\mp' in text:
         expanded = expand_signs([text])
         return Parts('list', expanded) if len(expanded) > 1 else None
@@ -168,15 +181,36 @@ def same_name(a: str, b: str) -> bool:
 def named_values(parts: Parts) -> dict[str, str] | None:
     """Return the values of a list by their different names; None if it is no such list."""
     if parts.kind == 'list' or parts.kind.startswith('cases') or parts.kind == '()':
-        named = [split_name(element) for element in parts.elements]
+        named = [_name_and_value(element) for element in parts.elements]
         if all(name for name, _ in named) and len({name for name, _ in named}) == len(named):
             return dict(named)
     return None
 
 
+def _solutions(elements: tuple[str, ...]) -> tuple[str, ...]:
+    """Join the values of each solution: `x=1, y=2, x=2, y=1` are `x=1, y=2` and `x=2, y=1`."""
+    names = [_name_and_value(element)[0] for element in elements]
+    count = len(set(names))
+    if not all(names) or not 1 < count < len(names) or len(names) % count:
+        return elements
+    starts = range(0, len(names), count)
+    if any(len(set(names[start : start + count])) < count for start in starts):
+        return elements
+    return tuple(','.join(elements[start : start + count]) for start in starts)
+
+
+def _name_and_value(element: str) -> tuple[str, str]:
+    """Return name and value as `split_name`, with a description in words as the name."""
+    name, value = split_name(element)
+    words = element.partition('=')[0]
+    return (name or words.lower() if is_name(words) else name), value
+
+
 def tuple_names(text: str) -> Parts | None:
     """Return `(x,y)=(1,2)` as the list x=1, y=2; None if the text is anything else."""
     pieces = split_outside(text, '=')
+    if any(len(split_elements(piece)) > 1 for piece in pieces[1:-1]):
+        return None
     names = _NAMES.fullmatch(pieces[0]) if len(pieces) > 1 else None
     values = split_parts(pieces[-1]) if names else None
     if not names or not values or values.kind != '()':

@@ -37,6 +37,17 @@ _SPELLINGS = {
     'euro': 'eur €',
     'yuan': 'cny rmb 元',
     'yen': 'jpy 円',
+    'rupee': 'inr rs ₹',
+    'won': 'krw ₩',
+    'ruble': 'rub руб ₽',
+    'chf': '',
+    'rad': 'radian',
+    'deg': 'degree',
+    'kWh': '',
+    'kB': '',
+    'MB': '',
+    'GB': '',
+    'TB': '',
     '万': '万元',
     '亿': '亿元',
 }
@@ -46,6 +57,8 @@ _KNOWN = {
 # Words that tell values apart like units: 6 km north is not 6 km south.
 _DISTINCT = re.compile(
     r'\b(?:(?:north|south)(?:east|west)?|east|west|up|down|left|right|(?:counter)?clockwise'
+    r'|red|blue|green|yellow|black|white|(?:mon|tues|wednes|thurs|fri|satur|sun)day'
+    r'|january|february|march|april|may|june|july|august|september|october|november|december'
     r'|increase|decrease|profit|loss|am|pm|bc|ad|heads|tails)\b'
 )
 _POWERS = {'square': '2', 'sq': '2', 'cubic': '3', 'cu': '3'}
@@ -57,17 +70,24 @@ TEXT = (
 )
 _UPRIGHT = r'\\(?:text(?:bf|it|rm|sf|normal)?|mbox|mathrm(?! *\{ *[eidT] *\})) *\{[^{}]*\}'
 _TEXT_UNIT = re.compile(
-    rf'(?<=[0-9}})A-Za-z%])[ ]*(?P<unit>(?:{_UPRIGHT}(?:\^[ ]*\{{?-?[0-9]\}}?)?[ ./]*)+)$'
+    rf'(?<=[0-9}})A-Za-z%])[ ]*(?P<unit>(?:{_UPRIGHT}(?:\^[ ]*\{{?-?[0-9]\}}?)?'
+    r'(?:[ ./]|\\cdot(?![a-z]))*)+)$'
 )
 # A unit in plain letters after a number or a closing brace. Other short words may be variables.
 _PLAIN_UNIT = re.compile(
     r'(?<=[0-9}%])(?: +(?=[A-Za-z])|(?=[cmk]m$|k[gm]$|ml$))(?P<unit>'
-    r'(?:[A-Za-z]{4,}|[ckm]?m|[mk]?g|ml|lbs?|oz|ft|in|yd|sq|cu|hrs?|min|sec|mph|deg|per|USD|EUR)'
+    r'(?:(?!and|not)[a-z]{3}(?= [A-Za-z]{4})|[A-Za-z\u00c0-\u017f]{4,}'
+    r'|[ckm]?m|[mk]?g|ml|lbs?|oz|ft|in|mi|yd|sq|cu|hrs?|min|sec|mph|deg|per'
+    r'|USD|EUR|GBP|CHF|CNY|RMB|JPY|Rs|kr|zł|rad|kWh|[kMGT]B)'
     r'(?:[ /]+[A-Za-z]+)*(?: *\^ *\{?[23]\}?)?)\.?$'
 )
-_CURRENCY = '€£¥₹₩¢'
-_SIGN_UNIT = re.compile(rf'(?<=[0-9}}%]) *(?P<unit>[{_CURRENCY}]|[\u3040-\u9fff]+)$')
-_SIGN_BEFORE = re.compile(rf'^(-?) *(?:[{_CURRENCY}]|Rs\.?|USD|EUR) *(?=[0-9.\\])')
+_CURRENCY = '€£¥₹₩₽¢'
+_SIGN_UNIT = re.compile(
+    rf'(?<=[0-9}}%]) *(?P<unit>[{_CURRENCY}]|[\u0400-\u04ff\u3040-\u9fff\uac00-\ud7af]+)\.?$'
+)
+_SIGN_BEFORE = re.compile(
+    rf'^(-?) *(?:[{_CURRENCY}]|Rs\.?|USD?|EUR|GBP|CHF|CNY|RMB|HK|人民币) *(?=[0-9.\\])'
+)
 _WRAPPED = re.compile(TEXT)
 _COMMAND = re.compile(r'\\[A-Za-z]+')
 _WORD = re.compile(r'[A-Za-z]{3,}|(?<=[0-9] )[A-Za-z]{2,}|[\u3040-\u9fff]')

@@ -196,6 +196,9 @@ def _real_set(node: Any) -> Any:
         return relation.as_set()
     if kind == 'minus':
         return _real_set(rest[0]) - _real_set(rest[1])
+    if kind == 'either':
+        both = sympy.Intersection(*map(_real_set, rest[0]))
+        return sympy.Union(*map(_real_set, rest[0])) if both is sympy.S.EmptySet else both
     return (sympy.Union if kind == 'union' else sympy.Intersection)(*map(_real_set, rest[0]))
 
 
