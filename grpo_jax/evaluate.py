@@ -28,9 +28,7 @@ if TYPE_CHECKING:
     from ml_collections import ConfigDict
 
 
-def main(
-    config: 'ConfigDict', workdir: str, *, checkpoint: str = '', output: str = ''
-) -> None:
+def main(config: 'ConfigDict', workdir: str, *, checkpoint: str = '', output: str = '') -> None:
     """Evaluate a checkpoint of a run, print the metrics and write the answers."""
     # Not at the top of the file: completions produced elsewhere are graded without JAX.
     from grpo_jax.run import heldout

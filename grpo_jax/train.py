@@ -8,6 +8,7 @@ on the seed and the step, so a resumed run computes the same numbers as an unint
   --extend    continue the run in the folder for more steps (sft.steps, grpo.steps, ...)
   --override  continue it with other steps, learning rates, or keys of eval, log and checkpoint
   --help=KEY  the keys of a section, such as --help=grpo.algorithm
+  --help=presets, --help=rewards, --help=formats  what a config can name
 """
 
 import logging

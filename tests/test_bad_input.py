@@ -221,7 +221,7 @@ BAD = [
     ({'data.chat': True}, "tokenizer 'bytes' has no chat template: set data.chat=False, or use"),
     ({'data.system': 'Be brief.'}, 'no place for a system message: set data.chat=True, or write'),
     ({'log.to': 3}, r'^log.to names 3: give values of type str$'),
-    ({'eval.k': 'all'}, r"^eval.k names 'all': give values of type int$"),
+    ({'eval.k': 'all', 'eval.samples': 8}, r"^eval.k names 'all': give values of type int$"),
     ({'checkpoint.every': 0}, r'checkpoint.every=0 is out of range: make it at least 1$'),
     ({'log.completions': -1}, r'log.completions=-1 is out of range: make it at least 0$'),
     ({'model.kv_heads': 3}, '^model.heads=4 is not a multiple of kv_heads=3'),

@@ -141,6 +141,14 @@ def test_the_start_of_another_run(finished, tmp_path):
     assert 'begins from' not in runs.train(config, tmp_path / 'run')  # resumed
 
 
+def test_a_try_without_a_checkpoint_does_not_fix_the_step(finished, tmp_path):
+    config = runs.get_config()
+    config.start = f'{finished}:sft/4'  # which has been removed since
+    checkpoint.claim_workdir(tmp_path, config)
+    config.start = f'{finished}:sft'
+    assert start.with_start(config, str(tmp_path)).start == f'{finished}:sft/5'
+
+
 def test_the_model_is_that_of_the_other_run(finished):
     config = runs.get_config()
     other = config.copy_and_resolve_references()

@@ -36,7 +36,9 @@ with one_line_errors():
 """
 
 
-@pytest.mark.parametrize('buffered', [{}, {'PYTHONUNBUFFERED': '1'}], ids=['buffered', 'unbuffered'])
+@pytest.mark.parametrize(
+    'buffered', [{}, {'PYTHONUNBUFFERED': '1'}], ids=['buffered', 'unbuffered']
+)
 @pytest.mark.parametrize('size', [3, 10**6])
 def test_a_reader_that_has_gone_is_no_error(size, buffered):
     """As `head` does. The reader is gone before the program begins, so nothing depends on time."""

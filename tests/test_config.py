@@ -114,7 +114,7 @@ def test_set_value():
     assert config.grpo.rewards.to_dict() == REWARDS
     for path, value, kind in (
         ('grpo.compute.microbatch', 'many', 'int'),
-        ('grpo.rewards', 3, 'ConfigDict'),
+        ('grpo.rewards', 3, 'dictionary'),
         ('grpo.algorithm.beta', 'x', 'float'),
     ):
         with pytest.raises(ValueError, match=f'^{path}={value!r}: give a value of type {kind}$'):
@@ -252,8 +252,8 @@ def test_values_are_checked_beside_the_keys(tmp_path):
         'grpo.algorithm.beta=-1.0 is out of range',
         "grpo.drop names 'x'",
         'sft.microbatch=5 does not cut',
-        'sampling temperature=0.0: ',
-        'sampling top_p=2.0: ',
+        'grpo.sampling.temperature=0.0: ',
+        'grpo.sampling.top_p=2.0: ',
         "grpo.optimizer: decay='cosin'",
         "unknown reward 'exact_anwser', did you mean 'exact_answer'?",
     )
@@ -280,7 +280,7 @@ def test_data_and_model_are_checked_beside_the_values(tmp_path):
     config.eval.every = 0
     with pytest.raises(errors.ConfigError) as error:
         runs.train(config, tmp_path)
-    begins = ('eval.every=0 is', 'model heads=3 is', "unknown data set 'arithmetc'")
+    begins = ('eval.every=0 is', 'model.heads=3 is', "unknown data set 'arithmetc'")
     assert [text[: len(b)] for text, b in zip(error.value.problems, begins, strict=True)] == [
         *begins
     ]

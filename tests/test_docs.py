@@ -177,7 +177,7 @@ def test_every_config_key_is_described():
 
 
 def test_every_preset_names_its_source():
-    rows = tables.preset_table().splitlines()[2:]
+    rows = tables.TABLES['presets']().splitlines()[2:]
     assert len(rows) == len(grpo_jax.presets.PRESETS)
     assert not [row for row in rows if row.endswith('|  |')]
 

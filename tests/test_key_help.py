@@ -4,8 +4,10 @@ import re
 
 import pytest
 
+from grpo_jax.algorithm import presets
 from grpo_jax.algorithm.config import Algorithm
-from grpo_jax.run import key_help
+from grpo_jax.data import FORMATS
+from grpo_jax.run import catalog, key_help
 from grpo_jax.run.defaults import defaults
 
 # An option that may be anything of its type, or that an error for a wrong value does not list.
@@ -38,3 +40,21 @@ def test_a_config_has_no_none_in_the_place_of_a_text():
 def test_every_key_has_a_description(section):
     described = key_help.descriptions()
     assert all(text for path, text in described.items() if path.startswith(section))
+
+
+def test_what_a_config_can_name():
+    printed = {topic: key_help.help_text(topic) for topic in catalog.TOPICS}
+    for topic, names in (
+        ('presets', (*presets.PRESETS, *presets.CONVENTIONS)),
+        ('formats', FORMATS),
+        ('rewards', ('math_answer', 'right_steps', 'final_result')),
+    ):
+        lines = printed[topic].splitlines()
+        assert all(f'  {name}' in lines for name in names)
+        assert '`' not in printed[topic]
+    assert '\n      in a config also: grpo.refill=3\n' in printed['presets']
+    assert 'options: max_tokens, cache_tokens' in printed['rewards']
+    shown = [title for titles in catalog.TOPICS.values() for title in titles]
+    assert sorted(shown) == sorted(catalog.LISTINGS)
+    for topic in catalog.TOPICS:  # no key or section has the name of a topic
+        assert topic not in {part for key in key_help.descriptions() for part in key.split('.')[:1]}

@@ -74,9 +74,9 @@ def test_templates():
         render_prompts('r2', [ROW])
     with pytest.raises(ValueError, match=r'does not fit the data .*columns are \{q\}'):
         render_prompts('deepseekmath', [{'q': 'a'}])
-    with pytest.raises(ValueError, match='has no place for a system message: set data.chat=True'):
+    with pytest.raises(ValueError, match=r'has no place for a system message: set data.chat=True'):
         render_prompts('{question}', [ROW], system='S')
-    with pytest.raises(ValueError, match='has no place for a system message: set data.chat=True'):
+    with pytest.raises(ValueError, match=r'has no place for a system message: set data.chat=True'):
         render_prompts('deepseekmath', [ROW], system='S')
 
 

@@ -17,7 +17,7 @@ PATH = 'my_package.my_module:my_reward'
 HERE = 'test_sections'
 TUPLES = (
     'eval.k', 'log.to', 'data.stops', 'data.visible_tokens', 'grpo.drop', 'grpo.record',
-    'module_folders',
+    'module_folders', 'model.unrotated_layers', 'model.window_layers', 'model.lora.targets',
 )  # fmt: skip
 
 
@@ -121,11 +121,11 @@ def test_functions_in_the_place_of_paths():
 @pytest.mark.parametrize('key', TUPLES)
 def test_a_tuple_may_be_given_as_one_value(key):
     """In a config file as on the command line."""
-    value = 4 if key == 'eval.k' else 'wandb'
+    value = 4 if key == 'eval.k' or key.endswith('_layers') else 'wandb'
     section, _, name = key.rpartition('.')
     for change in (
         lambda c: setattr(at(c, section) if section else c, name, value),
-        lambda c: c.update({section: {name: value}} if section else {name: value}),
+        lambda c: (at(c, section) if section else c).update({name: value}),
         lambda c: config.set_value(c, key, value),
         lambda c: arguments._change(c, key, str(value)),
     ):
@@ -140,6 +140,13 @@ def test_a_tuple_may_be_given_as_one_value(key):
             config.set_value(changed, key, {'a': 1})
 
 
+def test_every_key_with_several_values_is_among_them():
+    values = config.flatten(defaults())
+    assert {key for key in values if type(values[key]) is tuple} == {*TUPLES} - {
+        'data.visible_tokens'
+    }
+
+
 def test_a_function_in_the_place_of_a_tuple():
     changed = defaults()
     changed.log.to = short
@@ -149,8 +156,8 @@ def test_a_function_in_the_place_of_a_tuple():
 @pytest.mark.parametrize(
     ('key', 'value', 'message'),
     [
-        ('grpo.rewards', PATH, f"of type dictionary, such as {{{PATH!r}: 1.0}}"),
-        ('grpo.step_rewards', PATH, f"of type dictionary, such as {{{PATH!r}: 1.0}}"),
+        ('grpo.rewards', PATH, f'of type dictionary, such as {{{PATH!r}: 1.0}}'),
+        ('grpo.step_rewards', PATH, f'of type dictionary, such as {{{PATH!r}: 1.0}}'),
         ('grpo.algorithm', 'dapo', "methods.apply(config, 'dapo') sets its options"),
         ('grpo.algorithm', 'trl', "methods.apply(config, 'trl') sets its options"),
         ('data.options', 'folder', 'give a value of type dictionary'),

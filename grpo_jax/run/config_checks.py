@@ -23,6 +23,8 @@ _AT_LEAST = {  # lower bounds of the numbers that nothing else checks before tra
         'eval.batch_size', 'checkpoint.every', 'checkpoint.keep',
     ),
 }  # fmt: skip
+# Keys with several numbers; other tuples are of strings.
+_NUMBERS = ('eval.k', 'model.window_layers', 'model.unrotated_layers')
 
 
 def check_keys(config: ConfigDict) -> None:
@@ -56,10 +58,9 @@ def check_values(config: ConfigDict) -> None:
         if not least <= values[path] < math.inf  # also rejects NaN
     ]
     for path, default in flatten(defaults()).items():
-        kind = int if path == 'eval.k' else str
-        wrong = (
-            [x for x in values[path] if not isinstance(x, kind)] if type(default) is tuple else ()
-        )
+        kind = int if path in _NUMBERS else str
+        items = values[path] if isinstance(default, tuple) else ()
+        wrong = [item for item in items if not isinstance(item, kind)]
         problems += [f'{path} names {x!r}: give values of type {kind.__name__}' for x in wrong]
     if problems:
         raise ConfigError(problems)

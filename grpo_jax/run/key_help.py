@@ -9,6 +9,7 @@ from grpo_jax.algorithm import optimizer
 from grpo_jax.algorithm.config import Algorithm
 from grpo_jax.engine.compute import Compute
 from grpo_jax.models import Lora, ModelConfig
+from grpo_jax.run.catalog import TOPICS, topic_text
 from grpo_jax.run.comments import Source, docstring_entries
 from grpo_jax.run.config import flatten
 from grpo_jax.run.defaults import defaults, optimizer_fields
@@ -21,14 +22,18 @@ _INDENT = 44  # characters before a description
 def help_text(prefix: str = '') -> str:
     """The keys that begin with `prefix`, such as 'grpo.algorithm', grouped by section.
 
+    For a key of `catalog.TOPICS` it is what a config can name.
+
     Raises:
       ValueError: no key begins so.
     """
+    width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 120))
+    if prefix in TOPICS:
+        return topic_text(prefix, width)
     values, texts = flatten(defaults()), descriptions()
     chosen = [path for path in values if f'{path}.'.startswith(f'{prefix}.' if prefix else '')]
     if not chosen:
         raise ValueError(f'--help={prefix}: no such config key or section: {suggest(prefix)}')
-    width = max(60, min(shutil.get_terminal_size((100, 24)).columns, 120))
     lines: list[str] = []
     section = None
     for path in sorted(chosen, key=lambda path: path.rpartition('.')[0]):

@@ -23,7 +23,7 @@ from grpo_jax.run.selection import DROPS
 from grpo_jax.types import Sampling
 
 # Keys of `grpo` that a method sets in addition to its `Algorithm`.
-_RUN: dict[str, dict[str, Any]] = {
+RUN_KEYS: dict[str, dict[str, Any]] = {
     'rft': {'source': 'reference', 'drop': ('wrong', 'duplicates')},
     'online_rft': {'drop': ('wrong',)},
     'dpo': {'source': 'reference'},
@@ -57,7 +57,7 @@ def apply(config: ConfigDict, name: str) -> ConfigDict:
         known = ', '.join((*PRESETS, *CONVENTIONS))
         raise ValueError(f'preset {name!r} is unknown: use one of {known}')
     config.grpo.algorithm.update(algorithm_fields() | PRESETS[name])
-    config.grpo.update(_PLAIN | _RUN.get(name, {}))
+    config.grpo.update(_PLAIN | RUN_KEYS.get(name, {}))
     if PRESETS[name].get('step') == 'trust_region':  # which uses no optimizer
         config.grpo.optimizer.update(optimizer_fields())
     return config

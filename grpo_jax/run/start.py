@@ -6,7 +6,7 @@ from typing import NamedTuple
 from ml_collections import ConfigDict
 
 from grpo_jax.run import saved_config
-from grpo_jax.run.checkpoint import find_checkpoint
+from grpo_jax.run.checkpoint import find_checkpoint, steps_of_stages
 from grpo_jax.run.config import flatten, set_value
 from grpo_jax.run.defaults import defaults
 
@@ -55,8 +55,9 @@ def with_start(config: ConfigDict, workdir: str) -> ConfigDict:
     if not config.start:
         return config
     start = Start.parse(config.start)
-    saved = pathlib.Path(workdir, 'config.json')
-    before = saved_config.read(saved, quiet=True).start if saved.is_file() else ''
+    saved = pathlib.Path(workdir, 'config.json').absolute()
+    resumed = saved.is_file() and any(steps_of_stages(saved.parent).values())
+    before = saved_config.read(saved, quiet=True).start if resumed else ''
     if before.startswith(f'{start}/') or before == str(start):
         start = Start.parse(before)
     path = start.workdir / 'config.json'
