@@ -20,6 +20,7 @@ VOCABULARY = flags.DEFINE_integer('vocabulary', 4096, 'tokens')
 WIDTH = flags.DEFINE_integer('width', 256, 'of the hidden states')
 LAYERS = flags.DEFINE_integer('layers', 5, 'layers')
 
+
 def make_tokenizer(texts: list[str], size: int) -> transformers.Qwen2Tokenizer:
     """A byte-level BPE tokenizer that splits texts into words as Qwen2's does."""
     empty = transformers.Qwen2Tokenizer(pad_token='<|endoftext|>', eos_token='<|im_end|>')

@@ -102,6 +102,7 @@ def votes(workdir: pathlib.Path) -> dict[str, list[float]]:
         config = saved_config.read(workdir / 'config.json')
         made = setup.prepare(config, workdir)
         heldout = problems.heldout_problems(made)
+        assert heldout is not None  # all configs of the study have a held-out split
         asked = evaluation.evaluation_options(config.eval) | {'samples': max(SIZES), 'k': SIZES}
         policy = parameters.newest_policy(made).params
         found = evaluation.evaluate(made.sampler, policy, heldout, **asked).metrics
