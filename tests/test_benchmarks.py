@@ -40,6 +40,7 @@ def ours():
     return Ours(workload, parse_options(['microbatch=2']))
 
 
+@pytest.mark.slow
 def test_record_of_a_run(ours, tmp_path, capsys):
     labels = {'workload': 'smoke', 'options': ['microbatch=2']}
     row = step.measure(ours, labels, steps=2, warmup=1, with_floors=True)

@@ -133,7 +133,7 @@ def drawn(model, rollout):
 
 
 @pytest.mark.parametrize('unroll', [False, True])
-@pytest.mark.parametrize('block', [0, 3])
+@pytest.mark.parametrize('block', tiny.some_slow([0, 3], 3))
 def test_a_rollout_is_the_same(model, rollout, drawn, unroll, block, through_kernel):
     """In blocks too, in which rows leave their groups and bring their prompts."""
     found = draw(model, tiny.make_params(model), rollout.prompts, unroll=unroll, block=block)

@@ -60,7 +60,7 @@ def test_gsm8k_from_folder_to_folder(tmp_path, command, capfd):
         config__data__demonstration=' #### {answer}',
         config__data__prompt_length=128,
         config__data__completion_length=16,
-        config__sft__steps=80,
+        config__sft__steps=60,
         config__sft__optimizer__learning_rate=1e-2,
         config__sft__optimizer__warmup_steps=5,
         config__grpo__steps=2,
@@ -68,7 +68,7 @@ def test_gsm8k_from_folder_to_folder(tmp_path, command, capfd):
     )
     assert 'held-out accuracy: ' in printed
     steps = [(row['stage'], row['step']) for row in runs.lines(workdir / 'metrics.jsonl')]
-    assert steps == [('sft', k) for k in range(80)] + [('grpo', 0), ('grpo', 1)]
+    assert steps == [('sft', k) for k in range(60)] + [('grpo', 0), ('grpo', 1)]
     found = json.loads(command(evaluate.run, workdir=workdir))
     assert found['checkpoint'] == 'grpo/2'
     assert found['problems'] > 8

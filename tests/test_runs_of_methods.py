@@ -164,7 +164,7 @@ RUNS = {
     'name',
     tiny.some_slow(
         ['rft', 'online_rft', 'dpo', 'ppo', 'trpo', 'process', *VARIANTS],
-        *('rft', 'ppo', 'process', *VARIANTS[1:]),
+        *('rft', 'online_rft', 'ppo', 'process', *VARIANTS[1:]),
     ),
 )
 def test_methods_train(name, trained):
@@ -186,7 +186,10 @@ def groups_of(workdir, step, stage='grpo'):
 
 @pytest.mark.parametrize(
     'name',
-    tiny.some_slow(['adapted rft', 'adapted dpo', 'adapted, reward model'], 'adapted dpo'),
+    tiny.some_slow(
+        ['adapted rft', 'adapted dpo', 'adapted, reward model'],
+        *('adapted dpo', 'adapted, reward model'),
+    ),
 )
 def test_adapters_train_where_their_base_samples(name, trained):
     rows = metrics(trained(name))

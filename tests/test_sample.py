@@ -269,7 +269,7 @@ def test_blocks_change_no_completion(model, params, prompts, monkeypatch, apart)
     assert len(sizes) > 4
 
 
-@pytest.mark.parametrize('devices', [1, 2])
+@pytest.mark.parametrize('devices', tiny.some_slow([1, 2], 2))
 def test_a_block_ends_when_few_completions_are_live(model, params, prompts, monkeypatch, devices):
     """After the first column at which a threshold is reached, by the drawn tokens."""
     ends = []

@@ -216,6 +216,7 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished, tmp_path):
     runs.assert_same_run(tmp_path / 'run', finished)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_again_and_again(tmp_path, monkeypatch, finished):
     """Each stop keeps what was computed, names its cause, and the next start goes on from there."""
 

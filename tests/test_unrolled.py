@@ -67,7 +67,7 @@ def test_recomputation_survives_compilation(rollout):
     assert 1.1 < flops(True) / flops(False) < 4 / 3
 
 
-@pytest.mark.parametrize('weights', ['model', 'int8'])
+@pytest.mark.parametrize('weights', tiny.some_slow(['model', 'int8'], 'int8'))
 @pytest.mark.parametrize('layers', [1, 2])
 def test_a_rollout_is_the_same(layers, weights, rollout):
     model = tiny.make_model(layers=layers)
@@ -83,7 +83,10 @@ def test_a_rollout_is_the_same(layers, weights, rollout):
     np.testing.assert_allclose(unrolled.logprobs, scanned.logprobs, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize(
+    'name',
+    tiny.some_slow(list(CASES), 'packed, with a critic', 'windows, layers without positions'),
+)
 def test_an_update_is_the_same(name, rollout, rewards):
     options, algorithm, compute = CASES[name]
     algorithm = Algorithm(beta=0.3, **algorithm)
