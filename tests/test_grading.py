@@ -5,14 +5,17 @@ from types import SimpleNamespace
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import numpy as np
 import pytest
+import tiny
 from ml_collections import ConfigDict
 
 from grpo_jax import data, rewards
 from grpo_jax.data import byte_tokenizer, char_to_token
 from grpo_jax.run import grading, rollout_rewards
 from grpo_jax.run.collector import RolloutCollector
+from grpo_jax.run.graded_texts import on_host
 from grpo_jax.run.grading import Grader
 from grpo_jax.run.problems import Problems
 from grpo_jax.run.rollouts import Position, completion_records
@@ -244,6 +247,17 @@ def test_informative_steps():
     total = np.where(ends, values, 0).sum(-1)
     found = graded._replace(total=total, steps=StepRewards(values, ends)).informative()
     assert found.tolist() == [False, True, True, False, False]
+
+
+def test_what_only_the_update_reads_is_not_copied_to_the_host():
+    rollout = make_rollout()
+    recorded = rollout._replace(
+        support=np.zeros((*rollout.mask.shape, 3), np.uint32),
+        routing=np.zeros((*rollout.mask.shape, 2, 1), np.uint8),
+    )
+    host = on_host(recorded, 1)
+    assert host.support is host.routing is host.prompts.routing is None
+    assert tiny.same(host, jax.tree.map(lambda x: x[:1], rollout))
 
 
 @pytest.mark.parametrize('kind', ['outcome', 'scored outcome', 'process', 'scored process'])

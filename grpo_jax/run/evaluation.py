@@ -8,13 +8,12 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
 from grpo_jax import data, rewards
-from grpo_jax.run.graded_texts import GradedTexts, first_groups, grade_texts
+from grpo_jax.run.graded_texts import GradedTexts, grade_texts, on_host
 from grpo_jax.run.problems import Problems
 from grpo_jax.run.rollout_rewards import RolloutRewards
 from grpo_jax.run.setup import Sampler
@@ -221,7 +220,7 @@ def _grader_of(correct: rewards.RewardFunction, problems: Problems) -> Rewarder:
     """Return a function that grades a rollout by the reward function `correct` alone."""
 
     def grade(rollout: Rollout, groups: int) -> RolloutRewards:
-        host = first_groups(jax.device_get(rollout), groups)
+        host = on_host(rollout, groups)
         texts = grade_texts(host, problems, {'correct': correct}, {'correct': 1.0})
         return RolloutRewards(texts, texts.scores.total.reshape(host.ended.shape), None, None)
 

@@ -103,9 +103,15 @@ def concatenate_texts(parts: Sequence[GradedTexts]) -> GradedTexts:
     return GradedTexts(prompts, [text for part in parts for text in part.completions], joined)
 
 
-def first_groups(rollout: Rollout, count: int | None) -> Rollout:
-    """Return the first groups of a rollout on the host; all if `count` is None."""
-    return jax.tree.map(lambda x: x[:count], rollout)
+def on_host(rollout: Rollout, groups: int | None = None) -> Rollout:
+    """Copy the first groups of a rollout to the host; all if `groups` is None.
+
+    What the sampler recorded for the update stays on the devices: grading does not read it, and
+    `support` alone would be thousands of bytes for each token.
+    """
+    prompts = rollout.prompts._replace(routing=None)
+    graded = rollout._replace(prompts=prompts, support=None, routing=None)
+    return jax.tree.map(lambda x: x[:groups], jax.device_get(graded))
 
 
 def flat_tokens(rollout: Rollout) -> tuple[Int[np.ndarray, 'N T'], Bool[np.ndarray, 'N T']]:

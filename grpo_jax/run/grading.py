@@ -14,9 +14,9 @@ from grpo_jax.run.graded_texts import (
     START,
     GradedTexts,
     concatenate_texts,
-    first_groups,
     flat_tokens,
     grade_texts,
+    on_host,
 )
 from grpo_jax.run.problems import Problems
 from grpo_jax.run.rollout_rewards import RolloutRewards, completions_of
@@ -71,7 +71,7 @@ class Grader:
             if groups.size:
                 absent: Any = None
                 # The whole batch is copied: indexing on the devices would wait for the next block.
-                host = jax.device_get(rollout._replace(logprobs=absent))
+                host = on_host(rollout._replace(logprobs=absent))
                 graded.append(GradedGroups(groups, self._grade_groups(host, groups)))
         return graded
 
@@ -99,7 +99,7 @@ class Grader:
         """
         # Dispatched first, so that the devices score while the host grades.
         scored = self.scorer(reward_params, rollout) if self.scorer else None
-        host = first_groups(jax.device_get(rollout), groups)
+        host = on_host(rollout, groups)
         texts = self._grade_rest(host, early)
         total = texts.scores.total.reshape(host.tokens.shape[:2])
         steps = self.grade_steps(host, texts) if self.step_rewards else None
@@ -144,7 +144,7 @@ class Grader:
         scores = np.asarray(self.scorer(reward_params, rollout))[:groups]
         if self.step_rewards is None:
             return scores.reshape(-1)
-        ends = self.grade_steps(first_groups(jax.device_get(rollout), groups), texts).ends
+        ends = self.grade_steps(on_host(rollout, groups), texts).ends
         return _mean_over_steps(scores, np.asarray(ends))
 
     def grade_steps(self, rollout: Rollout, texts: GradedTexts) -> StepRewards:
