@@ -1,5 +1,6 @@
 """Equivalence of answers: pairs by hand, classes for votes, hostile answers, random numbers."""
 
+import itertools
 from fractions import Fraction
 
 import pytest
@@ -148,6 +149,21 @@ def test_right_answers_are_accepted(verdicts, reference, answer):
 def test_wrong_answers_are_refused(verdicts, reference, answer):
     assert verdicts[reference, answer] is False
     assert verdicts[answer, reference] is False
+
+
+FORMULAS = [  # that have values at some points only, or complex ones
+    r'a^{\log_a x}', r'2^{\log_2 x}', 'x', '|x|', r'\sqrt{x^2}', r'\sqrt{-x}', r'\sqrt[3]{-x}',
+    r'(-x)^{1/3}', r'\log_a(xy)', r'\log_a x+\log_a y', 'x^y', r'e^{y\ln x}', '(-1)^x',
+    r'e^{i\pi x}', r'x^{\log_a y}', r'y^{\log_a x}',
+]  # fmt: skip
+
+
+def test_the_order_of_two_answers_does_not_matter():
+    pairs = list(itertools.permutations(FORMULAS, 2))
+    same = dict(zip(pairs, equivalent_pairs(pairs, seconds=30.0), strict=True))
+    assert [pair for pair in pairs if same[pair] is not same[pair[::-1]]] == []
+    assert same[r'a^{\log_a x}', 'x'] is True
+    assert same['x', '|x|'] is False
 
 
 def test_equal_texts_and_numbers_need_no_worker(monkeypatch):

@@ -16,6 +16,15 @@ from grpo_jax.rewards.verify.expression import expression, scientific
         (r'\sin x\cdot y', r'\sin(x)\cdot y'),
         ('abc+1', 'abc+1'),
         (r'50%', r'50\%'),
+        (r'\coth^2(x+1)', r'(\frac{1}{\tanh(x+1)})^2'),
+        (r'\sgn x', r'(\frac{x}{|x|})'),
+        (r'\sech\frac{x}{2}', r'(\frac{1}{\cosh(\frac{x}{2})})'),
+        ('[x][2y]', r'\lfloor x\rfloor \lfloor 2y\rfloor '),
+        ('[x+1]', r'\lfloor x+1\rfloor '),
+        ('2[x+1]', '2[x+1]'),  # brackets that group
+        ('[xy]^2', '[xy]^2'),
+        ('[5]', '[5]'),
+        (r'\sqrt[3]{x}', r'\sqrt[3]{x}'),
     ],
 )
 def test_expression(form, expected):
@@ -52,3 +61,5 @@ def test_scientific():
     assert scientific('1.5e-3') == r'(1.5\cdot10^{-3})'
     assert scientific('3E8') == r'(3\cdot10^{8})'
     assert scientific('2e^3') == '2e^3'
+    assert scientific('1e3x') == r'(1\cdot10^{3})x'
+    assert scientific('2e-3x') == '2e-3x'

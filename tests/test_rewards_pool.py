@@ -71,6 +71,14 @@ def pids(workers):
     return [worker.process.pid for worker in workers._workers]
 
 
+def test_a_matching_pairs_all_rows(real):
+    # The first row takes the only column of the second one first.
+    chain = [[SAME, SAME, DIFFERENT], [SAME, DIFFERENT, SAME], [SAME, DIFFERENT, DIFFERENT]]
+    short = [[SAME, DIFFERENT], [SAME, DIFFERENT]]
+    trees = [['matching', table] for table in (chain, short)]
+    assert real.evaluate(trees, seconds=SECONDS) == [True, False]
+
+
 def test_trees(real):
     trees = [
         SAME,

@@ -23,6 +23,18 @@ REALS = ['interval', r'-\infty', r'\infty', True, True]
         (r'\mathbb{R}\setminus\{1,2\}', '', ['minus', REALS, ['points', ['1', '2']]]),
         (r'\emptyset', '', ['points', []]),
         ('2x+1>5', '', ['relation', '2x+1>5']),
+        (r'\{x|x^2=4\}', '', ['relation', 'x^2=4']),
+        (r'\{x\in\mathbb R | x^2=4\}', '', ['relation', 'x^2=4']),
+        (
+            r'\{x\in\mathbb{Z} : 1\le x\le 3\}',
+            '',
+            ['intersection', [['integers', r'-\infty'], ['interval', '1', '3', False, False]]],
+        ),
+        (
+            r'\{x | x<3, x\in\mathbb{N}^{*}\}',
+            '',
+            ['intersection', [['integers', '1'], ['interval', r'-\infty', '3', True, True]]],
+        ),
         (
             'x<1 or x>2',
             'x',
@@ -42,7 +54,19 @@ def test_read_set(text, variable, description):
     assert read_set(form) == (variable, description)
 
 
-@pytest.mark.parametrize('text', ['5', 'x=5', '(1,2,3)', r'x<1\lory<2', r'\lor' * 100])
+@pytest.mark.parametrize(
+    'text',
+    [
+        '5',
+        'x=5',
+        '(1,2,3)',
+        r'x<1\lory<2',
+        r'\lor' * 100,
+        r'\{z|z^2=-1\}',
+        r'\{x|x=a\}',
+        r'\{x\in\mathbb{Q}|x>1\}',
+    ],
+)
 def test_read_set_refuses(text):
     assert read_set(text) is None
 

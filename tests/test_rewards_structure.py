@@ -28,6 +28,10 @@ from grpo_jax.rewards.verify.structure import (
         (r'\overline{AB}=5', 'AB', '5'),
         (r'\sum_{k=1}^{10}k=55', r'\sum_k=1^10k', '55'),
         ('area=5', '', '5'),
+        ('5!=120', '', '120'),
+        ('5=120', '', '5=120'),  # a false equation has no value
+        ('x=5=6', '', 'x=5=6'),
+        (r'\frac{1}{3}=0.33', '', '0.33'),
         ('x=1,y=2', '', 'x=1,y=2'),
         ('5', '', '5'),
     ],
@@ -57,6 +61,15 @@ def test_same_name():
         (r'(\begin{array}{c}1\\2\end{array})', 'matrix 2x1x1', ('1', '2')),
         (r'\begin{vmatrix}1\\2\end{vmatrix}', 'determinant 2x1x1', ('1', '2')),
         (r'\begin{cases}x=1\\y=2\end{cases}', 'cases 2x1x1', ('x=1', 'y=2')),
+        (
+            r'\begin{cases}1,&ifx>0\\0,&else\end{cases}',
+            'cases 2x2x2',
+            ('1&x>0', '0&otherwise'),
+        ),
+        ('1&x>0', 'row', ('1', 'x>0')),
+        ('[[1,2],[3,4]]', 'matrix 2x2x2', ('1', '2', '3', '4')),
+        ('[[1,2,3]]', 'matrix 1x3', ('1', '2', '3')),
+        ('[[1,2],[3]]', '[]', ('[1,2]', '[3]')),
     ],
 )
 def test_split_parts(text, kind, elements):

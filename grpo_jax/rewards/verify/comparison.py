@@ -14,17 +14,18 @@ from typing import TypeAlias
 from grpo_jax.rewards.verify.expression import expression, scientific
 from grpo_jax.rewards.verify.normal_form import MAX_LENGTH, is_word
 from grpo_jax.rewards.verify.numbers import parse_number, same_number
-from grpo_jax.rewards.verify.real_sets import RealSet, is_real_set, read_set
+from grpo_jax.rewards.verify.real_sets import RealSet, is_builder, is_real_set, read_set
 from grpo_jax.rewards.verify.structure import (
     Parts,
     is_equation,
     named_values,
     same_name,
+    split_elements,
     split_name,
     split_parts,
     tuple_names,
 )
-from grpo_jax.rewards.verify.units import split_known_unit
+from grpo_jax.rewards.verify.units import same_unit, split_known_unit
 
 Tree: TypeAlias = bool | list[object]  # see above
 
@@ -34,8 +35,12 @@ _BASE = re.compile(r'(-?[0-9A-F.]+)_([0-9]{1,2}|\{[0-9]{1,2}\})')
 _EULER = re.compile('[0-9]e[-+]')
 _SET_KINDS = frozenset(
     {'interval', 'points', 'union', 'intersection', 'minus', 'relation', 'either'}
+    | {'integers', 'naturals'}
 )
 _VECTOR = re.compile('matrix (?:[0-9]+(?:x1)+|1x[0-9]+)')  # (1,2) as a matrix
+_SYSTEM = re.compile('cases [0-9]+(?:x1)+')  # equations, one in each row
+_CHOICES = re.compile('[A-J]{2,}|[①-⑳]{2,}')
+_LISTED_CHOICES = re.compile('(?:[A-J][,;])+[A-J]|(?:[①-⑳][,;])+[①-⑳]')
 _CHOICE = re.compile(r'\\choice\{([A-J])\}\{(.*)\}')
 
 
@@ -47,9 +52,16 @@ def compare(a: str, b: str, depth: int = 0) -> Tree:
         return False
     if _CHOICE.fullmatch(a) or _CHOICE.fullmatch(b):
         return _compare_choices(a, b, depth)
+    if (same_choices := _compare_several_choices(a, b)) is not None:
+        return same_choices
     (a, unit_a), (b, unit_b) = split_known_unit(a), split_known_unit(b)
-    if unit_a and unit_b and unit_a != unit_b:
+    if unit_a and unit_b and not same_unit(unit_a, unit_b):
         return False
+    if (unit_a and b.endswith('%')) or (unit_b and a.endswith('%')):
+        return False
+    if (unit_a or unit_b) and not (unit_a and unit_b) and len(unit_a + unit_b) == 1:
+        # A unit, or a variable: 5 m is 5, and it is 5m.
+        return _any([compare(a, b, depth), compare(a + unit_a, b + unit_b, depth)])
     if (by_name := _compare_by_name(a, b, depth)) is not None:
         return by_name
     (name_a, value_a), (name_b, value_b) = split_name(a), split_name(b)
@@ -81,7 +93,8 @@ def _compare_values(a: str, b: str, depth: int) -> Tree:
         return False
     if (same_in_base := _compare_bases(a, b)) is not None:
         return same_in_base
-    sets = (read_set(a), read_set(b)) if is_real_set(a) or is_real_set(b) else (None, None)
+    either_set = is_real_set(a) or is_real_set(b)
+    sets = (_read_set(a, b), _read_set(b, a)) if either_set else (None, None)
     if sets[0] and sets[1]:
         return _compare_sets((a, b), sets[0], sets[1], depth)
     # 1,234 may be a list, 1,000 is none.
@@ -106,6 +119,16 @@ def _compare_choices(a: str, b: str, depth: int) -> Tree:
         return compare(x[2], y[2], depth) if x[1] == y[1] else False
     (letter, value), other = (x.groups(), b) if x else (y.groups(), a) if y else ((a, a), b)
     return other == letter or compare(value, other, depth)
+
+
+def _compare_several_choices(a: str, b: str) -> bool | None:
+    """Compare choices written together with a list, as AC and `C,A`; None for anything else."""
+    letters, listed = (a, b) if len(a) < len(b) else (b, a)
+    if not _CHOICES.fullmatch(letters) or not _LISTED_CHOICES.fullmatch(listed):
+        return None
+    # Letters in another order, such as CA, are more likely a product or a name.
+    choices = sorted(re.split('[,;]', listed))
+    return list(letters) == choices and len(set(choices)) == len(choices)
 
 
 def _compare_by_name(a: str, b: str, depth: int) -> Tree | None:
@@ -133,7 +156,7 @@ def _compare_sets(texts: tuple[str, str], x: RealSet, y: RealSet, depth: int) ->
     if x.variable and y.variable and x.variable != y.variable:
         return False
     (kind, *ends_x), (other_kind, *ends_y) = x.description, y.description
-    if kind == other_kind == 'relation':
+    if kind == other_kind == 'relation' and not any(map(is_builder, texts)):
         return _compare_expressions(*texts)
     if kind == other_kind == 'interval':
         if ends_x[2:] != ends_y[2:]:
@@ -145,6 +168,15 @@ def _compare_sets(texts: tuple[str, str], x: RealSet, y: RealSet, depth: int) ->
     if descriptions[0] is None or descriptions[1] is None:
         return False
     return descriptions[0] == descriptions[1] or ['sets', *descriptions]
+
+
+def _read_set(text: str, other: str) -> RealSet | None:
+    r"""Read a set, a list as one if the other is `\{x|x^2=4\}`."""
+    known = read_set(text)
+    if known or not is_builder(other) or text.startswith('\\{'):
+        return known
+    values = ','.join(split_name(element)[1] for element in split_elements(text))
+    return read_set(rf'\{{{values}\}}')
 
 
 def _parsed_set(node: object) -> object | None:
@@ -165,11 +197,7 @@ def _compare_with_one(parts: Parts, value: str, depth: int) -> Tree:
 
 def _compare_parts(parts_a: Parts, parts_b: Parts, depth: int) -> Tree:
     """Compare element by element, in any order if both are unordered."""
-    kinds = {
-        '()' if _VECTOR.fullmatch(parts.kind) and '()' in (parts_a.kind, parts_b.kind)
-        else parts.kind
-        for parts in (parts_a, parts_b)
-    }  # fmt: skip
+    kinds = {_kind(parts_a, parts_b), _kind(parts_b, parts_a)}
     without_brackets = kinds == {'()', 'list'}  # 1,2 for (1,2)
     if len(kinds) == 2 and not without_brackets and kinds != {r'\{\}', 'list'}:
         return False
@@ -179,6 +207,13 @@ def _compare_parts(parts_a: Parts, parts_b: Parts, depth: int) -> Tree:
         pairs = zip(parts_a.elements, parts_b.elements, strict=True)
         return _all([compare(x, y, depth) for x, y in pairs])
     return _matching(list(parts_a.elements), list(parts_b.elements), depth)
+
+
+def _kind(parts: Parts, other: Parts) -> str:
+    """Return the kind of values, that of other ones where it is another notation for it."""
+    if _VECTOR.fullmatch(parts.kind) and other.kind == '()':
+        return other.kind
+    return other.kind if _SYSTEM.fullmatch(parts.kind) and other.kind == 'list' else parts.kind
 
 
 def _matching(rows: list[str], columns: list[str], depth: int) -> Tree:

@@ -31,9 +31,24 @@ _UNREADABLE = re.compile(
     r'|[A-Z]\^(?:T|\{T\})[A-Z]|[A-Z][A-Z]\^(?:T|\{T\})'  # matrices do not commute
     r'|\\frac\{d(?:\^(?:[0-9]|\{[^{}]*\}))?(?:[a-z]|\\[a-z]+)?(?:\([a-z]\))?\}\{d[a-z]'
 )
+# Functions that the parser lacks, by others. The argument is in brackets, a symbol or a fraction.
+_DEFINITIONS = {
+    'coth': r'\frac{{1}}{{\tanh({0})}}',
+    'sech': r'\frac{{1}}{{\cosh({0})}}',
+    'csch': r'\frac{{1}}{{\sinh({0})}}',
+    'sgn': r'\frac{{{0}}}{{|{0}|}}',
+}
+_BRACKET = r'\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\)'
+_DEFINED = re.compile(
+    rf'\\(?P<function>{"|".join(_DEFINITIONS)})(?:\^(?P<power>[0-9]|\{{[0-9]+\}}))? ?'
+    rf'(?P<argument>{_BRACKET}|[0-9]*(?:[A-Za-z]|\\(?:{_GREEK}|pi)(?![A-Za-z]))(?![_^])'
+    r'|\\frac\{[^{}]*\}\{[^{}]*\})'
+)
+_SQUARE_BRACKETS = re.compile(r'(?<!\\sqrt)\[([^][(),;]*)\]')
 _MIXED = re.compile(r'(?<![0-9.}\])A-Za-z!_^])([0-9]+)\\frac\{([0-9]+)\}\{([0-9]+)\}')
 _SCIENTIFIC = re.compile(
-    r'(?<![0-9A-Za-z.}_\\])([0-9]+(?:\.[0-9]+)?|\.[0-9]+)[eE]([-+]?[0-9]+)(?![0-9.A-Za-z^])'
+    r'(?<![0-9A-Za-z.}_\\])([0-9]+(?:\.[0-9]+)?|\.[0-9]+)'
+    r'[eE]([-+]?[0-9]+(?![0-9.A-Za-z^])|[0-9]+(?=[A-Za-z]))'  # 1e3x, but 2e-3x is 2e - 3x
 )
 # A name of a command is matched first, so that its letters are no symbols.
 _SUBSCRIPTED = r'(?:_(?:[0-9A-Za-z]|\{[^{}]*\}))?'
@@ -65,7 +80,8 @@ def scientific(form: str) -> str:
 
 def expression(form: str) -> str | None:
     """Return the text for the parser; None if the normal form is opaque."""
-    form = _LOG_BASE.sub(r'\\log_{\1}', form)
+    form = _name_floors(_LOG_BASE.sub(r'\\log_{\1}', form))
+    form = _DEFINED.sub(_by_definition, form)
     if not _CHARACTERS.fullmatch(form) or _UNREADABLE.search(form):
         return None
     if not _READ.issuperset(_COMMAND.findall(form)):
@@ -86,6 +102,37 @@ def expression(form: str) -> str | None:
     text = _MIXED.sub(r'(\1+\\frac{\2}{\3})', text)
     text = _FACTORS.sub(lambda match: f'{match[0]}\\cdot ', text)
     return _POWER_T.sub('^{(T)}', text).replace('%', '\\%')
+
+
+def _by_definition(match: re.Match[str]) -> str:
+    """Write a function that the parser lacks by others."""
+    argument = match['argument'].removeprefix('(')
+    argument = argument.removesuffix(')') if argument != match['argument'] else argument
+    power = f'^{match["power"]}' if match['power'] else ''
+    return f'({_DEFINITIONS[match["function"]].format(argument)}){power}'
+
+
+def _name_floors(form: str) -> str:
+    r"""Write Gauss brackets, as in `[x]+[2y]`, as `\lfloor x\rfloor+\lfloor 2y\rfloor`.
+
+    Square brackets also group, as in `2[x+1]`. They are Gauss brackets where at least one of them
+    would group nothing. Those with round brackets inside always group.
+    """
+    if not any(map(_groups_nothing, _SQUARE_BRACKETS.finditer(form))):
+        return form
+    return _SQUARE_BRACKETS.sub(r'\\lfloor \1\\rfloor ', form)
+
+
+def _groups_nothing(bracket: re.Match[str]) -> bool:
+    """Return whether the value would be the same without the brackets."""
+    inside = _COMMAND.sub('', bracket[1])
+    before, after = bracket.string[: bracket.start()][-1:], bracket.string[bracket.end() :][:1]
+    if not re.search('[A-Za-z]', inside):
+        return False
+    if after == '^':
+        return len(inside) == 1
+    is_sum = re.search('(?<=.)[+-]', re.sub(r'\{[^{}]*\}', '', inside)) is not None
+    return not is_sum or (before in '+({=,|' and after in '+-)}=,|')
 
 
 def _name_calls(text: str) -> str | None:

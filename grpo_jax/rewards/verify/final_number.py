@@ -54,8 +54,10 @@ _PART_OF_FORMULA = re.compile(
     rf'(?:{_IN_ARGUMENT}|(?:[\^√π]|[0-9)}}\]]_|{_FUNCTION})[ ({{\[]*|\\sqrt ?\[[^\]]*'
     rf'|[0-9][.:,]|[0-9]{{4}}-[0-9]{{1,2}}-|\\pm ?|\\mp ?|±|/'
     r'|[0-9)][a-z] ?[+-] ?|(?<![A-Za-z\'])[b-zB-Z] ?\+ ?|[0-9]点'
+    r'|\|[^|\s]*[0-9A-Za-z)] ?[+-] ?'
     r'|(?:[0-9)}\]] ?[*/]|(?<![A-Za-z])[A-Za-z] ?\*) ?[({\[]*|[0-9] ?[xX] ?)$'
 )
+_WHOLE_BEFORE = re.compile(r'(?<![0-9.])[0-9]+ ?- ?$')
 _RIGHT_OF_SIGN = re.compile(r'[A-Za-z0-9)}\]] *[+-] *$')
 _OPERAND = r'[0-9(\\.$√π]'
 _CONTINUES = re.compile(
@@ -101,6 +103,8 @@ def number_at_start(text: str) -> tuple[str, str] | None:
 
 def stands_alone(text: str, match: re.Match[str]) -> bool:
     """Return whether a match of `QUANTITY` in a text is not a part of a formula, range or list."""
+    if match['divisor'] and _WHOLE_BEFORE.search(text[: match.start()]):
+        return False  # 2-1/2 may be 2 1/2
     return not _part_of_formula(text, match.start()) and not _continues(text, match.end())
 
 

@@ -2,6 +2,11 @@ r"""Rewrite equal LaTeX answers in one spelling, such as `\dfrac 12` and `\frac{
 
 import re
 
+from grpo_jax.rewards.verify.decimal_commas import (
+    commas_in_braces_to_points,
+    decimal_commas_to_points,
+)
+from grpo_jax.rewards.verify.determinants import expand_determinants
 from grpo_jax.rewards.verify.spelling import one_spelling, plain_characters
 from grpo_jax.rewards.verify.units import TEXT, strip_units
 
@@ -35,8 +40,10 @@ _WRAPPED = re.compile(
 _ANGLE = re.compile(r'\\angle ([B-Z])([A-Z])([A-Z])(?![A-Za-z])')
 _ANSWER = '(?i:(?:the )?(?:correct )?(?:option|choice|answer)(?: is)?)'
 _CHOICE = re.compile(
-    rf'(?:{_ANSWER}[ :]*)?\(?([A-Z])\)|(?:{_ANSWER}[ :]+|故?选项?[ :]*)([A-Z])(?:选项)?|([A-Z])选项'
+    rf'(?:{_ANSWER}[ :]*)?\(?([A-Z])\)'
+    rf'|(?:{_ANSWER}[ :]+|故?选项?[ :]*)([A-Z]|[A-J]+)(?:选项)?|([A-Z]|[A-J]+)选项'
 )
+_SEVERAL_CHOICES = re.compile(r'^(?:\([A-J]\)[ ,;]*){2,}$')
 _LABELED = re.compile(
     r'(?:\(([A-J])\)(?::? +|(?=[0-9]))'
     r'|([A-J])(?:[:.)] +|[:.)](?=[0-9$])|[,.:] *(?=[\u3040-\u9fff])))'
@@ -91,11 +98,13 @@ def normal_form(text: str) -> str:
     text = plain_characters(text)
     while (match := _WRAPPED.fullmatch(text)) and (inner := strip_braces(match[1])) != match[1]:
         text = inner
-    text = _replace_connectives(one_spelling(text))
+    text = one_spelling(commas_in_braces_to_points(text))
+    text = _replace_connectives(decimal_commas_to_points(text))
     text = strip_braces(text.strip().rstrip('.,;: '))
     if not text.startswith('(') or not _LABELED.fullmatch(text):
         text = strip_units(text)
     text = _UNWRAP.sub(r'\1', _UNWRAP.sub(r'\1', text)).strip()
+    text = _SEVERAL_CHOICES.sub(lambda match: ','.join(re.findall('[A-J]', match[0])), text)
     if letter := _CHOICE.fullmatch(text):
         return letter[1] or letter[2] or letter[3]
     choice = _LABELED.fullmatch(text)
@@ -107,6 +116,8 @@ def normal_form(text: str) -> str:
     text = ''.join(text.split()).replace('\0', ' ').rstrip('.,;:')
     text = _ANGLE.sub(_sort_ends, _ONE.sub(r'\1\2', text))
     text = strip_braces(text) if text.startswith('{') else text
+    if '\\begin' in text:
+        return expand_determinants(text)
     return text.lower() if is_word(text) and not is_product(text.lower()) else text
 
 

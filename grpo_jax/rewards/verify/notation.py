@@ -34,6 +34,7 @@ _GROUPS = re.compile(
     r'(?P<more>,?[0-9])?'  # then it is no number: left as it is
 )
 _GROUP_MARKS = re.compile('[^0-9]++')
+_REWRITABLE = re.compile(r'[\\^_{|+-]')
 _FONT = re.compile(
     r'\\(?:text(?:bf|it|rm|sf|tt|normal|up)?|math(?:rm|bf|it|sf|tt|normal)|mbox|bm|boldsymbol|'
     r'underline|emph|operatorname)\s*+\{([^{}]*+)\}'
@@ -46,6 +47,8 @@ _REWRITES = [
         (r'\\!', ''),
         (r'(?<!\\)\\[,;: ]|\\(?:q?quad|thinspace)(?![A-Za-z])|(?<=[-+0-9}])~(?=[0-9\\])', ' '),
         (r'\\(?:left|right|displaystyle)(?![A-Za-z])', ''),
+        (r'\\[lr]?vert(?![A-Za-z]) ?|\\\|', '|'),
+        (r'(?<![^\s{$(=:*是为])\|[+-]?([0-9]++(?:\.[0-9]++)?)\|(?![^\s}$).,;])', r'\1'),  # |-3|
         (r'\\(?:times|cdot)(?![A-Za-z]) ?|\\ast(?![A-Za-z])', '*'),
         (r'(?<=\*)\{ *10 *\}', '10'),
         (r'\\colon(?![A-Za-z])', ':'),
@@ -79,7 +82,7 @@ def plain_notation(text: str) -> str:
     if not text.isascii():
         text = _VULGAR_FRACTION.sub(_plain_vulgar, _SUPERSCRIPT.sub(_plain_superscript, text))
     text = _GROUPS.sub(_comma_groups, text)
-    if '\\' in text or '^' in text or '_' in text or '{' in text or '-' in text or '+' in text:
+    if _REWRITABLE.search(text):
         text = _COLOR.sub('', text)
         for _ in range(2):  # a font in a font
             text = _FONT.sub(r'\1', text)

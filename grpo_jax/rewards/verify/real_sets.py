@@ -3,9 +3,10 @@ r"""Sets of real numbers in a normal form: intervals, inequalities, set-builder 
 `[2,\infty)`, `x\ge2`, `\{x|x\ge2\}` and `x\in[2,\infty)` are the same set. It is described by
     ['interval', lower, upper, lower is open, upper is open] · ['points', texts] ·
     ['union', sets] · ['intersection', sets] · ['minus', set, set] · ['relation', text] ·
-    ['either', sets]
-where a relation is one that is not solved for its variable, and a list of relations is the
-intersection of their sets, or the union if that is empty (`x<1, x>2`). The process that compares
+    ['either', sets] · ['integers', lower] · ['naturals']
+where a relation is one that is not solved for its variable, a list of relations is the
+intersection of their sets, or the union if that is empty (`x<1, x>2`), the integers are those from
+`lower` on, and 0 may be a natural number or none. The process that compares
 expressions evaluates these descriptions (see `worker`).
 """
 
@@ -24,10 +25,21 @@ Set: TypeAlias = list[object]  # see above
 _RELATION = re.compile(r'[<>]|\\(?:le|ge|ne)(?![A-Za-z])')
 _SIGN = re.compile(r'(<|>|\\le(?![A-Za-z])|\\ge(?![A-Za-z])|\\ne(?![A-Za-z]))')
 _SET = re.compile(r'\\(?:R|emptyset|cup|cap|setminus|backslash|lor|land)(?![A-Za-z])')
-_BUILDER = re.compile(r'\\\{([^|:;]+?)(?:[|:]|;(?=.*[<>]))(.*)\\\}')
+_BUILDER = re.compile(r'\\\{([^|:;]+?)(?:[|:]|;(?=.*[<>]))((?:(?!\\[{}]).)*)\\\}')
 _MEMBER = re.compile(r'(.+?)\\in(?![A-Za-z])(.+)')
 _MINUS = re.compile(r'\\(?:setminus|backslash)(?![A-Za-z])|-(?=\\\{)')
 _SIGNS = re.compile(rf'{_RELATION.pattern}|{_SET.pattern}|\\in(?![A-Za-z])')
+_EQUATION = re.compile(r'[^=]+=[^=]+')
+_DOMAINS: dict[str, Set] = {  # of the variable of a set; Q has no description
+    r'\R': ['interval', '-\\infty', '\\infty', True, True],
+    r'\mathbb{Z}': ['integers', '-\\infty'],
+    r'\mathbb{N}': ['naturals'],
+    r'\mathbb{N}_0': ['integers', '0'],
+    **{rf'\mathbb{{N}}{sign}': ['integers', '1'] for sign in ('^+', '_+', '^*')},
+    **{rf'\mathbb{{Z}}{sign}': ['integers', '1'] for sign in ('^+', '_+', '_>0')},
+}
+_SIGN_IN_BRACES = re.compile(r'([_^])\{([^{}]*)\}$')
+_LETTER = re.compile('[A-Za-z]')
 _MAX_SIGNS = 24  # in a set, which is read recursively
 _REALS: Set = ['interval', '-\\infty', '\\infty', True, True]
 
@@ -44,7 +56,16 @@ def is_real_set(text: str) -> bool:
 
     `(1,2)` may be a point, and `\{1,2\}` is compared element by element: for both this is false.
     """
-    return '\\begin' not in text and bool(_RELATION.search(text) or _SET.search(text))
+    if '\\begin' in text or '&' in text:  # a row of cases has a value and a condition
+        return False
+    return bool(
+        _RELATION.search(text) or _SET.search(text) or is_builder(text) or _read_domain(text)
+    )
+
+
+def is_builder(text: str) -> bool:
+    r"""Return whether the text is a set in braces with a condition: `\{x|x^2=4\}`."""
+    return _BUILDER.fullmatch(text) is not None
 
 
 def read_set(text: str) -> RealSet | None:
@@ -54,10 +75,14 @@ def read_set(text: str) -> RealSet | None:
 
 def _read_set(text: str) -> RealSet | None:
     text = text.strip()
+    if domain := _read_domain(text):
+        return RealSet('', domain)
     for separator, kind in (('\\lor', 'union'), ('\\land', 'intersection')):
         pieces = split_outside(text, separator)
         if len(pieces) > 1:
             return _combine(kind, [_read_set(piece) for piece in pieces])
+    if builder := _BUILDER.fullmatch(text):
+        return _read_builder(builder[1], builder[2])
     if not _RELATION.search(text) and (member := _MEMBER.fullmatch(text)):
         values = _read_set(member[2])
         return values and values._replace(variable=member[1])
@@ -65,20 +90,8 @@ def _read_set(text: str) -> RealSet | None:
         pieces = split_outside(text, separator)
         if len(pieces) > 1:
             return _combine(kind, [_read_set(piece) for piece in pieces])
-    if builder := _BUILDER.fullmatch(text):
-        member = _MEMBER.fullmatch(builder[1])
-        variable = member[1] if member else builder[1]
-        condition = _read_set(builder[2])
-        within = _read_set(member[2]) if member else RealSet('', _REALS)
-        if not condition or not within or condition.variable not in ('', variable):
-            return None
-        if within.description == _REALS:
-            return RealSet('', condition.description)
-        return RealSet('', ['intersection', [within.description, condition.description]])
     if _RELATION.search(text):
         return _read_relations(text)
-    if text in ('\\R', '(-\\infty,\\infty)'):
-        return RealSet('', _REALS)
     if text == '\\emptyset':
         return RealSet('', ['points', []])
     if minus := _MINUS.search(text):
@@ -87,6 +100,45 @@ def _read_set(text: str) -> RealSet | None:
             return None
         return RealSet('', ['minus', sets[0].description, sets[1].description])
     return _read_brackets(text)
+
+
+def _read_domain(text: str) -> Set | None:
+    r"""Return the description of a set with a name, such as `\mathbb{Z}^{+}`; None for others."""
+    return _DOMAINS.get(_SIGN_IN_BRACES.sub(r'\1\2', text))
+
+
+def _read_builder(member: str, condition: str) -> RealSet | None:
+    r"""Read `\{member|condition\}`, such as `x\in\mathbb{Z}` and `x^2=4,x>0`."""
+    in_domain = _MEMBER.fullmatch(member)
+    variable = in_domain[1] if in_domain else member
+    sets = [_read_set(in_domain[2])] if in_domain else []
+    equations: list[RealSet | None] = []
+    for part in [condition] if '\\lor' in condition else split_outside(condition, '\\land'):
+        relations = []
+        for element in split_elements(part):
+            if element.startswith(f'{variable}\\in') and not _RELATION.search(element):
+                sets.append(_read_set(element.removeprefix(f'{variable}\\in')))
+            elif _EQUATION.fullmatch(element) and not _RELATION.search(element):
+                equations.append(_read_equation(variable, element))
+            else:
+                relations.append(element)
+        sets += [_read_set(','.join(relations))] if relations else []
+    sets += equations
+    if any(each is None or each.variable not in ('', variable) for each in sets):
+        return None
+    if len(equations) > 1:  # x=1, x=2 may mean both or either
+        return None
+    descriptions = [each.description for each in sets if each and each.description != _REALS]
+    if len(descriptions) < 2:
+        return RealSet('', descriptions[0] if descriptions else _REALS) if sets else None
+    return RealSet('', ['intersection', descriptions])
+
+
+def _read_equation(variable: str, equation: str) -> RealSet | None:
+    """Read an equation for the elements of a set; None if it has another variable."""
+    if variable in ('z', 'w') or set(_LETTER.findall(_plain(equation))) != {variable}:
+        return None  # z and w are complex numbers
+    return RealSet(variable, ['relation', equation])
 
 
 def _combine(kind: str, sets: list[RealSet | None]) -> RealSet | None:

@@ -71,9 +71,13 @@ def same_numbers(x: Any, y: Any, real: bool = False) -> bool:
         return p == q
     digits = max(_digits(x, real), _digits(y, real))
     difference = (x - y).evalf(2, maxn=digits + _DIGITS)
-    # SymPy gives a value of which no digit is certain a precision of one bit.
+    # SymPy gives a value of which no digit is certain a precision of one bit. The error of the
+    # other part can be as large.
+    parts = difference.as_real_imag()
+    error = max((abs(part) for part in parts if part.is_Float and part._prec == 1), default=0)
     return all(
-        part.is_zero or (part.is_Float and part._prec == 1) for part in difference.as_real_imag()
+        part.is_zero or (part.is_Float and (part._prec == 1 or abs(part) <= error))
+        for part in parts
     )
 
 

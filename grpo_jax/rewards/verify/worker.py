@@ -39,6 +39,7 @@ def _load(name: str) -> Any:
 
 _values = _load('values')
 _CONFIG = ConversionConfig(interpret_as_mixed_fractions=False, lowercase_symbols=False)
+_MAX_INTEGERS = 1000  # in a set whose elements are compared one by one
 _WARM_UP = (  # the parser is slow the first time that it parses a construction
     r'\frac{1+\sqrt{2}}{2}', 'x^2-2x+1', r'-3\pi', 'e^{-2}', r'2x\cdot y', r'\frac{x(x-1)}{y^2}',
     r'\sqrt[3]{5}', '3-4i', '2(x+3)(x-1)', r'-\frac{7}{2}', 'y=2x+3', 'x+2y-5=0', 'x_1', r'x\le 2',
@@ -88,14 +89,24 @@ def evaluate(tree: Any) -> bool:
 
 
 def _matching(table: list[list[Any]]) -> bool:
-    """Return whether rows and columns can be paired so that each pair's tree is true."""
-    columns = list(range(len(table)))
-    for row in table:
-        equal = next((column for column in columns if evaluate(row[column])), None)
-        if equal is None:
-            return False
-        columns.remove(equal)
-    return True
+    r"""Return whether rows and columns can be paired so that each pair's tree is true.
+
+    A row takes a column from another row that can have a third one: 1.414 and 1.4142 are both equal
+    to `\sqrt{2}`, but not to each other.
+    """
+    equal = functools.lru_cache(None)(lambda row, column: evaluate(table[row][column]))
+    row_of: dict[int, int] = {}  # column -> row
+
+    def pair(row: int, seen: set[int]) -> bool:
+        for column in range(len(table)):
+            if column not in seen and equal(row, column):
+                seen.add(column)
+                if column not in row_of or pair(row_of[column], seen):
+                    row_of[column] = row
+                    return True
+        return False
+
+    return all(pair(row, set()) for row in range(len(table)))
 
 
 def same(kind: str, a: Any, b: Any) -> bool:
@@ -194,16 +205,25 @@ def _real_set(node: Any) -> Any:
         if isinstance(relation, sympy.And):
             return sympy.Intersection(*(part.as_set() for part in relation.args))
         return relation.as_set()
+    if kind == 'integers':
+        return sympy.Range(_parse(rest[0]), sympy.oo) if rest[0] != '-\\infty' else sympy.S.Integers
+    if kind == 'naturals':
+        return sympy.S.Naturals0
     if kind == 'minus':
         return _real_set(rest[0]) - _real_set(rest[1])
     if kind == 'either':
         both = sympy.Intersection(*map(_real_set, rest[0]))
         return sympy.Union(*map(_real_set, rest[0])) if both is sympy.S.EmptySet else both
-    return (sympy.Union if kind == 'union' else sympy.Intersection)(*map(_real_set, rest[0]))
+    joined = (sympy.Union if kind == 'union' else sympy.Intersection)(*map(_real_set, rest[0]))
+    if ['naturals'] in rest[0] and joined.contains(0) != sympy.false:
+        raise ValueError('whether 0 is a natural number is a convention')
+    return joined
 
 
 def _same_sets(x: Any, y: Any) -> bool:
     """Return whether two unions of intervals and points are the same."""
+    if x == y:
+        return True
     pieces = [_pieces(each) for each in (x, y)]
     return len(pieces[0]) == len(pieces[1]) and all(
         p.left_open == q.left_open
@@ -222,8 +242,10 @@ def _pieces(union: Any) -> list[Any]:
             intervals.append(piece)
         elif piece == sympy.S.Reals:
             intervals.append(sympy.Interval(-sympy.oo, sympy.oo))
-        elif isinstance(piece, sympy.FiniteSet):
-            intervals += [_Point(element) for element in piece.args]
+        elif isinstance(piece, sympy.FiniteSet) or (
+            isinstance(piece, sympy.Range) and 0 <= piece.size <= _MAX_INTEGERS
+        ):
+            intervals += [_Point(element) for element in piece]
         elif piece is not sympy.S.EmptySet:
             raise ValueError(f'{piece} is no interval')
     return sorted(intervals, key=lambda interval: interval.start)
