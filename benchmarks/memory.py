@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from grpo_jax import models, sharding
 from grpo_jax.algorithm.config import Algorithm
@@ -72,8 +72,7 @@ def make_mesh() -> Mesh:
     devices: Any = jax.devices()
     if TOPOLOGY.value:
         devices = topologies.get_topology_desc(platform='tpu', topology_name=TOPOLOGY.value).devices
-    grid = np.asarray(devices[: FSDP.value]).reshape(FSDP.value, 1)
-    return Mesh(grid, sharding.AXES, axis_types=(AxisType.Auto,) * 2)
+    return sharding.make_mesh(fsdp=FSDP.value, devices=devices)
 
 
 def measure(model: models.Transformer, mesh: Mesh, with_critic: bool) -> dict[str, int]:

@@ -31,12 +31,12 @@ if TYPE_CHECKING:
 def main(config: 'ConfigDict', workdir: str, *, checkpoint: str = '', output: str = '') -> None:
     """Evaluate a checkpoint of a run, print the metrics and write the answers."""
     # Not at the top of the file: completions produced elsewhere are graded without JAX.
-    from grpo_jax.run import heldout
+    from grpo_jax.run import heldout, hosts
 
     name, answers = heldout.answer(config, pathlib.Path(workdir).absolute(), checkpoint, output)
     summary = {'checkpoint': name, 'problems': len(answers.prompts)}
     metrics = with_intervals(answers.values) | heldout.spread(answers)
-    print(json.dumps(summary | metrics))
+    hosts.say(json.dumps(summary | metrics))
 
 
 def run() -> None:
@@ -47,10 +47,12 @@ def run() -> None:
             completions.main(arguments)
         return
     from grpo_jax.run.arguments import run_command
+    from grpo_jax.run.heldout import problems_of_evaluation as check
 
     sys.argv[1:] = [re.sub('^--data=', '--config.data.name=', text) for text in arguments]
     options = ('checkpoint', 'output')
-    run_command(main, usage=__doc__, sections=('eval', 'data'), saved=True, options=options)
+    sections = ('eval', 'data')
+    run_command(main, usage=__doc__, sections=sections, saved=True, options=options, check=check)
 
 
 if __name__ == '__main__':

@@ -7,6 +7,8 @@ on the seed and the step, so a resumed run computes the same numbers as an unint
 
   --extend    continue the run in the folder for more steps (sft.steps, grpo.steps, ...)
   --override  continue it with other steps, learning rates, or keys of eval, log and checkpoint
+  --coordinator=HOST:PORT --num_processes=N --process_id=K
+              one of N processes, where JAX does not find the others by itself
   --help=KEY  the keys of a section, such as --help=grpo.algorithm
   --help=presets, --help=rewards, --help=formats  what a config can name
 """
@@ -14,13 +16,14 @@ on the seed and the step, so a resumed run computes the same numbers as an unint
 import logging
 
 from grpo_jax.run.arguments import run_command
+from grpo_jax.run.preparation import problems_of_run
 from grpo_jax.run.training import train
 
 
 def run() -> None:
     """Runs the console command."""
     logging.basicConfig(format='%(levelname)s %(message)s')
-    run_command(train, usage=__doc__, flags=('extend', 'override'))
+    run_command(train, usage=__doc__, flags=('extend', 'override'), check=problems_of_run)
 
 
 if __name__ == '__main__':

@@ -23,7 +23,7 @@ from configs import smoke
 from grpo_jax import models
 from grpo_jax import train as command
 from grpo_jax.algorithm import optimizer, program
-from grpo_jax.run import compiled, policy_stages
+from grpo_jax.run import compiled, policy_trainer
 
 FILES = ('metrics.jsonl', 'completions.jsonl', 'heldout.jsonl')
 TIMES = re.compile('timing/|step_time$|perf/')
@@ -77,7 +77,7 @@ def compiled_once():
     kept = compiled.kept_in(os.environ['GRPO_JAX_TEST_PROGRAMS'])
     with pytest.MonkeyPatch.context() as patch, kept:
         patch.setattr(optimizer, 'adamw', _adamw)
-        patch.setattr(policy_stages, 'make_train_step', _make_step)
+        patch.setattr(policy_trainer, 'make_train_step', _make_step)
         patch.setattr(models, 'init_params', _init_once)
         yield
 

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     'algorithm': {*LEAVES, 'sharding', 'models', 'engine'},
     'run': {*LEAVES, 'sharding', 'rewards', 'data', 'models', 'engine', 'algorithm'},
 }
-COMMANDS = {'train', 'evaluate', 'export'}
+COMMANDS = {'train', 'evaluate', 'export', 'plan'}
 MODULES = sorted(ROOT.rglob('*.py'))
 
 

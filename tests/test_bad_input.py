@@ -12,6 +12,7 @@ import runs
 from configs import gsm8k_tiny
 from grpo_jax import models, train
 from grpo_jax.data import byte_tokenizer
+from grpo_jax.run import errors
 
 
 @pytest.fixture
@@ -238,6 +239,41 @@ def test_bad_input_is_one_line_before_anything_is_compiled(
     assert '\n' not in str(error.value)
     assert not compiled
     assert not list(tmp_path.iterdir())  # the corrected command can use the folder
+
+
+AT_ONCE = {  # none of these hides another one
+    'seed': -1, 'tokenizer': '/no/folder',
+    'data.name': 'sums', 'data.prompt': '', 'data.chat': True,
+    'model.dtype': 'float99', 'model.kv_heads': 3,
+    'sft.microbatch': 5, 'sft.optimizer.name': 'optax:sgd',
+    'sft.optimizer.options': {'momentun': 0.9}, 'sft.optimizer.warmup_steps': 9,
+    'grpo.drop': ('short',), 'grpo.source': 'sft', 'grpo.weights': 'int4', 'grpo.ahead': True,
+    'grpo.group_size': 1, 'grpo.compute.microbatch': 3, 'grpo.rewards': {'exact_anwser': 1.0},
+    'grpo.sampling.temperature': 0.0, 'grpo.sampling.top_k': -1, 'grpo.sampling.top_p': 1.5,
+    'grpo.sampling.min_p': 1.0, 'grpo.optimizer.name': 'adam', 'grpo.optimizer.decay': 'cosin',
+    'grpo.optimizer.clip_norm': -1.0,
+    'grpo.algorithm.importance_cap': 0.5, 'grpo.algorithm.label_smoothing': 0.5,
+    'grpo.algorithm.tau_positive': 0.0, 'grpo.algorithm.reference_decay': 1.5,
+    'grpo.algorithm.top_entropy': 1.5, 'grpo.algorithm.lam': 0.5, 'grpo.algorithm.kl': 'k1',
+    'grpo.algorithm.advantage_estimator': 'opi', 'grpo.algorithm.supervision': 'process',
+    'grpo.algorithm.step': 'trust_region',
+    'critic.optimizer.learning_rate': 1.0, 'reward_model.steps': 3,
+    'eval.correct': 'right', 'eval.every': 0, 'log.to': 3, 'log.completions': -1,
+    'checkpoint.every': 0,
+}  # fmt: skip
+FOLLOWS = {'data.chat'}  # from the tokenizer, which could have a chat template
+
+
+def test_all_that_is_wrong_is_told_at_once(tmp_path, cache, compiled):
+    messages = [message for changes, message in BAD if changes.items() <= AT_ONCE.items()]
+    told = [message for message in messages if 'has no chat template' not in message]
+    assert len(told) == len(AT_ONCE.keys() - FOLLOWS) - 1  # two keys make up one row
+    with pytest.raises(errors.ConfigError) as error:
+        train.train(changed(AT_ONCE, **{'data.cache_dir': cache}), str(tmp_path))
+    problems = error.value.problems
+    assert not [message for message in told if not any(re.search(message, p) for p in problems)]
+    assert not [p for p in problems if not any(re.search(message, p) for message in told)]
+    assert not compiled
 
 
 def test_a_folder_of_another_run(finished, compiled):

@@ -142,7 +142,7 @@ def test_no_kernel_for_a_single_token(monkeypatch):
 
 
 def test_a_mesh_splits_groups_and_heads(monkeypatch):
-    """Whole groups by fsdp, heads by tensor together with the keys that they read."""
+    """Groups by the data axes, heads by tensor together with the keys that they read."""
     seen = {}
 
     def kernel(q, own, prompt, start, **_):
@@ -162,7 +162,8 @@ def test_a_mesh_splits_groups_and_heads(monkeypatch):
     assert shapes(4, None) == whole
     part = {'q': (2, 3, 5, 2, 8), 'own': (2, 3, 1, 5, 8), 'prompt': (2, 1, 6, 8), 'start': (2,)}
     assert shapes(4, sharding.make_mesh(fsdp=2, tensor=2)) == part
-    assert shapes(2, sharding.make_mesh(fsdp=1, tensor=4))['q'] == (2, 3, 5, 4, 8)
+    few = {'q': (2, 3, 5, 1, 8), 'own': (2, 3, 1, 5, 8), 'prompt': (2, 1, 6, 8), 'start': (2,)}
+    assert shapes(2, sharding.make_mesh(fsdp=1, tensor=4)) == few  # copies of 2 heads of keys
     assert shapes(3, sharding.make_mesh(fsdp=2, tensor=2))['q'] == (3, 3, 5, 2, 8)
 
 

@@ -82,9 +82,13 @@ def test_shard_map_counts_all_devices():
     if jax.device_count() < 8:
         pytest.skip('needs eight devices')
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
-    rows = PartitionSpec('fsdp')
+    rows = PartitionSpec('groups')
     product = jax.shard_map(
-        jnp.matmul, mesh=mesh, in_specs=(rows, PartitionSpec()), out_specs=rows, axis_names={'fsdp'}
+        jnp.matmul,
+        mesh=mesh,
+        in_specs=(rows, PartitionSpec()),
+        out_specs=rows,
+        axis_names={'groups'},
     )
     assert count_flops(jax.jit(product), floats(16, 4), floats(4, 4)) == 2 * 16 * 4 * 4
 

@@ -116,6 +116,22 @@ def test_dtypes(checkpoint, stored, held):
         np.testing.assert_array_equal(np.asarray(ours, np.float32), expected)
 
 
+@pytest.mark.parametrize('base', ['int8', 'nf4'])
+@pytest.mark.parametrize('kind', ['qwen2', 'phi3', 'mixtral'])
+def test_matrices_are_quantized_as_they_are_read(checkpoint, kind, base):
+    """Bit for bit what quantizing all parameters gives, also of stacked tensors and experts."""
+    folder = checkpoint(kind)
+    model, params, _ = checkpoints.read(folder)
+    mesh = sharding.make_mesh(fsdp=2, tensor=2)
+    made = hf.load(folder, model.config, tiny.shapes(model), mesh, base=base)
+    expected = jax.jit(models.quantize_base, static_argnums=1)(params, base)
+    assert jax.tree.structure(made) == jax.tree.structure(expected)
+    assert tiny.same(made, expected)
+    where = sharding.shardings(made, mesh)
+    for leaf, place in zip(jax.tree.leaves(made), jax.tree.leaves(where), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+
+
 @pytest.mark.skipif(jax.device_count() < 8, reason='needs eight devices')
 @pytest.mark.parametrize('kind', ['qwen2', 'phi3', 'qwen3_moe'])
 def test_onto_a_mesh(checkpoint, kind):

@@ -16,7 +16,7 @@ from test_transformer import decode_logits, group_logits, run
 
 from grpo_jax import models, sharding
 from grpo_jax.algorithm.sample import sample, sample_blocks
-from grpo_jax.engine import decode
+from grpo_jax.engine.sampling_params import sampling_params
 from grpo_jax.models import Lora, Quantized
 from grpo_jax.models.layers import Projection, multiply
 from grpo_jax.run import collector, report, setup
@@ -244,10 +244,13 @@ def test_logprobs_equal_naive(model, params, rollout):
 def test_weights_are_rounded_from_the_parameters_and_not_from_their_copy(rollout, monkeypatch):
     """Which is in bfloat16 here; converting is traced once."""
     traced = []
-    monkeypatch.setattr(decode, 'quantize', lambda tree: traced.append(1) or models.quantize(tree))
+    monkeypatch.setattr(
+        'grpo_jax.engine.sampling_params.quantize',
+        lambda tree: traced.append(1) or models.quantize(tree),
+    )
     model = tiny.make_model(dtype='bfloat16')
     params = tiny.make_params(model)
-    made = decode.sampling_params(params, 'bfloat16', 'int8', unroll=False)
+    made = sampling_params(params, 'bfloat16', 'int8', unroll=False)
     assert tiny.same(
         *([x for _, x in named(tree) if is_quantized(x)] for tree in (made, quantize(params)))
     )
@@ -274,7 +277,7 @@ def test_samples_on_a_mesh():
     alone = completions(model, params, prompts, weights='int8')
     mesh = sharding.make_mesh(fsdp=4, tensor=2)
     placed = jax.device_put(params, sharding.shardings(params, mesh))
-    for name, leaf in named(decode.sampling_params(placed, 'float32', 'int8', unroll=False)):
+    for name, leaf in named(sampling_params(placed, 'float32', 'int8', unroll=False)):
         if is_quantized(leaf):
             exact = dict(named(placed))[name]
             assert leaf.values.sharding.is_equivalent_to(exact.sharding, exact.ndim)

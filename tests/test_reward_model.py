@@ -336,7 +336,7 @@ def test_on_a_mesh(shape):
     expected_scores, expected, expected_metrics = alone()
     state = init_state(MESHED, RECORDER, params, mesh)
     layout = jax.tree.map(lambda x: x.sharding, state)
-    assert state.params['score'].sharding.spec == jax.sharding.PartitionSpec('fsdp', None)
+    assert state.params['score'].sharding.spec == jax.sharding.PartitionSpec(sharding.DATA, None)
     rollout, labels = sharding.put_groups((BIG, BIG_LABELS), mesh)
     scores = make_scorer(MESHED, mesh)(state.params, rollout)
     assert {s.data.shape for s in scores.addressable_shards} == {(8 // shape[0], 3)}

@@ -38,8 +38,8 @@ def sequences_of(rollout):
 
 def test_sequences_have_no_gap(rollout):
     prompts = rollout.prompts
-    parts = router_balance.Sequences(
-        *map(jnp.asarray, (prompts.tokens, prompts.length, rollout.tokens, rollout.mask))
+    parts = jax.tree.map(
+        jnp.asarray, router_balance.Sequences(prompts, rollout.tokens, rollout.mask)
     )
     tokens, length = map(np.asarray, parts.joined())
     expected, mask = sequences_of(rollout)

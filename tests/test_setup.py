@@ -106,7 +106,8 @@ def test_parameters_lie_on_the_mesh(source, tmp_path):
     a = np.asarray(adapters['blocks']['query_lora_a'], np.float64) + 0.5
     expected = expected + 16 / 2 * 0.5 * a.sum(-1)[..., None, None]
     np.testing.assert_allclose(merged['blocks']['query'], expected, rtol=1e-5)
-    assert where.spec == jax.sharding.PartitionSpec(None, 'fsdp', 'tensor', None)
+    data = ('groups', 'completions')
+    assert where.spec == jax.sharding.PartitionSpec(None, data, 'tensor', None)
 
 
 # The checkpoint's description stays with the run

@@ -31,6 +31,7 @@ MODEL = tiny.make_model(vocab_size=72, attention_bias=True, tied_head=False)
 ROLLOUT = tiny.make_rollout(vocab=72, groups=8)
 REWARDS = tiny.make_rewards(groups=8)
 ALGORITHM = Algorithm()
+DATA = ('groups', 'completions')
 
 
 def mesh_of(shape):
@@ -62,13 +63,13 @@ def test_specs_by_hand():
     params = tiny.shapes(MODEL)
     specs = jax.tree.map(lambda s: s.spec, sharding.shardings(params, mesh_of((2, 2))))
     spec, block = PartitionSpec, specs['blocks']
-    assert specs['embedding'] == spec('tensor', 'fsdp')
-    assert specs['head'] == spec('fsdp', 'tensor')
-    assert block['query'] == block['key'] == block['value'] == spec(None, 'fsdp', 'tensor', None)
+    assert specs['embedding'] == spec('tensor', DATA)
+    assert specs['head'] == spec(DATA, 'tensor')
+    assert block['query'] == block['key'] == block['value'] == spec(None, DATA, 'tensor', None)
     assert block['key_bias'] == spec(None, 'tensor', None)
-    assert block['out'] == spec(None, 'tensor', None, 'fsdp')
-    assert block['gate'] == block['up'] == spec(None, 'fsdp', 'tensor')
-    assert block['down'] == spec(None, 'tensor', 'fsdp')
+    assert block['out'] == spec(None, 'tensor', None, DATA)
+    assert block['gate'] == block['up'] == spec(None, DATA, 'tensor')
+    assert block['down'] == spec(None, 'tensor', DATA)
     assert not any([*block['attention_norm']['scale'], *specs['final_norm']['scale']])
 
 
@@ -76,9 +77,55 @@ def test_what_does_not_divide_stays_whole():
     """Two key/value heads over a tensor axis of four; a vocabulary of 67 over anything."""
     model = tiny.make_model(vocab_size=67)
     specs = jax.tree.map(lambda s: s.spec, sharding.shardings(tiny.shapes(model), mesh_of((2, 4))))
-    assert specs['blocks']['key'] == PartitionSpec(None, 'fsdp', None, None)
-    assert specs['blocks']['query'] == PartitionSpec(None, 'fsdp', 'tensor', None)
-    assert specs['embedding'] == PartitionSpec(None, 'fsdp')
+    assert specs['blocks']['key'] == PartitionSpec(None, DATA, None, None)
+    assert specs['blocks']['query'] == PartitionSpec(None, DATA, 'tensor', None)
+    assert specs['embedding'] == PartitionSpec(None, DATA)
+
+
+def test_an_axis_that_data_devices_do_not_divide_is_split_as_far_as_it_can():
+    """A width of 12 over 4 x 2: over the 4 alone. A width of 6: over the 2. A width of 7: not."""
+    mesh = sharding.make_mesh(fsdp=8, completions=2)
+    for size, over in ((16, DATA), (12, 'groups'), (6, 'completions'), (7, None)):
+        tree = {'head': jax.ShapeDtypeStruct((size, 20), np.float32)}
+        assert sharding.shardings(tree, mesh)['head'].spec == PartitionSpec(over, 'tensor')
+
+
+def test_what_is_not_split_is_listed():
+    shapes = tiny.shapes(tiny.make_model(vocab_size=67, width=18, mlp_width=21))
+    mesh = sharding.make_mesh(fsdp=2, tensor=4)
+    vocabulary, gate, up, down = (
+        f'{name} over tensor=4' for name in ('embedding: 67', 'gate: 21', 'up: 21', 'down: 21')
+    )
+    assert set(sharding.not_split(shapes, mesh)) == {vocabulary, gate, up, down}
+    mesh = sharding.make_mesh(fsdp=4)
+    assert 'query: 18 over fsdp=4' in sharding.not_split(shapes, mesh)
+    assert not sharding.not_split(shapes, sharding.make_mesh(fsdp=2))
+    assert not sharding.not_split(tiny.shapes(MODEL), sharding.make_mesh(fsdp=2, tensor=4))
+
+
+def test_copies_to_sample_with_are_split_over_tensor_alone():
+    specs = jax.tree.map(
+        lambda s: s.spec, sharding.whole_over_data(tiny.shapes(MODEL), mesh_of((2, 2)))
+    )
+    assert specs['embedding'] == PartitionSpec('tensor', None)
+    assert specs['blocks']['query'] == PartitionSpec(None, None, 'tensor', None)
+    assert specs['blocks']['out'] == PartitionSpec(None, 'tensor', None, None)
+
+
+@pytest.mark.parametrize(
+    ('heads', 'kv_heads', 'tensor', 'works'),
+    [
+        (4, 2, 1, True), (4, 2, 2, True), (4, 2, 4, True), (12, 2, 6, True), (8, 8, 8, True),
+        (4, 2, 8, '1, 2, 4'), (6, 2, 3, '1, 2, 6'), (8, 8, 3, '1, 2, 4, 8'), (6, 4, 6, '1, 2'),
+    ],
+)  # fmt: skip
+def test_heads_are_whole(heads, kv_heads, tensor, works):
+    """6 query heads of 2 key/value heads over 3 devices: one would read both."""
+    mesh = sharding.make_mesh(tensor=tensor)
+    if works is True:
+        return sharding.check_heads(heads, kv_heads, mesh)
+    with pytest.raises(ValueError, match=f'tensor={tensor} does not divide .* one of {works}$'):
+        sharding.check_heads(heads, kv_heads, mesh)
 
 
 def test_moments_are_laid_out_like_their_parameters():
@@ -108,10 +155,19 @@ def test_groups_are_spread_over_fsdp():
 
 
 def test_make_mesh():
-    assert dict(sharding.make_mesh().shape) == {'fsdp': 1, 'tensor': 1}
-    assert dict(sharding.make_mesh(fsdp=-1).shape) == {'fsdp': 8, 'tensor': 1}
-    assert dict(sharding.make_mesh(fsdp=-1, tensor=4).shape) == {'fsdp': 2, 'tensor': 4}
-    assert dict(sharding.make_mesh(fsdp=3, tensor=2).shape) == {'fsdp': 3, 'tensor': 2}
+    def sizes(**options):
+        mesh = sharding.make_mesh(**options)
+        assert mesh.axis_names == ('groups', 'completions', 'tensor')
+        return tuple(mesh.shape.values())
+
+    assert sizes() == (1, 1, 1)
+    assert sizes(fsdp=-1) == (8, 1, 1)
+    assert sizes(fsdp=-1, tensor=4) == (2, 1, 4)
+    assert sizes(fsdp=2, tensor=-1) == (2, 1, 4)
+    assert sizes(fsdp=3, tensor=2) == (3, 1, 2)
+    assert sizes(fsdp=-1, completions=4) == (2, 4, 1)
+    assert sizes(fsdp=6, completions=3) == (2, 3, 1)
+    assert sizes(fsdp=-1, devices=jax.devices()[:3]) == (3, 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -126,6 +182,14 @@ def test_make_mesh():
         ),
         ({'fsdp': 3, 'tensor': 3}, r'fsdp=3 x tensor=3 needs 9 devices, but JAX sees 8'),
         ({'fsdp': -1, 'tensor': 9}, r'tensor=9 needs 9 devices, but JAX sees 8'),
+        ({'fsdp': -1, 'tensor': -1}, r'mesh fsdp=-1, tensor=-1: only one of them can be -1'),
+        ({'fsdp': 9, 'tensor': -1}, r'fsdp=9 x tensor=0 needs 9 devices, but JAX sees 8'),
+        (
+            {'fsdp': 8, 'completions': 3},
+            r'completions=3 does not divide fsdp=8: use one of 1, 2, 4, 8$',
+        ),
+        ({'completions': 0}, r'completions=0 does not divide fsdp=1: use one of 1$'),
+        ({'fsdp': -1, 'completions': -1}, r'completions=-1 does not divide fsdp=8'),
     ],
 )
 def test_a_mesh_that_does_not_fit(sizes, message):
@@ -158,6 +222,67 @@ def test_batches_that_divide():
         (8, 8, (2, 4)),
     ):
         sharding.check_batch(batch, microbatch, mesh_of(shape))
+
+
+@pytest.mark.parametrize(
+    ('batch', 'group_size', 'fsdp', 'completions'),
+    [
+        (8, 8, 8, 1), (16, 4, 8, 1), (2, 8, 8, 4), (1, 8, 8, 8), (6, 4, 8, 4), (4, 64, 256, 64),
+        (3, 5, 8, 1), (2, 3, 8, 1), (12, 6, 8, 2),
+    ],
+)  # fmt: skip
+def test_the_fewest_devices_for_a_group_are_chosen(batch, group_size, fsdp, completions):
+    assert sharding.choose_completions(fsdp, batch, group_size) == completions
+
+
+def test_a_batch_of_split_groups():
+    mesh = sharding.make_mesh(fsdp=8, completions=4)
+    sharding.check_batch(2, 2, mesh, group_size=8)
+    sharding.check_batch(16, 8, mesh, group_size=6)  # 4 does not divide 6: groups are whole
+    assert sharding.slices_of(2, 8, mesh) == sharding.slices_of(16, 4, mesh) == 4
+    assert sharding.slices_of(16, 6, mesh) == sharding.slices_of(8, 1, mesh) == 1
+    assert sharding.slices_of(5, 3, None) == 1
+    over = r'fsdp=8 \(groups of 8 over completions=4\): use 2, 4 prompts, or mesh completions=8$'
+    with pytest.raises(ValueError, match=over):
+        sharding.check_batch(3, 3, mesh, group_size=8)
+    with pytest.raises(ValueError, match=r'microbatch=1 .* use one of 2, 4$'):
+        sharding.check_batch(4, 1, mesh, group_size=8)
+    with pytest.raises(ValueError, match=r'batch of 2 prompts .* fsdp=8: use 8 prompts$'):
+        sharding.check_batch(2, 2, mesh)  # such as demonstrations
+    with pytest.raises(ValueError, match=r'use 8 prompts, or mesh completions=4$'):
+        sharding.check_batch(2, 2, sharding.make_mesh(fsdp=8), group_size=8)
+
+
+def test_slices_of_groups_by_hand():
+    """Four groups on 2 x 2 devices: each device's slices are next to each other."""
+    mesh = sharding.make_mesh(fsdp=4, completions=2)
+    rollout = tiny.make_rollout(groups=4, group_size=6)
+    names = np.int32(np.arange(4)[:, None] * 10 + np.arange(6))  # 32: completion 2 of group 3
+    tree = rollout.prompts, {'names': names}
+    prompts, split = jax.jit(lambda tree: sharding.split_groups(tree, 2, mesh))(tree)
+    np.testing.assert_array_equal(
+        split['names'],
+        [[0, 1, 2], [10, 11, 12], [3, 4, 5], [13, 14, 15],
+         [20, 21, 22], [30, 31, 32], [23, 24, 25], [33, 34, 35]],
+    )  # fmt: skip
+    np.testing.assert_array_equal(prompts.index, rollout.prompts.index[[0, 1, 0, 1, 2, 3, 2, 3]])
+    assert {x.data.shape for x in split['names'].addressable_shards} == {(2, 3)}
+    joined = jax.jit(lambda tree: sharding.join_groups(tree, 2, mesh))((prompts, split))
+    assert tiny.same(joined, tree)
+    assert joined[1]['names'].sharding.spec == PartitionSpec('groups', 'completions')
+
+
+def test_a_rollout_is_placed_by_prompts_and_completions():
+    mesh = sharding.make_mesh(fsdp=4, completions=2)
+    rollout, rewards = sharding.put_rollout(
+        tiny.make_rollout(groups=4, group_size=6), tiny.make_rewards(groups=4, group_size=6), mesh
+    )
+    for x in (rollout.tokens, rollout.ended, rewards):
+        assert x.sharding.spec == PartitionSpec('groups', 'completions')
+    for x in rollout.prompts[:3]:  # also of tokens [4, 6]
+        assert x.sharding.spec == PartitionSpec('groups')
+    whole, _ = sharding.put_rollout(tiny.make_rollout(groups=4, group_size=3), None, mesh)
+    assert whole.tokens.sharding.spec == PartitionSpec(DATA)
 
 
 def test_the_update_checks_its_batch_against_the_mesh():

@@ -146,7 +146,7 @@ def check_plan(
       ValueError: the batch is not divisible, or the plan does not fit the algorithm.
     """
     groups, group_size, *_ = shape_of(rollout)
-    check_batch(groups, plan.microbatch, mesh)
+    check_batch(groups, plan.microbatch, mesh, group_size=group_size)
     check_rows(plan.rows, plan.microbatch * group_size, mesh)
     if plan.rows and algorithm.pairwise:
         raise ValueError(

@@ -12,6 +12,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool
 
 from grpo_jax import plugins
+from grpo_jax.algorithm.stored_moments import with_moments
 from grpo_jax.types import Params, TrainState
 
 
@@ -27,6 +28,7 @@ def adamw(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
     clip_norm: float = 1.0,
+    moments: str = '',
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """AdamW with gradient clipping by global norm and a learning-rate schedule.
 
@@ -41,13 +43,14 @@ def adamw(
       eps: Adam's epsilon.
       weight_decay: applied to all parameters but norm scales and biases.
       clip_norm: largest global norm of the gradient; 0: no clipping.
+      moments: dtype in which the moments are stored, see `stored_moments.with_moments`.
 
     Returns:
       The transformation, and its schedule from the number of updates made to the learning rate.
 
     Raises:
-      ValueError: unknown decay, a number that is out of its range, or a warm-up and hold that are
-        longer than `steps` together.
+      ValueError: unknown decay or moments, a number that is out of its range, or a warm-up and hold
+        that are longer than `steps` together.
     """
     _check_ranges(
         b1=(b1, 1.0), b2=(b2, 1.0), eps=(eps, math.inf), weight_decay=(weight_decay, math.inf)
@@ -66,7 +69,7 @@ def adamw(
         )
 
     update = optax.adamw(schedule, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=matrices)
-    return _with_clipping(clip_norm, update), schedule
+    return _with_clipping(clip_norm, with_moments(update, moments)), schedule
 
 
 def make_optimizer(
@@ -78,6 +81,7 @@ def make_optimizer(
     hold_steps: int = 0,
     decay: str = 'constant',
     clip_norm: float = 1.0,
+    moments: str = '',
     options: Mapping[str, Any] | None = None,
     **adamw_options: float,
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
@@ -92,6 +96,8 @@ def make_optimizer(
       hold_steps: as in `adamw`.
       decay: as in `adamw`.
       clip_norm: largest global norm of the gradient; 0: no clipping.
+      moments: dtype in which all floats of the optimizer's state are stored, see
+        `stored_moments.with_moments`.
       options: keyword arguments of the factory.
       **adamw_options: `b1`, `b2`, `eps` and `weight_decay` of `adamw`. Other optimizers take
         theirs from `options`.
@@ -114,7 +120,7 @@ def make_optimizer(
                 f"options={options} has no effect with name='adamw': set b1, b2, eps and "
                 'weight_decay instead'
             )
-        return adamw(clip_norm=clip_norm, **(schedule_options | adamw_options))
+        return adamw(clip_norm=clip_norm, moments=moments, **(schedule_options | adamw_options))
     factory = plugins.lookup('optimizer', name, {'adamw': adamw}) if isinstance(name, str) else name
     label = name if isinstance(name, str) else getattr(name, '__name__', repr(name))
     usual = inspect.signature(adamw).parameters
@@ -124,7 +130,8 @@ def make_optimizer(
                 f'{option}={value} has no effect with name={label!r}: use options instead'
             )
     schedule = warmup_schedule(**schedule_options)
-    return _with_clipping(clip_norm, _call_factory(factory, label, schedule, options)), schedule
+    optimizer = with_moments(_call_factory(factory, label, schedule, options), moments)
+    return _with_clipping(clip_norm, optimizer), schedule
 
 
 def _call_factory(

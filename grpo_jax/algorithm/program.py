@@ -101,8 +101,8 @@ def make_train_step(
       model: the decoder.
       optimizer: any optax transformation; step='trust_region' does not use it.
       algorithm: what the step computes.
-      mesh: the devices; with one, rollout and rewards are sharded as `sharding.groups` and the new
-        state as `sharding.shardings`.
+      mesh: the devices; with one, rollout and rewards are placed by `sharding.put_rollout`, and the
+        new state is sharded as `sharding.shardings`.
       compute: how the step computes it; None: chosen from shapes and platform.
       critic: the critic's model and optimizer, for baseline='critic'.
 
@@ -117,6 +117,7 @@ def make_train_step(
       ValueError: the critic is missing, or has no effect.
     """
     check_critic(algorithm, critic)
+    sharding.check_heads(model.config.heads, model.config.kv_heads, mesh)
     settings = {
         'model': model, 'optimizer': optimizer, 'compute': compute, 'mesh': mesh,
         'critic_model': critic,

@@ -70,12 +70,12 @@ def make_scorer(
 
     Args:
       model: with `scalar_head`.
-      mesh: the devices; with one, the rollout and its scores are sharded as `sharding.groups`.
+      mesh: the devices; with one, the rollout is placed by `sharding.put_rollout`.
       kind: 'outcome' or 'process'.
 
     Returns:
       `scorer(params, rollout)`: f32[B, G] of `outcome_scores` or f32[B, G, T] of `token_scores`. It
-      raises ValueError if B is not divisible by the mesh's fsdp axis.
+      raises ValueError if the batch cannot be split over the mesh.
 
     Raises:
       ValueError: unknown kind.
@@ -85,12 +85,13 @@ def make_scorer(
     function = outcome_scores if kind == 'outcome' else token_scores
 
     def scorer(params: Params, rollout: Rollout) -> jax.Array:
-        size = rollout.tokens.shape[0]
-        sharding.check_batch(size, size, mesh)
+        groups, group_size = rollout.ended.shape
+        slices = sharding.slices_of(groups, group_size, mesh)
         with sharding.use(mesh):
-            return function(model, params, rollout)
+            parts = sharding.split_groups(rollout, slices, mesh)
+            return sharding.join_groups(function(model, params, parts), slices, mesh)
 
-    return jax.jit(scorer, out_shardings=None if mesh is None else sharding.groups(mesh))
+    return jax.jit(scorer)
 
 
 # Losses
@@ -164,8 +165,8 @@ def make_step(
       optimizer: from `optimizer.adamw`, or any optax transformation.
       loss: 'bradley_terry' or 'label' of `outcome_scores`, or 'step', the `label_loss` of
         `token_scores` where steps end.
-      mesh: the devices; with one, the batch is sharded as `sharding.groups` and the new state as
-        `sharding.shardings`.
+      mesh: the devices; with one, the batch is placed by `sharding.put_groups` and the new state
+        sharded as `sharding.shardings`. Groups are not split.
       microbatch: groups whose gradient is computed at a time; None: chosen by `engine.compute`.
 
     Returns:

@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from grpo_jax import models
 from grpo_jax.engine.accumulate import loss_scale, zeros_float32
 from grpo_jax.engine.policy import Policy, microbatches_of
-from grpo_jax.types import Batch, Params
+from grpo_jax.types import Batch, Params, Prompts
 
 if TYPE_CHECKING:
     from grpo_jax.algorithm.config import Algorithm
@@ -37,22 +37,22 @@ class Load(NamedTuple):
 class Sequences(NamedTuple):
     """The prompts and completions of some groups."""
 
-    prompts: Int[Array, 'B P']
-    length: Int[Array, ' B']
+    prompts: Prompts
     tokens: Int[Array, 'B G T']
     mask: Bool[Array, 'B G T']
 
     def joined(self) -> tuple[Int[Array, 'N S'], Int[Array, ' N']]:
         """Each completion after its prompt, without a gap, [B * G, P + T]; and their lengths."""
         groups, group_size, columns = self.tokens.shape
-        place = jnp.arange(self.prompts.shape[1] + columns)
-        after = (place - self.length[:, None])[:, None]  # negative in the prompt
+        length = self.prompts.length[:, None]
+        place = jnp.arange(self.prompts.tokens.shape[1] + columns)
+        after = (place - length)[:, None]  # negative in the prompt
         index = jnp.broadcast_to(jnp.clip(after, 0, columns - 1), (groups, group_size, len(place)))
         completions = jnp.take_along_axis(self.tokens, index, axis=2)
-        prompts = jnp.pad(self.prompts, ((0, 0), (0, columns)))[:, None]
+        prompts = jnp.pad(self.prompts.tokens, ((0, 0), (0, columns)))[:, None]
         joined = jnp.where(after < 0, prompts, completions)
-        length = self.length[:, None] + self.mask.sum(-1)
-        return joined.reshape(-1, len(place)), length.reshape(-1)
+        total = length + self.mask.sum(-1)
+        return joined.reshape(-1, len(place)), total.reshape(-1)
 
 
 def add_gradient(
@@ -73,15 +73,15 @@ def add_gradient(
     if not algorithm.balances_routers:
         return gradient, {}
     microbatches = microbatches_of(policy.plan, policy.mesh)
-    prompts, rollout = batch.rollout.prompts, batch.rollout
-    parts = Sequences(
-        *map(jnp.asarray, (prompts.tokens, prompts.length, rollout.tokens, rollout.mask))
-    )
+    rollout, slices = batch.rollout, microbatches.slices(batch)
+    prompts = rollout.prompts._replace(routing=None)
+    parts = jax.tree.map(jnp.asarray, Sequences(prompts, rollout.tokens, rollout.mask))
     experts = jnp.zeros(policy.model.config.experts)
     total, _ = microbatches.sum(
         lambda part: (load(policy, trained, part), None),
         parts,
         like=Load(experts, experts, jnp.float32(0)),
+        slices=slices,
     )
     share, scale = total.chosen / total.tokens, loss_scale(policy.model, parts.mask)
 
@@ -90,7 +90,10 @@ def add_gradient(
         return scale * len(experts) * (jax.lax.stop_gradient(share) * mean).sum()
 
     balance, _ = microbatches.sum(
-        lambda part: (jax.grad(loss)(trained, part), None), parts, like=zeros_float32(trained)
+        lambda part: (jax.grad(loss)(trained, part), None),
+        parts,
+        like=zeros_float32(trained),
+        slices=slices,
     )
     factor = algorithm.router_balance / scale
     gradient = jax.tree.map(lambda x, y: x + (factor * y).astype(x.dtype), gradient, balance)

@@ -19,14 +19,13 @@ from grpo_jax.engine import decode
 from grpo_jax.engine.compaction import (
     NEVER_COMPACT,
     DecodeInputs,
-    DecodeState,
-    SlotShape,
     compact,
     compaction_thresholds,
+    first_shape,
     shape_of,
     smallest_shape,
 )
-from grpo_jax.sharding import data_devices
+from grpo_jax.engine.sampling_params import sampling_params
 from grpo_jax.types import Array, Params, Prompts, Rollout, Sampling
 
 _P = ParamSpec('_P')
@@ -54,6 +53,7 @@ def sample_blocks(
     weights: str = 'model',
     record: tuple[str, ...] = (),
     unroll: bool | None = None,
+    gather: bool | None = None,
 ) -> Iterator[Rollout]:
     """Samples `group_size` completions per prompt, yielding the rollout so far after each block.
 
@@ -71,7 +71,7 @@ def sample_blocks(
       group_size: G.
       max_tokens: T.
       stops: i32[states, V] from `data.stop_table`, for strings that end a completion.
-      mesh: the devices; with one, prompts are sharded as `sharding.groups`.
+      mesh: the devices; with one, prompts are sharded as `sharding.put_groups` does.
       block: columns per block; 0: chosen by `decode.block_size`.
       weights: 'model', or 'int8': matrices are quantized first (`models.quantize`), and tokens and
         log-probs are those of the quantized model. A decode step reads half the bytes of bfloat16.
@@ -79,6 +79,8 @@ def sample_blocks(
         (V / 8 bytes per token), and 'routing', the experts that were used (see `models.routing`).
       unroll: compile each layer with its own copy of its parameters, which saves copying them out
         of their stack for every token; None: where `models.caches_in_place` (NVIDIA GPUs).
+      gather: give each device of the mesh's data axes a copy of the parameters in the model's dtype
+        for the rollout, so that no token waits for them; None: where it fits into memory.
 
     Yields:
       A Rollout of [B, G, T] arrays after each block is dispatched; the last one is complete. The
@@ -89,27 +91,26 @@ def sample_blocks(
       ValueError: unknown weights, or a size or sampling option (unless an array) out of range.
     """
     decode.check_options(
-        sampling, weights, record, model.config.experts,
+        model.config, mesh, sampling, weights, record,
         group_size=group_size, max_tokens=max_tokens, block=block,
     )  # fmt: skip
     in_place = models.caches_in_place(model.config)
     block = block or decode.block_size(max_tokens, in_place=in_place)
     unroll = in_place if unroll is None else unroll
-    params = decode.sampling_params(params, model.config.dtype, weights, unroll)
+    dtype = model.config.dtype
+    params = sampling_params(params, dtype, weights, unroll, mesh=mesh, gather=gather)
     model = model.clone(unrolled=unroll)
     width, prompt = min(block, max_tokens), prompts.tokens.shape[1]
-    shape = SlotShape(len(prompts.index) // data_devices(mesh), group_size)
+    shape = first_shape(len(prompts.index), group_size, mesh)
     absent: Any = None
-    inputs, slots, state = decode.first_block(
+    inputs, routing, slots, state = decode.first_block(
         model, DecodeInputs(params, prompts, absent, sampling, eos_ids, stops), seed, step,
         compaction_thresholds(shape, prompt, width) if width < max_tokens else NEVER_COMPACT,
         group_size=group_size, max_tokens=max_tokens, width=width, record=record,
         mesh=mesh,
     )  # fmt: skip
-    if inputs.prompts.routing is not None:
-        prompts = prompts._replace(routing=inputs.prompts.routing)
-        inputs = inputs._replace(prompts=prompts._replace(routing=None))
-    yield _rollout(prompts, state)
+    prompts = prompts._replace(routing=routing)
+    yield decode.rollout_so_far(prompts, state, group_size, mesh)
     if width == max_tokens:
         return  # under `jit`, the values read below would not exist
     while True:
@@ -127,7 +128,7 @@ def sample_blocks(
             model, params, inputs, slots, state, compaction_thresholds(smaller, prompt, width),
             width=width, mesh=mesh,
         )  # fmt: skip
-        yield _rollout(prompts, state)
+        yield decode.rollout_so_far(prompts, state, group_size, mesh)
 
 
 def _whole(blocks: Callable[_P, Iterator[Rollout]]) -> Callable[_P, Rollout]:
@@ -139,7 +140,3 @@ def _whole(blocks: Callable[_P, Iterator[Rollout]]) -> Callable[_P, Rollout]:
 
 
 sample = _whole(sample_blocks)  # returns the complete rollout; arguments as in `sample_blocks`
-
-
-def _rollout(prompts: Prompts, state: DecodeState) -> Rollout:
-    return Rollout(prompts, ended=state.ended, **state.drawn._asdict())

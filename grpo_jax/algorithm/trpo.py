@@ -20,6 +20,7 @@ from grpo_jax.engine.chunks import map_chunks
 from grpo_jax.engine.policy import Policy, microbatches_of
 from grpo_jax.engine.token_distribution import filter_logits
 from grpo_jax.models import Transformer, apply, completion_hidden
+from grpo_jax.sharding import join_groups
 from grpo_jax.types import Batch, Params, Rollout, Sampling
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ def step(
     a, rollout = algorithm, batch.rollout
     plan = policy.plan
     microbatches, chunk = microbatches_of(plan, policy.mesh), plan.logprob_chunk
-    tokens = jnp.maximum(rollout.mask.sum(), 1)
+    tokens, slices = jnp.maximum(rollout.mask.sum(), 1), microbatches.slices(batch)
     model = _twice_differentiable(policy.model)
     scale = loss_scale(model, rollout.mask)
 
@@ -64,12 +65,15 @@ def step(
             policy.model, policy.full_params(new), part.rollout, policy.sampling, chunk=chunk,
             entropy=a.needs_entropy,
         )  # fmt: skip
-        return loss_fn(a, *logprobs, part)
+        return loss_fn(a, *join_groups((*logprobs, part), slices, policy.mesh))
 
     def total(function: Callable[[Any], Array], tree: Any) -> Array:
         """The sum of a scalar function of microbatches."""
         zero = jnp.float32(0)
-        return microbatches.sum(lambda part: (function(part), None), tree, like=zero)[0]
+        parts = microbatches.sum(
+            lambda part: (function(part), None), tree, like=zero, slices=slices
+        )
+        return parts[0]
 
     def fisher(vector: Params) -> Params:
         def of_microbatch(part: Rollout) -> tuple[Params, None]:
@@ -78,7 +82,7 @@ def step(
             )
             return product, None
 
-        product, _ = microbatches.sum(of_microbatch, rollout, like=vector)
+        product, _ = microbatches.sum(of_microbatch, rollout, like=vector, slices=slices)
         return jax.tree.map(lambda p, v: p / scale + a.damping * v, product, vector)
 
     new_params, taken = trust_region.natural_step(

@@ -1,17 +1,18 @@
 """Data sets, prompts and tokenization: from rows of text to batches of token ids."""
 
-from grpo_jax.data.batching import BatchSequence, batches, in_order
+from grpo_jax.data.batching import BatchSequence, batches, check_batch_size, in_order
 from grpo_jax.data.chat import turn_end
 from grpo_jax.data.conversations import Conversation
 from grpo_jax.data.formats import FORMATS, Format, get_format
 from grpo_jax.data.prompts import prompt_conversations, prompt_messages, render_prompts
 from grpo_jax.data.questions import question_key, without_leaks
-from grpo_jax.data.rows import MissingSplitError, Rows, columns, load
+from grpo_jax.data.rows import MissingSplitError, OptionError, Rows, columns, load
 from grpo_jax.data.special_tokens import hidden_ids, stop_ids
 from grpo_jax.data.stop_strings import stop_table
 from grpo_jax.data.tables import (
     DemonstrationTable,
     PromptTable,
+    render_demonstration,
     tokenize_demonstrations,
     tokenize_prompts,
 )
@@ -34,6 +35,7 @@ __all__ = [
     'DemonstrationTable',
     'Format',
     'MissingSplitError',
+    'OptionError',
     'PromptTable',
     'Rows',
     'Tokenizer',
@@ -41,6 +43,7 @@ __all__ = [
     'bind_template',
     'byte_tokenizer',
     'char_to_token',
+    'check_batch_size',
     'check_token_ids',
     'columns',
     'completion_texts',
@@ -53,6 +56,7 @@ __all__ = [
     'prompt_conversations',
     'prompt_messages',
     'question_key',
+    'render_demonstration',
     'render_prompts',
     'stop_ids',
     'stop_table',

@@ -56,9 +56,7 @@ def batches(
       ValueError: the batch is larger than the table or empty, or the seed is negative.
     """
     size = len(table)
-    if not 1 <= batch_size <= size:
-        of = f'the usable rows of the split {split!r}' if split else 'the rows of the table'
-        raise ValueError(f'{name} is {batch_size}: make it 1 to {size}, {of}')
+    check_batch_size(batch_size, size, name=name, split=split)
     if seed < 0:
         raise ValueError(f'seed is {seed}: make it at least 0')
     import grain  # imports JAX and Orbax
@@ -68,6 +66,25 @@ def batches(
     hashed_seed = int(np.random.SeedSequence(seed).generate_state(1)[0])
     order = grain.MapDataset.range(size).shuffle(seed=hashed_seed).repeat().batch(batch_size)
     return cast(BatchSequence[BatchT], order.map(table.select))
+
+
+def check_batch_size(
+    batch_size: int, size: int, *, name: str = 'batch_size', split: str = ''
+) -> None:
+    """Check that a table has the rows of a batch.
+
+    Args:
+      batch_size: rows in a batch.
+      size: rows of the table.
+      name: see `batches`.
+      split: see `batches`.
+
+    Raises:
+      ValueError: the batch is larger than the table or empty.
+    """
+    if not 1 <= batch_size <= size:
+        of = f'the usable rows of the split {split!r}' if split else 'the rows of the table'
+        raise ValueError(f'{name} is {batch_size}: make it 1 to {size}, {of}')
 
 
 def in_order(table: Table[BatchT], batch_size: int) -> Iterator[tuple[BatchT, int]]:

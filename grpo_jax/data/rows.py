@@ -12,6 +12,18 @@ class MissingSplitError(ValueError):
     """The data set has no such split, or no file of it."""
 
 
+class OptionError(ValueError):
+    """The data set does not have some options, or their values are out of range.
+
+    Attributes:
+      messages: one for each option, by its name.
+    """
+
+    def __init__(self, messages: Mapping[str, str]) -> None:
+        super().__init__('; '.join(messages.values()))
+        self.messages = dict(messages)
+
+
 Row = Mapping[str, Any]  # column -> value, see `values`
 Rows = Sequence[Row]
 
@@ -41,6 +53,7 @@ def load(name: str, split: str, *, cache_dir: str | os.PathLike[str], **options:
         questions of train, which are moved from train to a split named heldout.
 
     Raises:
+      OptionError: options that the data set does not have, or that are out of range.
       ValueError: the name or split is unknown, an option is out of range, a file is missing,
         malformed or lacks a column, or `cache_dir` cannot be written to.
     """

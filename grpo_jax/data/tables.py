@@ -162,7 +162,8 @@ def tokenize_demonstrations(
     )
     ending, end_id = turn_end(tokenizer) if chat else ('', tokenizer.eos_token_id)
     texts = [
-        _demonstration(completion_template, row, number) + ending for number, row in enumerate(rows)
+        render_demonstration(completion_template, row, number) + ending
+        for number, row in enumerate(rows)
     ]
     completions = [[*ids, end_id] for ids in _encode(texts, tokenizer, add_special_tokens=False)]
     fits = _fits(prompts, 'prompt', prompt_length)
@@ -179,7 +180,17 @@ def tokenize_demonstrations(
     return DemonstrationTable(table, _pad(kept, completion_length, tokenizer), mask)
 
 
-def _demonstration(template: str, row: Row, number: int) -> str:
+def render_demonstration(template: str, row: Row, number: int = 0) -> str:
+    """Render the completion that a row demonstrates.
+
+    Args:
+      template: see `tokenize_demonstrations`.
+      row: a row of the data set.
+      number: of the row, for error messages.
+
+    Raises:
+      ValueError: the template does not fit the columns, or the messages are malformed.
+    """
     message = demonstration_of(template, row, number)
     return fill(template, row) if message is None else message
 

@@ -1,6 +1,7 @@
 """Gradients and outputs of a batch, accumulated over microbatches of groups and bundles of rows.
 
-Cut into microbatches, arrays have shape [microbatches, m, ...]. The prompts of a microbatch are
+Cut into microbatches, arrays have shape [microbatches, m, ...], where m counts groups, or slices of
+groups if the mesh splits groups (see `sharding.split_groups`). The prompts of a microbatch are
 processed once, forward and backward, however many bundles its completions are processed in; see
 `bundles`, and `packing` for completions that are packed into sequences.
 """
@@ -17,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from grpo_jax import models
 from grpo_jax.engine import bundles, packing
 from grpo_jax.engine.bundles import Carry, Outputs, widths_of
-from grpo_jax.sharding import data_devices
+from grpo_jax.sharding import DATA, data_devices, join_groups, slices_of, split_groups
 from grpo_jax.types import Batch, Params
 
 # Hidden states [b, g, w, D] that predict a bundle's tokens, from all parameters and the keys and
@@ -58,40 +59,55 @@ class Microbatches:
 
     def shapes(self, shape: tuple[int, ...]) -> list[tuple[int, ...]]:
         """The shapes [b, g, w] of the bundles of a batch [B, G, T], the largest first."""
-        _, group_size, length = shape
+        groups, group_size, length = shape
         if not self.rows:
-            return [(self.size, group_size, w) for w in widths_of(length, self.widths)[::-1]]
+            slices = slices_of(groups, group_size, self.mesh)
+            size = self.size * slices, group_size // slices
+            return [(*size, w) for w in widths_of(length, self.widths)[::-1]]
         if self.packed:
             rows = dict.fromkeys((self.rows, data_devices(self.mesh)))
             return [(n, 1, length) for n in rows]
         return [(self.rows, 1, w) for w in widths_of(length, self.widths)[::-1]]
 
-    def cut(self, tree: Any) -> Any:
-        """[B, ...] -> [microbatches, m, ...], strided so that devices keep the groups they hold."""
+    def slices(self, batch: Batch) -> int:
+        """How many slices each group is processed in."""
+        groups, group_size, _ = batch.rollout.mask.shape
+        return slices_of(groups, group_size, self.mesh)
+
+    def cut(self, tree: Any, slices: int = 1) -> Any:
+        """[B, ...] -> [microbatches, m, ...], strided so that devices keep the groups they hold.
+
+        Args:
+          tree: arrays [B, ...]; with slices [B, G, ...], and `Prompts`.
+          slices: of each group; m counts them.
+        """
 
         def cut_array(x: jax.Array) -> jax.Array:
-            x = x.reshape(self.size, -1, *x.shape[1:]).swapaxes(0, 1)
+            x = x.reshape(self.size * slices, -1, *x.shape[1:]).swapaxes(0, 1)
             if self.mesh is None:
                 return x
-            where = NamedSharding(self.mesh, PartitionSpec(None, 'fsdp'))
+            where = NamedSharding(self.mesh, PartitionSpec(None, DATA))
             return jax.lax.with_sharding_constraint(x, where)
 
-        return jax.tree.map(cut_array, tree)
+        return jax.tree.map(cut_array, split_groups(tree, slices, self.mesh))
 
-    def sum(self, function: Callable[[Any], Any], tree: Any, *, like: Any) -> tuple[Any, Any]:
+    def sum(
+        self, function: Callable[[Any], Any], tree: Any, *, like: Any, slices: int = 1
+    ) -> tuple[Any, Any]:
         """Calls `function` on each microbatch; sums its first results, stacks its second ones.
 
         Args:
           function: microbatch -> (total, terms).
           tree: arrays [B, ...].
           like: a tree with the shapes and dtypes of the total.
+          slices: of each group, if the function needs no whole groups; see `sharding.slices_of`.
         """
 
         def add(total: Any, microbatch: Any) -> tuple[Any, Any]:
             part, terms = function(microbatch)
             return jax.tree.map(jnp.add, total, part), terms
 
-        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, like), self.cut(tree))
+        return jax.lax.scan(add, jax.tree.map(jnp.zeros_like, like), self.cut(tree, slices))
 
     def outputs(self, decoder: Decoder, scorer: Scorer, trained: Params, batch: Batch) -> Outputs:
         """The scorer's outputs [B, G, T] for a whole batch, without gradient."""
@@ -106,7 +122,9 @@ class Microbatches:
 
             return self._over_bundles(bundle, (), part)[1]
 
-        return jax.lax.stop_gradient(_uncut(jax.lax.map(microbatch, self.cut(batch))))
+        slices = self.slices(batch)
+        outputs = jax.lax.map(microbatch, self.cut(batch, slices))
+        return jax.lax.stop_gradient(self._uncut(outputs, slices))
 
     def gradient(
         self, decoder: Decoder, learner: Learner, trained: Params, batch: Batch
@@ -140,9 +158,15 @@ class Microbatches:
             (through_prompts,) = pull_back_prompts(grad_prompts)
             return tree_add(total, through_prompts), outputs
 
-        total, outputs = jax.lax.scan(microbatch, zeros_float32(trained), self.cut(batch))
+        slices = self.slices(batch)
+        total, outputs = jax.lax.scan(microbatch, zeros_float32(trained), self.cut(batch, slices))
         total = jax.tree.map(lambda x, y: (x / scale).astype(y.dtype), total, trained)
-        return total, _uncut(outputs)
+        return total, self._uncut(outputs, slices)
+
+    def _uncut(self, outputs: Outputs, slices: int) -> Outputs:
+        """[microbatches, m, ...] -> [B, ...], undoing `cut`."""
+        outputs = jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)
+        return join_groups(outputs, slices, self.mesh)
 
     def _over_bundles(self, step: BundleStep, carry: Carry, part: Batch) -> tuple[Carry, Outputs]:
         """Threads a carry through all bundles, and joins their outputs into [m, G, T]."""
@@ -208,8 +232,3 @@ def zeros_float32(like: Any) -> Any:
 def tree_add(total: Any, new: Any) -> Any:
     """The sum, in the total's dtypes."""
     return jax.tree.map(lambda x, y: x + y.astype(x.dtype), total, new)
-
-
-def _uncut(outputs: Any) -> Any:
-    """[microbatches, m, ...] -> [B, ...], undoing `Microbatches.cut`."""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), outputs)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt, UInt32
 from grpo_jax import sharding
 from grpo_jax.engine import shares
 from grpo_jax.models import KeyValues
-from grpo_jax.sharding import data_devices
+from grpo_jax.sharding import data_devices, slices_of
 from grpo_jax.types import Params, Prompts, Sampling
 
 FEWEST = 4  # slots per device; fewer would take as long, since reading the weights dominates
@@ -36,7 +36,10 @@ class DecodeInputs(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """The completions that are decoded: R of each of B groups (R = 1 if `SlotShape.apart`)."""
+    """The completions that are decoded: R of each of B groups (R = 1 if `SlotShape.apart`).
+
+    Where the mesh splits groups, a group is here a slice of a group, see `sharding.split_groups`.
+    """
 
     place: Int[Array, 'B R']  # the completion's number on its device, counted group by group
     key: Key[Array, 'B R']
@@ -72,6 +75,12 @@ class SlotShape(NamedTuple):
     groups: int  # on each device
     rows: int  # of each group
     apart: bool = False  # every slot is a group of one, with its own copy of its prompt's cache
+
+
+def first_shape(groups: int, group_size: int, mesh: Mesh | None) -> SlotShape:
+    """The shape with a slot for every completion of B groups of G."""
+    slices = slices_of(groups, group_size, mesh)
+    return SlotShape(groups * slices // data_devices(mesh), group_size // slices)
 
 
 def shape_of(slots: Slots, mesh: Mesh | None) -> SlotShape:

@@ -8,7 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from grpo_jax.models import ModelConfig
-from grpo_jax.sharding import data_devices
+from grpo_jax.sharding import data_devices, memory_of, slices_of
 
 _MIB = 2**20
 _ACTIVATIONS = {'cpu': 512 * _MIB}  # bytes that a microbatch may keep for its backward pass
@@ -16,6 +16,8 @@ _LOGITS = {'cpu': 64 * _MIB}  # bytes of a chunk's logits; more would not fit th
 _LOGITS_ELSEWHERE = 512 * _MIB
 _CHUNK = {'cpu': 128}
 _CHUNK_ELSEWHERE = 256
+# The compiler of TPUs takes about a minute of a CPU for each width of a model of any depth.
+_WIDTHS, _WIDTHS_ELSEWHERE = {'tpu': 2}, 4
 _SHARE = 0.25  # of an accelerator's memory is for activations; parameters and moments take the rest
 _WITHOUT_LIMIT = 4096 * _MIB  # for activations on an accelerator that does not report its memory
 
@@ -105,9 +107,11 @@ def choose(
     platform = platform or device.platform
     microbatch = compute.microbatch
     if microbatch is None:
+        slices = slices_of(groups, group_size, mesh)
+        least = devices // slices
         budget = devices * _activation_budget(platform, device)
-        cost = _activation_bytes(config) * (prompt + group_size * length)
-        sizes = [n for n in range(devices, groups + 1, devices) if groups % n == 0]
+        cost = _activation_bytes(config) * (slices * prompt + group_size * length)
+        sizes = [n for n in range(least, groups + 1, least) if groups % n == 0]
         fitting = [n for n in sizes if n * cost <= budget]
         microbatch = max(fitting, default=min(sizes, default=groups))
     chunk = compute.logprob_chunk
@@ -120,7 +124,7 @@ def choose(
         microbatch=microbatch,
         rows=compute.rows or 0,
         packed=packed,
-        widths=compute.widths or (1 if packed else 4),
+        widths=compute.widths or (1 if packed else _WIDTHS.get(platform, _WIDTHS_ELSEWHERE)),
         unroll=bool(compute.unroll),
         logprob_chunk=chunk,
     )
@@ -129,7 +133,7 @@ def choose(
 def _activation_budget(platform: str, device: Any) -> float:
     if platform in _ACTIVATIONS:
         return _ACTIVATIONS[platform]
-    limit = (device.memory_stats() or {}).get('bytes_limit') if device.platform != 'cpu' else None
+    limit = memory_of(device)
     return _SHARE * limit if limit else _WITHOUT_LIMIT
 
 

@@ -1,4 +1,4 @@
-"""The compiled programs of the sampler: its weights, prefill, and blocks of decoded columns."""
+"""The compiled programs of the sampler: prefill, and blocks of decoded columns."""
 
 import functools
 from typing import Any
@@ -27,10 +27,10 @@ from grpo_jax.engine.token_sampling import (
     completion_keys,
     draw,
 )
-from grpo_jax.models import KeyValues, Quantized, Transformer, apply, quantize, unstack_layers
+from grpo_jax.models import KeyValues, ModelConfig, Transformer, apply
 from grpo_jax.models.routing import apply_recording, at_last_token
 from grpo_jax.sharding import data_devices
-from grpo_jax.types import Params, Sampling
+from grpo_jax.types import Params, Prompts, Rollout, Sampling
 
 BLOCK, BLOCKS = 64, 8  # fewest columns of a block, and most blocks
 WEIGHTS = ('model', 'int8')
@@ -39,14 +39,20 @@ Thresholds = tuple[Int[Array, ''], Int[Array, '']]  # see `compaction.compaction
 
 
 def check_options(
-    sampling: Sampling, weights: str, record: tuple[str, ...], experts: int, **sizes: int
+    config: ModelConfig,
+    mesh: Mesh | None,
+    sampling: Sampling,
+    weights: str,
+    record: tuple[str, ...],
+    **sizes: int,
 ) -> None:
     """Checks the options of `algorithm.sample`.
 
     Raises:
-      ValueError: unknown weights or record, or a size or sampling option out of range. Traced
-        sampling options are not checked.
+      ValueError: unknown weights or record, a size or sampling option out of range, or heads that
+        the mesh does not divide. Traced sampling options are not checked.
     """
+    sharding.check_heads(config.heads, config.kv_heads, mesh)
     if weights not in WEIGHTS:
         raise ValueError(f'weights={weights!r} is unknown: use one of {", ".join(WEIGHTS)}')
     for name, value in sizes.items():
@@ -55,7 +61,7 @@ def check_options(
             raise ValueError(f'{name}={value} is out of range: make it at least {least}')
     if all(isinstance(value, int | float) for value in sampling):
         check_sampling(sampling, greedy=True)
-        check_record(record, sampling, experts)
+        check_record(record, sampling, config.experts)
 
 
 def block_size(max_tokens: int, *, in_place: bool) -> int:
@@ -67,41 +73,13 @@ def block_size(max_tokens: int, *, in_place: bool) -> int:
     return max(BLOCK, -(-max_tokens // (2 if in_place else BLOCKS)))
 
 
-def sampling_params(params: Params, dtype: str, weights: str, unroll: bool) -> Params:
-    """The parameters as decode steps use them, converted once rather than in every step.
-
-    Args:
-      params: of the model.
-      dtype: of the model's computation.
-      weights: 'model', or 'int8' for quantized matrices.
-      unroll: take each layer's parameters out of their stack.
-    """
-    convert = functools.partial(_convert, dtype=dtype, weights=weights, unroll=unroll)
-    before, after = jax.tree.leaves(params), jax.tree.leaves(jax.eval_shape(convert, params))
-    unchanged = [x.dtype for x in before] == [x.dtype for x in after]
-    return params if unchanged and not unroll else convert(params)
-
-
-@functools.partial(jax.jit, static_argnames=('dtype', 'weights', 'unroll'))
-def _convert(params: Params, dtype: str, weights: str, unroll: bool) -> Params:
-    def cast(path: tuple[Any, ...], x: jax.Array | Quantized) -> jax.Array | Quantized:
-        # Norms use their scales in float32.
-        return x if isinstance(x, Quantized) or path[-1].key == 'scale' else x.astype(dtype)
-
-    params = quantize(params) if weights == 'int8' else params
-    params = jax.tree_util.tree_map_with_path(
-        cast, params, is_leaf=lambda x: isinstance(x, Quantized)
-    )
-    return unstack_layers(params) if unroll else params
-
-
 @functools.partial(jax.jit, static_argnames=(
     'model', 'group_size', 'max_tokens', 'width', 'record', 'mesh'))  # fmt: skip
 def first_block(
     model: Transformer, inputs: DecodeInputs, seed: Int[Array, ''], step: Int[Array, ''],
     thresholds: Thresholds, *, group_size: int, max_tokens: int, width: int,
     record: tuple[str, ...], mesh: Mesh | None,
-) -> tuple[DecodeInputs, Slots, DecodeState]:  # fmt: skip
+) -> tuple[DecodeInputs, UInt[Array, 'B P L k'] | None, Slots, DecodeState]:  # fmt: skip
     """Prefills the prompts and decodes columns up to `width`.
 
     Args:
@@ -117,18 +95,22 @@ def first_block(
       mesh: the devices.
 
     Returns:
-      The inputs with the prompts' cache and without parameters, the slots, and the state.
+      The inputs with the prompts' cache and without parameters, the routing of the prompts if it is
+      recorded, the slots, and the state. Where the mesh splits groups, inputs, slots and state are
+      those of slices of groups, see `sharding.split_groups`.
     """
     prompts = inputs.prompts
+    slices = sharding.slices_of(len(prompts.index), group_size, mesh)
     with sharding.use(mesh):
         keys = completion_keys(seed, step, prompts.index, group_size)
+        keys, prompts = sharding.split_groups((keys, prompts), slices, mesh)
         (cache, last), routing = _apply(
             record, model, inputs.params, prompts.tokens, prompts.length, method='prefill'
         )
         if routing is not None:
             routing = routing.reshape(*prompts.tokens.shape, *routing.shape[1:])
             prompts = prompts._replace(routing=routing)
-            routing = jnp.repeat(at_last_token(routing, prompts.length), group_size, axis=0)
+            routing = jnp.repeat(at_last_token(routing, prompts.length), keys.shape[1], axis=0)
         inputs = inputs._replace(cache=cache, prompts=prompts)
         slots = Slots(
             place=slot_numbers(keys.shape, mesh),
@@ -146,7 +128,9 @@ def first_block(
         slots, state = _decode_columns(
             model, inputs, slots, state, thresholds, width=width, mesh=mesh
         )
-        return inputs._replace(params=None), slots, state
+        routing = sharding.join_groups(inputs.prompts, slices, mesh).routing
+        prompts = inputs.prompts._replace(routing=None)
+        return inputs._replace(params=None, prompts=prompts), routing, slots, state
 
 
 @functools.partial(jax.jit, static_argnames=('model', 'width', 'mesh'), donate_argnames='slots')
@@ -158,6 +142,20 @@ def next_block(
     with sharding.use(mesh):
         inputs = inputs._replace(params=params)
         return _decode_columns(model, inputs, slots, state, thresholds, width=width, mesh=mesh)
+
+
+def rollout_so_far(
+    prompts: Prompts, state: DecodeState, group_size: int, mesh: Mesh | None
+) -> Rollout:
+    """The rollout [B, G, T] between two blocks."""
+    slices = group_size // state.ended.shape[1]
+    drawn, ended = state.drawn, state.ended
+    if slices > 1:
+        drawn, ended = _join_groups((drawn, ended), slices, mesh)
+    return Rollout(prompts, ended=ended, **drawn._asdict())
+
+
+_join_groups = jax.jit(sharding.join_groups, static_argnames=('slices', 'mesh'))
 
 
 @functools.partial(jax.jit, static_argnames='width')
@@ -215,7 +213,17 @@ def _decode_columns(
 
     drawn = jax.tree.map(write, state.drawn, drawn)
     ended = put_slots(state.ended, place, slots.done)
-    return slots, DecodeState(t, drawn, ended, count_live(slots, mesh))
+    return slots, _in_place(DecodeState(t, drawn, ended, count_live(slots, mesh)), mesh)
+
+
+def _in_place(state: DecodeState, mesh: Mesh | None) -> DecodeState:
+    """The state with a device's completions on that device, and the counts on all devices."""
+    if mesh is None:
+        return state
+    split, everywhere = sharding.groups(mesh), sharding.replicated(mesh)
+    drawn: Any = jax.tree.map(lambda _: split, state.drawn)
+    where = DecodeState(everywhere, drawn, split, everywhere)  # type: ignore[arg-type]
+    return jax.lax.with_sharding_constraint(state, where)
 
 
 def _draw_column(

@@ -16,6 +16,7 @@ from grpo_jax.engine.chunked_loss import ChunkedLoss
 from grpo_jax.engine.chunks import map_chunks
 from grpo_jax.engine.compute import ComputePlan
 from grpo_jax.engine.token_distribution import token_logprobs
+from grpo_jax.sharding import join_groups
 from grpo_jax.types import Batch, Params, Sampling
 
 # f32[] from log-probs [b, g, w], entropies [b, g, w] (or None) and the part of the batch.
@@ -80,7 +81,7 @@ class Policy:
           tokenwise: the loss is a sum over tokens, so it can be computed from any chunk of them.
           entropy: pass entropies to the loss.
         """
-        policy = self._unrolled()
+        policy, microbatches = self._unrolled(), microbatches_of(self.plan, self.mesh)
 
         def from_logits(logits: jax.Array, part: Batch) -> tuple[jax.Array, Outputs]:
             tokens = part.rollout.tokens
@@ -94,7 +95,9 @@ class Policy:
         ) -> tuple[jax.Array, Outputs]:
             params = policy.full_params(trained)
             outputs = policy._outputs(params, hidden, part, entropy)
-            return loss(outputs['logprobs'], outputs.get('entropy'), part.loss_inputs()), outputs
+            slices = 1 if self.plan.rows else microbatches.slices(batch)
+            of_groups, part = join_groups((outputs, part.loss_inputs()), slices, self.mesh)
+            return loss(of_groups['logprobs'], of_groups.get('entropy'), part), outputs
 
         if tokenwise:
             learner: Learner = ChunkedLoss(
@@ -102,7 +105,6 @@ class Policy:
             ).add_gradient
         else:
             learner = _learner(from_hidden)
-        microbatches = microbatches_of(self.plan, self.mesh)
         gradient, outputs = microbatches.gradient(
             policy._decoder, learner, self._layers(trained), batch
         )
@@ -116,6 +118,8 @@ class Policy:
           tokenwise: as in `gradient`.
         """
         shapes = microbatches_of(self.plan, self.mesh).shapes(shape)
+        if not tokenwise and not self.plan.rows:
+            return [(self.plan.microbatch, shape[1], width) for *_, width in shapes]
         if not tokenwise:
             return shapes
         chunk = self.plan.logprob_chunk

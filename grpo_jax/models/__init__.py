@@ -12,7 +12,7 @@ from grpo_jax.models.forward import (
 from grpo_jax.models.kernels.selection import caches_in_place
 from grpo_jax.models.layers import finish_logits
 from grpo_jax.models.lora import join_adapters, merge_adapters, split_adapters
-from grpo_jax.models.quantization import Quantized, quantize
+from grpo_jax.models.quantization import Quantized, dequantize, quantize, quantize_base
 from grpo_jax.models.routing import apply_routed, router_outputs
 from grpo_jax.models.transformer import Transformer, apply, init_params, scalar_params
 from grpo_jax.models.unrolled import stack_layers, unstack_layers
@@ -29,6 +29,7 @@ __all__ = [
     'apply_routed',
     'caches_in_place',
     'completion_hidden',
+    'dequantize',
     'finish_logits',
     'hidden_after_prompt',
     'hidden_at_tokens',
@@ -37,6 +38,7 @@ __all__ = [
     'last_tokens',
     'merge_adapters',
     'quantize',
+    'quantize_base',
     'router_outputs',
     'scalar_params',
     'split_adapters',

@@ -11,6 +11,7 @@ DTYPES = ('float32', 'bfloat16', 'float16')
 NORMS = ('pre', 'post', 'both')
 ACTIVATIONS = ('silu', 'gelu', 'gelu_tanh')
 ATTENTIONS = ('auto', 'einsum', 'recomputed', 'splash', 'cudnn')
+BASES = ('model', 'int8', 'nf4')
 
 # Parameter -> the name that Hugging Face and PEFT give the projection.
 PROJECTIONS = {
@@ -29,12 +30,16 @@ class Lora:
     """Low-rank adapters of the projections (Hu et al., arXiv 2106.09685): W + alpha / r * A B.
 
     Raises:
-      ValueError: a negative rank, a target that matches no projection, or options without a rank.
+      ValueError: a negative rank, an unknown base, a target that matches no projection, or options
+        without a rank.
     """
 
     rank: int = 0  # r; 0: no adapters, all parameters are trained
     alpha: float = 16.0  # the adapters' product is multiplied by alpha / rank
     targets: tuple[str, ...] = ('*_proj',)  # patterns of q_proj, k_proj, ..., down_proj to adapt
+    # How the matrices in the layers of the frozen base are stored: 'model', as without adapters;
+    # 'int8', one byte per weight; 'nf4', about half a byte (QLoRA). See `models.quantize_base`.
+    base: str = 'model'
 
     def __post_init__(self) -> None:
         object.__setattr__(self, 'targets', tuple(self.targets))
@@ -47,6 +52,8 @@ class Lora:
                     f'lora {field.name}={value!r} with rank=0, which makes no adapters and trains '
                     f'all parameters: set a rank, or {field.name}={field.default!r}'
                 )
+        if self.base not in BASES:
+            raise ValueError(f'lora base={self.base!r} is unknown: use one of {", ".join(BASES)}')
         for pattern in self.targets:
             if not fnmatch.filter(PROJECTIONS.values(), pattern):
                 raise ValueError(
@@ -201,6 +208,12 @@ class ModelConfig:
                 f'model scalar_head=True with lora rank={self.lora.rank}: adapters would leave the '
                 'scalar head untrained; use rank 0'
             )
+        for name in ('width', 'mlp_width'):
+            if self.lora.base == 'nf4' and getattr(self, name) % 2:
+                raise ValueError(
+                    f"lora base='nf4' stores two weights in a byte, and model {name}="
+                    f"{getattr(self, name)} is odd: use base='int8'"
+                )
         if self.experts and any(self.lora.covers(name) for name in ('gate', 'up', 'down')):
             raise ValueError(
                 f'lora targets={self.lora.targets}: experts have no adapters; '

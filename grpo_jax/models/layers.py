@@ -14,9 +14,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
+from grpo_jax.models import quantization
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.kernels import cpu
-from grpo_jax.models.quantization import unpack
+from grpo_jax.models.quantization import Quantized, unpack
+from grpo_jax.sharding import on_each_data_device
 
 # Variables of flax: experts to use instead of the router's choice, and the experts that were used.
 CHOSEN, RECORDED = 'chosen_experts', 'recorded_experts'
@@ -56,10 +58,10 @@ def _normalize(
 
 
 class Projection(NamedTuple):
-    """The matrices of a projection, in the computation's dtype."""
+    """The matrices of a projection, in the computation's dtype unless they are quantized."""
 
-    kernel: Shaped[Array, 'fan_in fan_out']  # int8 if quantized
-    scale: Float[Array, ' fan_out'] | None  # f32, of the product with a quantized kernel
+    kernel: Shaped[Array, 'rows fan_out']  # [fan_in, fan_out], or the values of a `Quantized`
+    scale: Float[Array, '*blocks fan_out'] | None  # of a quantized kernel, see `Quantized`
     adapter: tuple[Float[Array, 'fan_in r'], Float[Array, 'r fan_out']] | None
     bias: Float[Array, ' fan_out'] | None
 
@@ -70,10 +72,12 @@ def projection(
     """Creates the parameter `name` [*sizes, *out], its adapter and `<name>_bias` [*out]."""
     c: ModelConfig = module.config
     fan_in, fan_out = math.prod(sizes), math.prod(out)
-    matrix = module.param(name, _matrix_init(c, name, fan_in), (*sizes, *out), c.param_dtype)
-    kernel, scale = unpack(matrix)
-    kernel = kernel.astype(c.dtype).reshape(fan_in, fan_out)
-    scale = None if scale is None else scale.reshape(fan_out)
+    kernel, scale = unpack(_matrix(module, name, fan_in, (*sizes, *out)))
+    if scale is None:
+        kernel = kernel.astype(c.dtype)
+    else:
+        scale = scale.reshape(-1, fan_out) if kernel.dtype == jnp.uint8 else scale.reshape(fan_out)
+    kernel = kernel.reshape(-1, fan_out)
     adapter = None
     if c.lora.covers(name):
         a = module.param(f'{name}_lora_a', _adapter_init(fan_in), (*sizes, c.lora.rank))
@@ -90,24 +94,35 @@ def multiply(
     c: ModelConfig, x: Float[Array, 'N fan_in'], weights: Projection
 ) -> Float[Array, 'N fan_out']:
     """Multiplies x by the projection's matrix and adapter, and adds its bias."""
-    product = jnp.matmul if weights.scale is not None else functools.partial(cpu.matmul, c)
-    y = _scaled_product(product, x, weights.kernel, weights.scale)
+    if weights.scale is None:
+        y = cpu.matmul(c, x, weights.kernel)
+    else:
+        y = _quantized_product(c)(x, weights.kernel, weights.scale)
     if weights.adapter is not None:
         a, b = weights.adapter
         y = y + (x @ a * jnp.asarray(c.lora.scale, c.dtype)) @ b
     return y if weights.bias is None else y + weights.bias
 
 
-def _scaled_product(
-    product: Callable[..., Array],
-    x: Float[Array, 'N fan_in'],
-    matrix: Shaped[Array, '*experts fan_in fan_out'],
-    scale: Float[Array, '*rows fan_out'] | None,
-) -> Float[Array, 'N fan_out']:
-    """Computes product(x, matrix) * scale in float32: sums of integers may overflow in float16."""
-    if scale is None:
-        return product(x, matrix)
-    return (product(x, matrix, preferred_element_type=jnp.float32) * scale).astype(x.dtype)
+def _quantized_product(c: ModelConfig) -> Callable[..., Array]:
+    """The product with a quantized matrix.
+
+    TRPO, which needs `attention='einsum'`, differentiates its gradient once more in forward mode,
+    which a custom gradient does not allow.
+    """
+    return quantization.multiply if c.attention == 'einsum' else quantization.multiply_frozen
+
+
+def _matrix(
+    module: nn.Module, name: str, fan_in: int, shape: tuple[int, ...]
+) -> Float[Array, '...'] | Quantized:
+    """The module's parameter `name` of this shape, or the `Quantized` that is in its place."""
+    if module.has_variable('params', name):
+        stored: Any = module.get_variable('params', name)
+        if isinstance(stored, Quantized):  # whose shape flax would not expect
+            return stored
+    c: ModelConfig = module.config
+    return module.param(name, _matrix_init(c, name, fan_in), shape, c.param_dtype)
 
 
 def project(
@@ -136,7 +151,7 @@ def project(
     """
     lead, sizes = x.shape[:-inputs], x.shape[-inputs:]
     weights = projection(module, name, sizes, out, bias=bias)
-    y = multiply(module.config, x.reshape(-1, weights.kernel.shape[0]), weights)
+    y = multiply(module.config, x.reshape(-1, math.prod(sizes)), weights)
     return y.reshape(*lead, *out)
 
 
@@ -200,24 +215,45 @@ def experts(module: nn.Module, x: Float[Array, '*axes D']) -> Float[Array, '*axe
     c: ModelConfig = module.config
     tokens = x.reshape(-1, c.width)
     weights, chosen = _route(module, tokens)
+    matrices = {}
+    for name, size, width in (
+        ('gate', c.width, c.mlp_width), ('up', c.width, c.mlp_width), ('down', c.mlp_width, c.width)
+    ):  # fmt: skip
+        kernel, scale = unpack(_matrix(module, name, size, (c.experts, size, width)))
+        matrices[name] = kernel.astype(c.dtype) if scale is None else kernel, scale
+    run = on_each_data_device(functools.partial(_sum_of_experts, c))
+    return run((tokens, weights, chosen), matrices).reshape(x.shape)
+
+
+def _sum_of_experts(
+    c: ModelConfig,
+    routed: tuple[Float[Array, 'N D'], Float[Array, 'N chosen'], Int[Array, 'N chosen']],
+    matrices: dict[str, tuple[Shaped[Array, 'E _ _'], Float[Array, '...'] | None]],
+) -> Float[Array, 'N D']:
+    """The weighted sum of what each token's experts compute.
+
+    Args:
+      c: of the decoder.
+      routed: the tokens, and the weights and numbers of their experts.
+      matrices: kernel and scale of 'gate', 'up' and 'down', see `quantization.unpack`.
+    """
+    tokens, weights, chosen = routed
     order = jnp.argsort(chosen.reshape(-1))  # copies of the tokens, sorted by expert
     expert = chosen.reshape(-1)[order]
     sizes = jnp.bincount(chosen.reshape(-1), length=c.experts).astype(jnp.int32)
 
-    def multiply(name: str, x: Array, width: int) -> Array:
-        shape = (c.experts, x.shape[-1], width)
-        matrix = module.param(name, _matrix_init(c, name, x.shape[-1]), shape, c.param_dtype)
-        kernel, scale = unpack(matrix)
-        scale = None if scale is None else scale[expert, 0]
-        product = functools.partial(jax.lax.ragged_dot, group_sizes=sizes)
-        return _scaled_product(product, x, kernel.astype(c.dtype), scale)
+    def multiply(name: str, x: Array) -> Array:
+        kernel, scale = matrices[name]
+        if scale is None:
+            return jax.lax.ragged_dot(x, kernel, sizes)
+        scale = scale if kernel.dtype == jnp.uint8 else scale[expert, 0]
+        return _quantized_product(c)(x, kernel, scale, sizes)
 
     copies = tokens[order // c.experts_per_token]
-    hidden = _ACTIVATIONS[c.activation](multiply('gate', copies, c.mlp_width))
-    hidden = hidden * multiply('up', copies, c.mlp_width)
-    out = multiply('down', hidden, c.width)[jnp.argsort(order)]
+    hidden = _ACTIVATIONS[c.activation](multiply('gate', copies)) * multiply('up', copies)
+    out = multiply('down', hidden)[jnp.argsort(order)]
     out = out.reshape(-1, c.experts_per_token, c.width)
-    return (out * weights[..., None]).sum(1).reshape(x.shape)
+    return (out * weights[..., None]).sum(1)
 
 
 def _route(
@@ -232,7 +268,8 @@ def _route(
         chosen: Array = module.get_variable(CHOSEN, 'experts')
         weights = jnp.take_along_axis(scores, chosen, axis=-1)
     else:
-        weights, chosen = jax.lax.top_k(scores, c.experts_per_token)
+        choose = on_each_data_device(lambda scores, _: jax.lax.top_k(scores, c.experts_per_token))
+        weights, chosen = choose(scores, ())
     for kind, name, value in ((RECORDED, 'experts', chosen), (PROBABILITIES, 'all', scores)):
         module.sow(kind, name, value, reduce_fn=lambda _, new: new, init_fn=lambda: None)
     if c.normalize_experts:

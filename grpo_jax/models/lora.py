@@ -4,10 +4,12 @@ With adapters the policy and its reference share the base: the reference is the 
 adapters, so it needs no second copy.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from grpo_jax.models.config import ModelConfig
+from grpo_jax.models.quantization import dequantize, is_quantized
 from grpo_jax.types import Params
 
 
@@ -37,17 +39,26 @@ def join_adapters(base: Params, adapters: Params) -> Params:
 def merge_adapters(config: ModelConfig, base: Params, adapters: Params) -> Params:
     """Parameters of an equivalent decoder without adapters: W + alpha / r * A B.
 
-    The sum is computed in float32 and rounded to the dtype of W.
+    The sum is computed in float32 and rounded to the dtype of W. A quantized base is dequantized
+    first, so that the result computes what was trained: it keeps the base's rounding errors, and
+    has the adapters' product only as exactly as `config.param_dtype`.
 
     Args:
       config: of the decoder with adapters.
       base: see `split_adapters`.
       adapters: see `split_adapters`.
     """
+    merged = _merge(config, dequantize(base, 'float32'), adapters)
+    return jax.tree.map(
+        lambda x, before: x.astype(config.param_dtype) if is_quantized(before) else x, merged, base
+    )
+
+
+def _merge(config: ModelConfig, base: Params, adapters: Params) -> Params:
     merged = dict(base)
     for name, value in adapters.items():
         if isinstance(value, dict):
-            merged[name] = merge_adapters(config, base[name], value)
+            merged[name] = _merge(config, base[name], value)
         elif name.endswith('_lora_a'):
             kernel = name.removesuffix('_lora_a')
             merged[kernel] = _add_product(

@@ -14,17 +14,19 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from grpo_jax import plugins
-from grpo_jax.run import saved_config
+from grpo_jax.run import hosts, saved_config
 from grpo_jax.run.command import one_line_errors
 from grpo_jax.run.config import flatten, read, set_value
 from grpo_jax.run.config_checks import check_keys
-from grpo_jax.run.config_problems import find_problems
+from grpo_jax.run.config_problems import problems_of_options
 from grpo_jax.run.defaults import FREE, defaults
 from grpo_jax.run.errors import ConfigError, caught
 from grpo_jax.run.key_help import help_text
 from grpo_jax.run.paths import absolute_modules, make_absolute
 from grpo_jax.run.sections import preset_hint, type_name
 from grpo_jax.run.suggestions import suggest
+
+Check = Callable[[ConfigDict, str, Sequence[str]], list[str]]
 
 _BOOLEANS = {'true': True, 't': True, '1': True, 'false': False, 'f': False, '0': False}
 
@@ -37,6 +39,7 @@ def run_command(
     saved: bool = False,
     flags: Sequence[str] = (),
     options: Sequence[str] = (),
+    check: Check | None = None,
 ) -> None:
     """Calls `main(config, workdir, **taken)` with the config and folder of the command line.
 
@@ -45,6 +48,9 @@ def run_command(
     with one line on standard error for each problem (`command.one_line_errors`). `--help` prints
     the usage and config keys with their defaults, `--help=SECTION` the keys of a section.
 
+    `--coordinator`, `--num_processes` and `--process_id` start one of several processes, see
+    `hosts.start_from`; where the environment describes them, they are found without.
+
     Args:
       main: the command.
       usage: what `--help` prints before the keys.
@@ -52,15 +58,20 @@ def run_command(
       saved: take the config from the workdir.
       flags: names of options that are true if they are given; passed to `main`.
       options: names of options with a text; passed to `main`, empty if they are not given.
+      check: see `parse`.
     """
     arguments = with_two_dashes(sys.argv[1:])
-    with one_line_errors():
+    with hosts.stopped_by_signal(), one_line_errors():
         if usage is not None and _print_help(arguments, usage, sections):
             return
         taken: dict[str, Any] = {name: take_flag(arguments, name) for name in flags}
         taken |= {name: take(arguments, name) for name in options}
-        config, workdir = parse(arguments, saved=saved)
-        main(config, workdir, **taken)
+        processes = hosts.start_from(*(take(arguments, name) for name in hosts.OPTIONS))
+        with hosts.ending_together():
+            hosts.start(processes)
+            with hosts.together('reading the command line'):
+                config, workdir = parse(arguments, saved=saved, check=check)
+            main(config, workdir, **taken)
 
 
 def _print_help(arguments: Sequence[str], usage: str, sections: Sequence[str]) -> bool:
@@ -74,15 +85,20 @@ def _print_help(arguments: Sequence[str], usage: str, sections: Sequence[str]) -
     return False
 
 
-def parse(arguments: Sequence[str], *, saved: bool = False) -> tuple[ConfigDict, str]:
+def parse(
+    arguments: Sequence[str], *, saved: bool = False, check: Check | None = None
+) -> tuple[ConfigDict, str]:
     """Returns the config and the workdir that command-line arguments describe.
 
     Args:
       arguments: such as `sys.argv[1:]`.
       saved: take the config from the workdir.
+      check: what else is wrong if an argument or a key is, (config, workdir, known problems) ->
+        problems; by default what can be told without the data and the model.
 
     Raises:
-      ValueError: an argument or key that does not exist, a value of the wrong type, a missing file.
+      ConfigError: an argument or key that does not exist, a value of the wrong type, a missing
+        file, and what else is wrong then.
     """
     rest = with_two_dashes(arguments)
     workdir = take(rest, 'workdir')
@@ -105,7 +121,9 @@ def parse(arguments: Sequence[str], *, saved: bool = False) -> tuple[ConfigDict,
             _change_by(changed, argument)
     if problems:
         plugins.set_folders(changed.module_folders)
-        raise ConfigError([*problems, *([] if config is None else find_problems(changed)[0])])
+        find = check or problems_of_options
+        others = [] if config is None else find(changed, workdir, problems)
+        raise ConfigError([*problems, *others])
     return changed, workdir
 
 

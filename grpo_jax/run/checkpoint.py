@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax import sharding
-from grpo_jax.run import changes, saved_config
+from grpo_jax.run import changes, hosts, saved_config
 from grpo_jax.run.layout import stage_order
 from grpo_jax.types import Params, Prompts, Rollout, TrainState
 
@@ -25,6 +25,7 @@ log = logging.getLogger('grpo_jax')
 OF_RUN = (
     'config.json', 'changes.jsonl', 'loggers.json', 'metrics.jsonl', 'completions.jsonl',
     'heldout.jsonl', 'reward.png', 'tensorboard', 'checkpoints', 'replay', 'pretrained',
+    'compute.json',
 )  # fmt: skip
 
 
@@ -121,8 +122,7 @@ def steps_of_stages(workdir: pathlib.Path) -> dict[str, list[int]]:
     names = [path.name for path in (workdir / 'checkpoints').glob('*')]
     found = {}
     for stage in sorted(names, key=stage_order):
-        with open_manager(workdir / 'checkpoints' / stage, keep=1) as manager:
-            found[stage] = sorted(manager.all_steps())
+        found[stage] = sorted(ocp.utils.checkpoint_steps(workdir / 'checkpoints' / stage))
     return found
 
 
@@ -191,7 +191,7 @@ def save(
     }
     if sampled is not None:
         arrays = sampled._asdict() | {'prompts': sampled.prompts._asdict()}
-        items['sampled'] = ocp.args.StandardSave(jax.device_get(arrays))
+        items['sampled'] = ocp.args.StandardSave(hosts.fetch(arrays))
     if position is not None:
         items['position'] = ocp.args.JsonSave(dict(position))
     manager.save(step, args=ocp.args.Composite(**items), force=True)
@@ -246,7 +246,7 @@ def restore_samples(manager: ocp.CheckpointManager, mesh: Mesh) -> Rollout | Non
         parts = [arrays[name] for name in sorted(arrays, key=int)]
         arrays = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
     prompts = Prompts(**arrays.pop('prompts'))
-    return sharding.put_groups(Rollout(prompts, **arrays), mesh)
+    return sharding.put_rollout(Rollout(prompts, **arrays), None, mesh)[0]
 
 
 def _existing(manager: ocp.CheckpointManager, step: int | None) -> int:

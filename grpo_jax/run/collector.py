@@ -5,13 +5,13 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-import jax
 import numpy as np
 
 from grpo_jax.algorithm.config import Algorithm
 from grpo_jax.algorithm.sample import last_block, sample, sample_blocks
 from grpo_jax.rewards import TrainerState, name_in
 from grpo_jax.run.early_grading import dispatch_first
+from grpo_jax.run.graded_texts import on_host
 from grpo_jax.run.grading import Grader
 from grpo_jax.run.rollout_rewards import RolloutRewards
 from grpo_jax.run.rollouts import (
@@ -130,13 +130,13 @@ class RolloutCollector:
         """Return the completions to train on, with their rewards."""
         drop = self.setup.config.grpo.drop
         if self.algorithm.pairwise:
-            pairs, totals = select_pairs(jax.device_get(rollout), rewards.total)
+            pairs, totals = select_pairs(rollout, rewards.total)
             return pairs, totals, position.trained
         kept: Any = None
         trained = position.trained
         if drop:
             kept, trained = select_completions(
-                jax.device_get(rollout), rewards.texts.completions, rewards.total, drop, trained
+                on_host(rollout), rewards.texts.completions, rewards.total, drop, trained
             )
             rollout = rollout._replace(kept=kept)
         if rewards.skipped is not None:

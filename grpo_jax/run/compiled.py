@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from grpo_jax.run import hosts
+
 _COMPILED = '/jax/core/compile/backend_compile_duration'  # also for programs from the cache
 _TRACED = '/jax/core/compile/jaxpr_trace_duration'
 _LOWERED = '/jax/core/compile/jaxpr_to_mlir_module_duration'
@@ -80,6 +82,9 @@ class Compilations:
     def announced(self, what: str) -> Iterator[None]:
         """Says on standard error what is compiled in the block, and how long that took."""
         before = self.seconds
+        if not hosts.is_first():
+            yield
+            return
         self._bar.write(f'{what} ...', file=sys.stderr)
         yield
         self._bar.write(f'{what} ... {self.seconds - before:.0f} s', file=sys.stderr)

@@ -38,11 +38,15 @@ def check_keys(config: ConfigDict) -> None:
         raise ConfigError(problems)
 
 
-def check_values(config: ConfigDict) -> None:
-    """Raises ConfigError for numbers out of range, or a run without any training steps."""
-    problems = []
+def check_steps(config: ConfigDict) -> None:
+    """Raises ValueError for a run without any training steps."""
     if not config.sft.steps and not config.grpo.steps:
-        problems.append('sft.steps=0 and grpo.steps=0: set one of them to train anything')
+        raise ValueError('sft.steps=0 and grpo.steps=0: set one of them to train anything')
+
+
+def check_values(config: ConfigDict) -> None:
+    """Raises ConfigError for numbers out of range, and for items of the wrong type."""
+    problems = []
     if not 0 <= config.seed < 2**31:  # JAX seeds are int32
         problems.append(f'seed={config.seed} is out of range: make it at least 0 and below 2^31')
     inputs = config.data.reward_inputs

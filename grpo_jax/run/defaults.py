@@ -55,6 +55,7 @@ def optimizer_fields(learning_rate: float = 1e-6) -> dict[str, Any]:
         'eps': 1e-8,  # adamw: added to the root of the second moment
         'weight_decay': 0.0,  # adamw: decay of matrices; norm scales and biases are not decayed
         'clip_norm': 1.0,  # largest global norm of the gradient; 0: no clipping
+        'moments': '',  # store moments in 'float32' or 'bfloat16'; empty: the parameters' dtype
     }  # see `optimizer.make_optimizer`
 
 
@@ -80,8 +81,14 @@ def defaults() -> ConfigDict:
     config.module_folders = ()  # where modules of your own are; a config file sets its own folder
     config.model = model  # see `models.ModelConfig`; with `pretrained` only dtypes and the like
     config.mesh = {  # see `sharding.make_mesh`
-        'fsdp': 1,  # devices over which groups and parameters are split; -1: all remaining ones
-        'tensor': 1,  # devices over which heads, MLP and vocabulary are split
+        'fsdp': 1,  # devices over which a batch and parameters are split; -1: all remaining ones
+        # Devices over which each group is split, a factor of fsdp. None: 1, or the fewest with
+        # which all of fsdp is used, if `grpo.batch_size` is too small for it.
+        'completions': placeholder(int),
+        'tensor': 1,  # devices over which heads, MLP and vocabulary are split; -1: all remaining
+        # Sample with a copy of the parameters on each device along fsdp, made once per rollout;
+        # None: where it takes at most 30 % of a device's memory.
+        'gather': placeholder(bool),
     }
     config.data = {
         'name': 'arithmetic',  # name of the data set, see `data.load`

@@ -1,7 +1,8 @@
 """Grades groups whose completions have all ended while the devices decode the others.
 
 One thread only dispatches blocks of decode steps, so the devices always have a next block, however
-long the rewards take. The calling thread grades.
+long the rewards take. The calling thread grades, and dispatches nothing until the last block has
+been dispatched: several processes have to dispatch the same programs in the same order.
 """
 
 import itertools
@@ -14,6 +15,8 @@ from typing import Any
 
 import jax
 
+from grpo_jax.run import hosts
+from grpo_jax.run.graded_texts import without_records
 from grpo_jax.run.rollout_rewards import RolloutRewards
 from grpo_jax.types import Rollout
 
@@ -35,7 +38,8 @@ def grade_while_sampling(
 
     Args:
       blocks: the partial rollout after each block, see `sample.sample_blocks`.
-      grade: takes the whole rollout and the result of `grade_early`.
+      grade: takes the whole rollout and the result of `grade_early`, or its error if there are
+        several processes.
       grade_early: takes the partial rollouts, see `Grader.grade_early`.
 
     Returns:
@@ -46,7 +50,12 @@ def grade_while_sampling(
     with ThreadPoolExecutor(max_workers=1) as thread:
         sampling = thread.submit(growing.sample, blocks)
         try:
-            early = grade_early(growing)
+            try:
+                early = grade_early(growing)
+            except Exception as error:
+                if hosts.count() == 1:
+                    raise
+                early = error  # the others wait for this process to sample to the end
             rollout_rewards = grade(growing.whole.result(), early)
         finally:
             growing.whole.cancel()  # no effect if the rollout is complete
@@ -90,9 +99,10 @@ class GrowingRollout:
             if self.whole.cancelled():
                 raise CancelledError
             if previous is not None:  # it is decoded once the next block has been dispatched
+                decoded = hosts.replicate(without_records(previous))
                 with suppress(Empty):
                     self._decoded.get_nowait()  # replace an older one that was not consumed
-                self._decoded.put(previous)
+                self._decoded.put(decoded)
             previous = rollout
         if previous is None:
             raise ValueError('the sampler yielded no block')

@@ -35,7 +35,24 @@ def renamed(names: Mapping[str, str]) -> Iterator[None]:
         text = str(error)
         for name, other in names.items():
             text = re.sub(rf'(?<![\w.]){re.escape(name)}', other, text)
+        if text == str(error):
+            raise
         raise ValueError(text) from error
+
+
+@contextmanager
+def naming(key: str) -> Iterator[None]:
+    """Adds a key of the config to the message of a ValueError in the block that does not name it.
+
+    Args:
+      key: the path of the key, or `path=value`.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if key.partition('=')[0] in str(error):
+            raise
+        raise ValueError(f'{error} ({key})') from error
 
 
 @contextmanager

@@ -13,10 +13,13 @@ from jaxtyping import Bool, Float, Int
 from ml_collections import ConfigDict
 
 from grpo_jax import data, rewards
+from grpo_jax.run import hosts
+from grpo_jax.run.errors import ConfigError, caught, naming
 from grpo_jax.run.graded_texts import GradedTexts, grade_texts, on_host
 from grpo_jax.run.problems import Problems
 from grpo_jax.run.rollout_rewards import RolloutRewards
 from grpo_jax.run.setup import Sampler
+from grpo_jax.run.shared_grading import grade_in_shares, select_groups
 from grpo_jax.run.statistics import maj_at_k, pass_at_k, rm_at_k
 from grpo_jax.types import Params, Rollout, Sampling
 
@@ -180,20 +183,24 @@ def evaluation_options(config: ConfigDict) -> dict[str, Any]:
     """Return keyword arguments of `answer_problems` from the config's `eval` section.
 
     Raises:
-      ValueError: an unknown function, or a k larger than the number of samples.
+      ConfigError: unknown functions, or a k larger than the number of samples.
     """
     numbers = {name: config[name] for name in ('batch_size', 'samples', 'k', 'temperature')}
-    for size in numbers['k'] if numbers['samples'] else ():
-        if not 1 <= size <= numbers['samples']:
-            raise ValueError(
-                f'eval.k={size} needs at least {size} samples: eval.samples={numbers["samples"]}'
-            )
+    problems = [
+        f'eval.k={size} needs at least {size} samples: eval.samples={numbers["samples"]}'
+        for size in (numbers['k'] if numbers['samples'] else ())
+        if not 1 <= size <= numbers['samples']
+    ]
     options: dict[str, Any] = numbers | {'correct': None, 'extract': None}
     if config['extract']:
-        options['extract'] = rewards.extractor(config['extract'])
+        with caught(problems), naming('eval.extract'):
+            options['extract'] = rewards.extractor(config['extract'])
     if config['correct']:
-        functions, _ = rewards.build({config['correct']: 1.0})
-        options['correct'] = functions[config['correct']]
+        with caught(problems), naming('eval.correct'):
+            functions, _ = rewards.build({config['correct']: 1.0})
+            options['correct'] = functions[config['correct']]
+    if problems:
+        raise ConfigError(problems)
     return options
 
 
@@ -220,8 +227,14 @@ def _grader_of(correct: rewards.RewardFunction, problems: Problems) -> Rewarder:
     """Return a function that grades a rollout by the reward function `correct` alone."""
 
     def grade(rollout: Rollout, groups: int) -> RolloutRewards:
-        host = on_host(rollout, groups)
-        texts = grade_texts(host, problems, {'correct': correct}, {'correct': 1.0})
+        host, functions = on_host(rollout, groups), {'correct': correct}
+
+        def grade_share(share: Int[np.ndarray, ' M']) -> tuple[GradedTexts, None]:
+            return grade_texts(
+                select_groups(host, share), problems, functions, {'correct': 1.0}
+            ), None
+
+        texts, _ = grade_in_shares(host, problems, grade_share, functions=functions)
         return RolloutRewards(texts, texts.scores.total.reshape(host.ended.shape), None, None)
 
     return grade
@@ -241,7 +254,8 @@ def _complete(
         graded = grade(rollout, count)  # the last batch is filled up with copies
         texts, total = graded.texts, np.asarray(graded.total)
         scores = None if rank is None else rank(rollout, texts).reshape(total.shape)
-        ended, mask = (np.asarray(x)[:count] for x in (rollout.ended, rollout.mask))
+        host: Any = hosts.fetch((rollout.ended, rollout.mask))
+        ended, mask = (x[:count] for x in host)
         parts.append(
             _Completions(texts.prompts, texts.completions, total, ended, mask.sum(-1), scores)
         )

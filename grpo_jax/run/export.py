@@ -17,7 +17,12 @@ from ml_collections import ConfigDict
 from grpo_jax.data import load_tokenizer
 from grpo_jax.models import hf
 from grpo_jax.models.config import DTYPES
+from grpo_jax.run import hosts
+from grpo_jax.run.checkpoint import find_checkpoint
+from grpo_jax.run.config_checks import check_values
+from grpo_jax.run.errors import ConfigError
 from grpo_jax.run.parameters import merged, newest_policy
+from grpo_jax.run.repairs import Finder
 from grpo_jax.run.setup import Setup, prepare_policy
 
 log = logging.getLogger('grpo_jax')
@@ -39,20 +44,19 @@ def export(
       ValueError: there is no such checkpoint, no Hugging Face architecture fits the model, or the
         output folder is not empty.
     """
-    setup = prepare_policy(config, pathlib.Path(workdir).absolute())
+    setup = _prepare(config, workdir, output, checkpoint, dtype)
     fields = _fields(setup)
     dtype = dtype or fields.get('dtype') or fields.get('torch_dtype') or config.model.param_dtype
-    if dtype not in DTYPES:
-        raise ValueError(f'--dtype={dtype}: use one of {", ".join(DTYPES)}')
     with _folder(output) as folder:
         policy = newest_policy(setup, checkpoint)
         params = policy.base
         if policy.adapters:
             params = merged(setup, params, policy.adapters)
         stated = {name: dtype for name in ('dtype', 'torch_dtype') if name in {'dtype', *fields}}
-        _describe(setup, fields | stated, folder)
+        if hosts.is_first():
+            _describe(setup, fields | stated, folder)
         size = hf.save(params, setup.model.config.base, fields, folder, dtype=dtype)
-    print(f'{policy.name}: {size / 1e6:.1f} MB of {dtype} weights in {output}')
+    hosts.say(f'{policy.name}: {size / 1e6:.1f} MB of {dtype} weights in {output}')
 
 
 def export_adapter(config: ConfigDict, workdir: str, output: str, *, checkpoint: str = '') -> None:
@@ -61,7 +65,7 @@ def export_adapter(config: ConfigDict, workdir: str, output: str, *, checkpoint:
     Raises:
       ValueError: as in `export`, or no adapters apply to the unchanged pretrained checkpoint.
     """
-    setup = prepare_policy(config, pathlib.Path(workdir).absolute())
+    setup = _prepare(config, workdir, output, checkpoint)
     fields = _fields(setup)
     with _folder(output) as folder:
         policy = newest_policy(setup, checkpoint)
@@ -73,8 +77,32 @@ def export_adapter(config: ConfigDict, workdir: str, output: str, *, checkpoint:
         base = config.pretrained  # a folder, whose absolute path is written, or a name on the hub
         base = os.path.abspath(base) if os.path.isdir(base) else base
         hf.save_adapter(policy.adapters, setup.model.config, fields, base, folder)
-        _tokenizer(setup).save_pretrained(folder)
-    print(f'{policy.name}: adapters of {config.pretrained} in {output}')
+        if hosts.is_first():
+            _tokenizer(setup).save_pretrained(folder)
+    hosts.say(f'{policy.name}: adapters of {config.pretrained} in {output}')
+
+
+def _prepare(
+    config: ConfigDict, workdir: str, output: str, checkpoint: str, dtype: str = ''
+) -> Setup:
+    """The setup of the run; all that the user has to fix is one error."""
+    finder, path = Finder(config), pathlib.Path(workdir).absolute()
+    with hosts.together('checking the config'):
+        finder.run(check_values)
+        setup = finder.run(lambda c: prepare_policy(c, path))
+        finder.run(lambda _: find_checkpoint(path, ('sft', 'grpo'), checkpoint))
+        finder.run(lambda _: _check_empty(output))
+        if dtype and dtype not in DTYPES:
+            finder.add([f'--dtype={dtype}: use one of {", ".join(DTYPES)}'])
+        if setup is None or finder.problems:
+            raise ConfigError(finder.problems)
+    return setup
+
+
+def _check_empty(output: str) -> None:
+    target = pathlib.Path(output)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f'--output={output} is not empty: name a new folder')
 
 
 def _fields(setup: Setup) -> dict[str, Any]:
@@ -130,11 +158,11 @@ def _save_tokenizer(setup: Setup, folder: pathlib.Path) -> None:
 def _folder(output: str) -> Iterator[pathlib.Path]:
     """A folder to write into, which is moved to `output` if nothing fails."""
     target = pathlib.Path(output).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise ValueError(f'--output={output} is not empty: name a new folder')
     partial = target.with_name(f'{target.name}.partial')
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    hosts.from_first(lambda: _make(partial), 'making the folder')
+    if not hosts.is_first():
+        yield partial
+        return
     try:
         yield partial
         if target.exists():
@@ -142,3 +170,8 @@ def _folder(output: str) -> Iterator[pathlib.Path]:
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _make(partial: pathlib.Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)

@@ -9,6 +9,7 @@ from jaxtyping import Bool, Int
 
 from grpo_jax import data, rewards
 from grpo_jax.data import completion_texts
+from grpo_jax.run import hosts
 from grpo_jax.run.problems import Problems
 from grpo_jax.types import Rollout
 
@@ -55,15 +56,10 @@ def grade_texts(
     Raises:
       rewards.RewardError: see `rewards.score`.
     """
-    prompts = rollout.prompts
-    asked, length, index = map(np.asarray, (prompts.tokens, prompts.length, prompts.index))
-    tokenizer, group_size = problems.tokenizer, rollout.tokens.shape[1]
+    index, group_size = np.asarray(rollout.prompts.index), rollout.tokens.shape[1]
     columns = data.columns(problems.rows, index, group_size)
-    used = np.arange(asked.shape[1]) < length[:, None]
-    questions = completion_texts(tokenizer, asked, used, hidden=problems.hidden)
-    questions = [text for text in questions for _ in range(group_size)]
+    questions, completions = decode(rollout, problems)
     tokens, mask = flat_tokens(rollout)
-    completions = completion_texts(tokenizer, tokens, mask, problems.stops, problems.hidden)
     if not functions:
         nothing = np.zeros(len(completions), np.float32)
         return GradedTexts(questions, completions, rewards.Scores(nothing, {}, 0))
@@ -78,6 +74,17 @@ def grade_texts(
         trainer_state=trainer_state,
     )
     return GradedTexts(questions, completions, scores)
+
+
+def decode(rollout: Rollout, problems: Problems) -> tuple[list[str], list[str]]:
+    """Return the texts of the prompts, one for each completion, and those of the completions."""
+    prompts, tokenizer = rollout.prompts, problems.tokenizer
+    asked, length = np.asarray(prompts.tokens), np.asarray(prompts.length)
+    used = np.arange(asked.shape[1]) < length[:, None]
+    questions = completion_texts(tokenizer, asked, used, hidden=problems.hidden)
+    tokens, mask = flat_tokens(rollout)
+    completions = completion_texts(tokenizer, tokens, mask, problems.stops, problems.hidden)
+    return [text for text in questions for _ in range(rollout.tokens.shape[1])], completions
 
 
 def _conversations(
@@ -106,12 +113,18 @@ def concatenate_texts(parts: Sequence[GradedTexts]) -> GradedTexts:
 def on_host(rollout: Rollout, groups: int | None = None) -> Rollout:
     """Copy the first groups of a rollout to the host; all if `groups` is None.
 
-    What the sampler recorded for the update stays on the devices: grading does not read it, and
-    `support` alone would be thousands of bytes for each token.
+    Every process gets all of it.
+    """
+    return jax.tree.map(lambda x: x[:groups], hosts.fetch(without_records(rollout)))
+
+
+def without_records(rollout: Rollout) -> Rollout:
+    """Return a rollout without what the sampler recorded for the update.
+
+    Grading does not read it, and `support` alone would be thousands of bytes for each token.
     """
     prompts = rollout.prompts._replace(routing=None)
-    graded = rollout._replace(prompts=prompts, support=None, routing=None)
-    return jax.tree.map(lambda x: x[:groups], jax.device_get(graded))
+    return rollout._replace(prompts=prompts, support=None, routing=None)
 
 
 def flat_tokens(rollout: Rollout) -> tuple[Int[np.ndarray, 'N T'], Bool[np.ndarray, 'N T']]:

@@ -30,25 +30,40 @@ def make_grader(setup: Setup, problems: Problems, algorithm: Algorithm) -> Grade
     Raises:
       ValueError: rewards that do not match the algorithm or each other.
     """
-    config, c = setup.config, setup.config.reward_model
-    process = algorithm.supervision == 'process'
-    check_kinds(config, algorithm, has_reward_model=setup.reward_model is not None)
-    if config.grpo.rewards or not (process or setup.reward_model is not None):
+    c, scorer = setup.config.reward_model, None
+    if setup.reward_model is not None:
+        scorer = reward_model.make_scorer(setup.reward_model, setup.mesh, kind=c.kind)
+    functions, weights, steps = reward_functions(setup.config, problems, algorithm)
+    return Grader(problems, functions, weights, steps, scorer, c.weight)
+
+
+def reward_functions(
+    config: ConfigDict, problems: Problems, algorithm: Algorithm
+) -> tuple[
+    dict[str, rewards.RewardFunction],
+    dict[str, float],
+    tuple[str, rewards.RewardFunction, float] | None,
+]:
+    """Return the reward functions of a config, their weights, and the step function if any.
+
+    Raises:
+      ValueError: they do not match the algorithm, each other or the data set.
+    """
+    has_model, process = bool(config.reward_model.weight), algorithm.supervision == 'process'
+    check_kinds(config, algorithm, has_reward_model=has_model)
+    if config.grpo.rewards or not (process or has_model):
         functions, weights = rewards.build(config.grpo.rewards)
     else:
         functions, weights = correctness(config)
-    scorer = None
-    if setup.reward_model is not None:
-        scorer = reward_model.make_scorer(setup.reward_model, setup.mesh, kind=c.kind)
     steps = rewards.build_steps(config.grpo.step_rewards) if process else None
-    alone = sum(map(bool, weights.values())) == 1 and scorer is None and steps is None
+    alone = sum(map(bool, weights.values())) == 1 and not has_model and steps is None
     check_functions(functions, problems, alone=alone)
     if steps is not None:
         columns = list(problems.rows[0])
         name, function, _ = steps
         arguments = ('prompts', 'completions')
         rewards.check_arguments({name: function}, columns, arguments=arguments, kind='step rewards')
-    return Grader(problems, functions, weights, steps, scorer, c.weight)
+    return functions, weights, steps
 
 
 def check_functions(

@@ -1,15 +1,16 @@
 """Grades rollouts: rewards from reward functions, from a step function and from a reward model."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
-import jax
 import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from grpo_jax import data, rewards
 from grpo_jax.data import char_to_token
+from grpo_jax.run import hosts
 from grpo_jax.run.graded_texts import (
     START,
     GradedTexts,
@@ -20,6 +21,7 @@ from grpo_jax.run.graded_texts import (
 )
 from grpo_jax.run.problems import Problems
 from grpo_jax.run.rollout_rewards import RolloutRewards, completions_of
+from grpo_jax.run.shared_grading import grade_in_shares, in_shares, select_groups
 from grpo_jax.types import Params, Rollout, StepRewards
 
 
@@ -66,8 +68,9 @@ class Grader:
         """
         graded: list[GradedGroups] = []
         for rollout in partial_rollouts:
-            ended = np.asarray(rollout.ended).all(1)
-            groups = np.setdiff1d(np.flatnonzero(ended), _numbers(graded))
+            own = hosts.share(len(rollout.tokens))
+            ended = own[np.asarray(rollout.ended)[own].all(1)]
+            groups = np.setdiff1d(ended, _numbers(graded))
             if groups.size:
                 absent: Any = None
                 # The whole batch is copied: indexing on the devices would wait for the next block.
@@ -79,7 +82,7 @@ class Grader:
         self,
         rollout: Rollout,
         reward_params: Params | None,
-        early: Sequence[GradedGroups] = (),
+        early: Sequence[GradedGroups] | Exception = (),
         *,
         groups: int | None = None,
     ) -> RolloutRewards:
@@ -91,7 +94,8 @@ class Grader:
         Args:
           rollout: on the devices.
           reward_params: parameters of the reward model.
-          early: from `grade_early`; the functions are not called on these groups again.
+          early: from `grade_early`; the functions are not called on these groups again. An error is
+            raised.
           groups: grade only the first ones, where the batch is filled up with copies; None: all.
 
         Raises:
@@ -100,10 +104,15 @@ class Grader:
         # Dispatched first, so that the devices score while the host grades.
         scored = self.scorer(reward_params, rollout) if self.scorer else None
         host = on_host(rollout, groups)
-        texts = self._grade_rest(host, early)
+        texts, steps = grade_in_shares(
+            host,
+            self.problems,
+            functools.partial(self._grade_share, host, early),
+            functions=self.functions,
+            has_steps=self.step_rewards is not None,
+        )
         total = texts.scores.total.reshape(host.tokens.shape[:2])
-        steps = self.grade_steps(host, texts) if self.step_rewards else None
-        scores = None if scored is None else np.asarray(scored)[:groups]
+        scores = None if scored is None else hosts.fetch(scored)[:groups]
         if steps is None and scores is None:
             return RolloutRewards(texts, *_without_missing(total))
         total = np.nan_to_num(total)
@@ -140,12 +149,19 @@ class Grader:
         """
         if self.scorer is None:
             raise ValueError('this grader has no reward model: make it with a scorer')
-        groups = len(texts.completions) // rollout.ended.shape[1]
-        scores = np.asarray(self.scorer(reward_params, rollout))[:groups]
+        group_size = rollout.ended.shape[1]
+        groups = len(texts.completions) // group_size
+        scores = hosts.fetch(self.scorer(reward_params, rollout))[:groups]
         if self.step_rewards is None:
             return scores.reshape(-1)
-        ends = self.grade_steps(on_host(rollout, groups), texts).ends
-        return _mean_over_steps(scores, np.asarray(ends))
+        host = on_host(rollout, groups)
+
+        def find_ends(share: Int[np.ndarray, ' M']) -> tuple[Any, str]:
+            selected = texts.select(completions_of(share, group_size))
+            return self.grade_steps(select_groups(host, share), selected).ends, ''
+
+        ends, _ = in_shares(groups, find_ends, np.zeros((0, *host.mask.shape[1:]), bool))
+        return _mean_over_steps(scores, ends)
 
     def grade_steps(self, rollout: Rollout, texts: GradedTexts) -> StepRewards:
         """Call the step function, and return rewards at the tokens where steps end.
@@ -181,16 +197,26 @@ class Grader:
         shape = rollout.mask.shape
         return StepRewards(values.reshape(shape), is_end.reshape(shape))
 
-    def _grade_rest(self, host: Rollout, early: Sequence[GradedGroups]) -> GradedTexts:
-        """Grade the groups that `early` lacks, and return all groups in their order."""
-        batch, group_size = host.ended.shape
-        rest = np.setdiff1d(np.arange(batch), _numbers(early))
+    def _grade_share(
+        self,
+        host: Rollout,
+        early: Sequence[GradedGroups] | Exception,
+        share: Int[np.ndarray, ' M'],
+    ) -> tuple[GradedTexts, StepRewards | None]:
+        """Grade the groups of a share that `early` lacks; return all of the share in its order."""
+        if isinstance(early, Exception):
+            raise early
+        rest = np.setdiff1d(share, _numbers(early))
         graded = [*early, GradedGroups(rest, self._grade_groups(host, rest))]
         texts = concatenate_texts([part.texts for part in graded])
-        return texts.select(completions_of(np.argsort(_numbers(graded)), group_size))
+        order = np.argsort(_numbers(graded))
+        texts = texts.select(completions_of(order, host.ended.shape[1]))
+        if self.step_rewards is None:
+            return texts, None
+        return texts, self.grade_steps(select_groups(host, share), texts)
 
     def _grade_groups(self, host: Rollout, groups: Int[np.ndarray, ' M']) -> GradedTexts:
-        selected = jax.tree.map(lambda x: x[groups], host)
+        selected = select_groups(host, groups)
         return grade_texts(
             selected, self.problems, self.functions, self.weights, self.trainer_state
         )

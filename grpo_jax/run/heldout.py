@@ -1,24 +1,30 @@
 """The held-out evaluation that a config describes, of a stage's policy or of a saved checkpoint."""
 
+import contextlib
 import dataclasses
 import functools
+import io
 import json
 import logging
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from grpo_jax.rewards import TrainerState
-from grpo_jax.run import compiled, evaluation
-from grpo_jax.run.checkpoint import OF_RUN
+from grpo_jax.run import compiled, evaluation, hosts
+from grpo_jax.run.checkpoint import OF_RUN, find_checkpoint
 from grpo_jax.run.config_checks import differing_defaults
+from grpo_jax.run.config_problems import check_evaluation_options
+from grpo_jax.run.errors import ConfigError
 from grpo_jax.run.evaluation import Answers, Evaluation, spread
 from grpo_jax.run.graders import check_functions, make_grader, make_ranker
 from grpo_jax.run.methods import algorithm_of
 from grpo_jax.run.output_file import replaced
 from grpo_jax.run.parameters import newest_policy, newest_reward_params
-from grpo_jax.run.problems import Problems, heldout_problems
+from grpo_jax.run.problems import Problems, heldout_problems, heldout_rows, untokenized
+from grpo_jax.run.repairs import OF_TOKENS, Finder
 from grpo_jax.run.rollout_rewards import RolloutRewards
 from grpo_jax.run.setup import Setup, prepare
 from grpo_jax.run.stages import StageParams
@@ -89,23 +95,23 @@ def answer(
       The name of the checkpoint, and the answers.
 
     Raises:
-      ValueError: options that the user has to fix, no checkpoint, or no held-out problems.
+      ConfigError: all that the user has to fix: options, no checkpoint, or no held-out problems.
       OSError: the file cannot be written.
     """
     path = pathlib.Path(output or workdir / 'evaluation.jsonl').absolute()
-    if path.name in OF_RUN and path.parent.samefile(workdir):
-        raise ValueError(f'--output={output} is a file of the run: name another')
-    setup = prepare(config, workdir)
-    options = evaluation.evaluation_options(config.eval)
-    problems = heldout_problems(setup)
-    if problems is None:
-        raise ValueError(
-            'there are no problems to evaluate on: name a split by --config.data.heldout_split'
-        )
-    with replaced(path) as file, compiled.kept_in(workdir / 'cache'), compiled.trimmed():
+    finder = Finder(config)
+    with hosts.together('checking the config'):
+        if path.name in OF_RUN and path.parent.samefile(workdir):
+            finder.add([f'--output={output} is a file of the run: name another'])
+        finder.run(lambda _: find_checkpoint(workdir, ('sft', 'grpo'), checkpoint))
+        prepared = _prepare(finder, workdir)
+        if prepared is None or finder.problems:
+            raise ConfigError(finder.problems)
+    setup, problems, options = prepared
+    writing = replaced(path) if hosts.is_first() else contextlib.nullcontext(io.StringIO())
+    with writing as file, compiled.kept_in(workdir / 'cache'), compiled.trimmed():
         policy = newest_policy(setup, checkpoint)
         if options['correct'] is not None:
-            check_functions({'eval.correct': options['correct']}, problems, alone=True)
             options['rank'] = make_ranker(setup, problems)
         elif (reward := _make_reward(setup, problems)) is not None:
             params = newest_reward_params(setup)
@@ -120,6 +126,50 @@ def answer(
             line = {'checkpoint': policy.name, **record}
             file.write(json.dumps(line, ensure_ascii=False) + '\n')
     return policy.name, answers
+
+
+def problems_of_evaluation(
+    config: ConfigDict, workdir: str, known: Sequence[str] = ()
+) -> list[str]:
+    """Return what is wrong with a config for an evaluation, beside problems that are known.
+
+    Args:
+      config: the config of the run, or a changed one.
+      workdir: the run's folder.
+      known: what is known to be wrong with the command line.
+    """
+    finder = Finder(config, known)
+    _prepare(finder, pathlib.Path(workdir).absolute())
+    return finder.problems
+
+
+def _prepare(
+    finder: Finder, workdir: pathlib.Path
+) -> tuple[Setup, Problems, dict[str, Any]] | None:
+    """Return the setup, the problems and the options of an evaluation; None if one is wrong."""
+    check_evaluation_options(finder)
+    setup, problems = finder.run(lambda c: prepare(c, workdir)), None
+    if setup is not None:
+        finder.config = setup.config
+        problems = finder.run(lambda c: _held_out(setup, c), unless=OF_TOKENS)
+    options = finder.run(lambda c: evaluation.evaluation_options(c.eval))
+    rows = finder.run(lambda c: heldout_rows(c, workdir)) if problems is None else None
+    checked = untokenized(rows) if rows else problems
+    if options is not None and options['correct'] is not None and checked is not None:
+        functions = {'eval.correct': options['correct']}
+        finder.run(lambda _: check_functions(functions, checked, alone=True))
+    if setup is None or problems is None or options is None:
+        return None
+    return setup, problems, options
+
+
+def _held_out(setup: Setup, config: ConfigDict) -> Problems:
+    problems = heldout_problems(dataclasses.replace(setup, config=config))
+    if problems is None:
+        raise ValueError(
+            'there are no problems to evaluate on: name a split by --config.data.heldout_split'
+        )
+    return problems
 
 
 def _make_reward(setup: Setup, problems: Problems) -> Callable[..., RolloutRewards] | None:

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from ml_collections import ConfigDict
 
 from grpo_jax import plugins
+from grpo_jax.run import hosts
+from grpo_jax.run.errors import ConfigError, caught
 
 log = logging.getLogger('grpo_jax')
 
@@ -166,23 +168,31 @@ def check(config: ConfigDict) -> None:
     """Checks that all loggers of a config can be imported.
 
     Raises:
-      ValueError: a library is not installed, or a path leads to no function.
+      ConfigError: libraries that are not installed, or paths that lead to no function.
     """
+    problems: list[str] = []
     for name in config.log.to:
-        if name in _LOGGERS:
-            if importlib.util.find_spec(name) is None:
-                raise ValueError(
-                    f'log.to names {name!r}, which is not installed: pip install {name}, or in the '
-                    f"folder of grpo_jax's source pip install -e '.[{name}]'"
-                )
-        elif ':' not in name:
-            hint = plugins.did_you_mean(name, _LOGGERS, cutoff=0.5)
+        with caught(problems):
+            _check(name)
+    if problems:
+        raise ConfigError(problems)
+
+
+def _check(name: str) -> None:
+    if name in _LOGGERS:
+        if importlib.util.find_spec(name) is None:
             raise ValueError(
-                f'log.to names {name!r}, which is unknown{hint}: use {", ".join(_LOGGERS)}, or '
-                "'package.module:function'"
+                f'log.to names {name!r}, which is not installed: pip install {name}, or in the '
+                f"folder of grpo_jax's source pip install -e '.[{name}]'"
             )
-        else:
-            _function(name)
+    elif ':' not in name:
+        hint = plugins.did_you_mean(name, _LOGGERS, cutoff=0.5)
+        raise ValueError(
+            f'log.to names {name!r}, which is unknown{hint}: use {", ".join(_LOGGERS)}, or '
+            "'package.module:function'"
+        )
+    else:
+        _function(name)
 
 
 @contextlib.contextmanager
@@ -192,6 +202,20 @@ def opened(config: ConfigDict, workdir: pathlib.Path) -> Iterator[Loggers]:
     Raises:
       ValueError: one of them cannot be started.
     """
+    if not hosts.is_first():
+        with hosts.together('starting the loggers'):
+            pass
+        yield Loggers({})
+        return
+    with hosts.together('starting the loggers'):
+        together = Loggers(_started(config, workdir))
+    try:
+        yield together
+    finally:
+        together.close()
+
+
+def _started(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Logger]:
     path = workdir / IDS
     ids: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
     described = _Run(
@@ -205,11 +229,7 @@ def opened(config: ConfigDict, workdir: pathlib.Path) -> Iterator[Loggers]:
         partial = path.with_suffix('.partial')
         partial.write_text(json.dumps(ids) + '\n')
         os.replace(partial, path)
-    together = Loggers(loggers)
-    try:
-        yield together
-    finally:
-        together.close()
+    return loggers
 
 
 def _start(name: str, run: _Run) -> Logger:

@@ -21,13 +21,18 @@ def initial_params(setup: Setup) -> Params:
     """
     if setup.config.start:
         return _start_params(setup)
-    base = models.Transformer(setup.model.config.base)
+    base, kind = models.Transformer(setup.model.config.base), setup.model.config.lora.base
     if not setup.config.pretrained:
         key = jax.random.key(setup.config.seed)
-        params = jax.jit(models.init_params, static_argnums=0)(base, key)
-        return jax.device_put(params, sharding.shardings(params, setup.mesh))
+        shapes = jax.eval_shape(functools.partial(_random_base, base, kind), key)
+        where = sharding.shardings(shapes, setup.mesh)
+        return jax.jit(_random_base, static_argnums=(0, 1), out_shardings=where)(base, kind, key)
     folder = hf.find_folder(setup.config.pretrained)
-    return hf.load(folder, base.config, _shapes(base), setup.mesh)
+    return hf.load(folder, base.config, _shapes(base), setup.mesh, base=kind)
+
+
+def _random_base(model: models.Transformer, kind: str, key: jax.Array) -> Params:
+    return models.quantize_base(models.init_params(model, key), kind)
 
 
 def initial_reward_params(setup: Setup) -> Params | None:
@@ -41,16 +46,24 @@ def initial_reward_params(setup: Setup) -> Params | None:
 
 def initial_adapters(setup: Setup) -> Params:
     """Fresh adapters on the mesh."""
-    make = jax.jit(lambda key: models.split_adapters(models.init_params(setup.model, key))[1])
-    adapters = make(jax.random.key(setup.config.seed))
-    return jax.device_put(adapters, sharding.shardings(adapters, setup.mesh))
+
+    def make(key: jax.Array) -> Params:
+        return models.split_adapters(models.init_params(setup.model, key))[1]
+
+    key = jax.random.key(setup.config.seed)
+    where = sharding.shardings(jax.eval_shape(make, key), setup.mesh)
+    return jax.jit(make, out_shardings=where)(key)
 
 
 def merged(setup: Setup, base: Params, adapters: Params) -> Params:
-    """The base with the adapters merged in, on the mesh; the base's buffers are donated."""
+    """The base with the adapters merged in, on the mesh and never quantized.
+
+    The base's buffers are donated, unless it is quantized, for which none of them has the size.
+    """
     merge = functools.partial(models.merge_adapters, setup.model.config)
-    where = sharding.shardings(base, setup.mesh)
-    return jax.jit(merge, donate_argnums=0, out_shardings=where)(base, adapters)
+    where = sharding.shardings(jax.eval_shape(merge, base, adapters), setup.mesh)
+    donated = (0,) if setup.model.config.lora.base == 'model' else ()
+    return jax.jit(merge, donate_argnums=donated, out_shardings=where)(base, adapters)
 
 
 class Policy(NamedTuple):
@@ -131,6 +144,13 @@ def check_start(setup: Setup) -> None:
             f'start={setup.config.start!r} has another tokenizer than this run: use tokenizer='
             f'{other.config.tokenizer!r} and pretrained={other.config.pretrained!r}'
         )
+    theirs, ours = (s.config.model.lora.base for s in (other, setup))
+    if 'model' not in (theirs, ours):
+        raise ValueError(
+            f'start={setup.config.start!r} trained adapters of a base in {theirs}, and merging '
+            f'them into one in model.lora.base={ours!r} would round them away: use '
+            "model.lora.base='model' in one of the two runs"
+        )
     theirs, ours = (_leaf_shapes(models.Transformer(s.model.config.base)) for s in (other, setup))
     different = [name for name in {*theirs, *ours} if theirs.get(name) != ours.get(name)]
     if different:
@@ -155,12 +175,15 @@ def _start_params(setup: Setup) -> Params:
     policy = newest_policy(other, start.checkpoint)
     params = merged(other, policy.base, policy.adapters) if policy.adapters else policy.base
     shapes = _shapes(models.Transformer(setup.model.config.base))
-    cast = jax.jit(
-        lambda params: jax.tree.map(lambda x, like: x.astype(like.dtype), params, shapes),
-        donate_argnums=0,
-        out_shardings=sharding.shardings(params, setup.mesh),
-    )
-    return cast(params)
+    kind = setup.model.config.lora.base
+
+    def cast(params: Params) -> Params:
+        params = jax.tree.map(lambda x, like: x.astype(like.dtype), params, shapes)
+        return models.quantize_base(params, kind)
+
+    where = sharding.shardings(jax.eval_shape(cast, params), setup.mesh)
+    donated = (0,) if kind == 'model' else ()
+    return jax.jit(cast, donate_argnums=donated, out_shardings=where)(params)
 
 
 def _leaf_shapes(model: models.Transformer) -> dict[str, tuple[int, ...]]:

@@ -1,14 +1,18 @@
 """The problems of a run's data set, tokenized: those to train on, and those held out."""
 
+import contextlib
 import logging
 import pathlib
 from typing import Any, NamedTuple
 
+import numpy as np
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax import data, sharding
 from grpo_jax.data import get_format
 from grpo_jax.run.defaults import defaults
+from grpo_jax.run.errors import ConfigError, renamed
 from grpo_jax.run.setup import Setup, stop_strings
 
 log = logging.getLogger('grpo_jax')
@@ -26,9 +30,27 @@ class Problems(NamedTuple):
 
 
 def load_rows(config: ConfigDict, workdir: pathlib.Path, split: str) -> data.Rows:
-    """Opens one split of the config's data set."""
+    """Opens one split of the config's data set.
+
+    Raises:
+      data.MissingSplitError: there is no such split.
+      ConfigError: options are wrong.
+      ValueError: the data set cannot be opened.
+    """
     cache = config.data.cache_dir or workdir / 'data'
-    return data.load(config.data.name, split, cache_dir=cache, **config.data.options)
+    try:
+        return data.load(config.data.name, split, cache_dir=cache, **config.data.options)
+    except data.OptionError as error:
+        given = config.data.options  # without an option whose default is out of range
+        raise ConfigError([
+            f'data.options{f".{option}={given[option]!r}" if option in given else ""}: {message}'
+            for option, message in error.messages.items()
+        ]) from error  # fmt: skip
+    except data.MissingSplitError as error:
+        for key in ('train_split', 'heldout_split'):
+            if split == config.data[key] != defaults().data[key]:
+                raise data.MissingSplitError(f'data.{key}={split!r}: {error}') from error
+        raise
 
 
 def prompting(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Any]:
@@ -52,9 +74,8 @@ def heldout_problems(setup: Setup) -> Problems | None:
       the default and the data set has only the split to train on.
     """
     config = setup.config
-    size = config.eval.batch_size
-    sharding.check_batch(size, size, setup.mesh, of='eval.batch_size')
-    rows = _heldout_rows(config, setup.workdir)
+    check_evaluation_batch(config, setup.mesh)
+    rows = heldout_rows(config, setup.workdir)
     if rows is None:
         log.warning(
             'no held-out problems (data.heldout_split=%r): the policy is not evaluated. Name a '
@@ -63,6 +84,16 @@ def heldout_problems(setup: Setup) -> Problems | None:
         )
         return None
     return _problems(setup, rows, config.data.heldout_split, 0)
+
+
+def check_evaluation_batch(config: ConfigDict, mesh: Mesh) -> None:
+    """Checks that the batch of an evaluation divides over the mesh.
+
+    Raises:
+      ValueError: it does not.
+    """
+    size = config.eval.batch_size
+    sharding.check_batch(size, size, mesh, of='eval.batch_size')
 
 
 def training_problems(setup: Setup, heldout: Problems | None) -> Problems:
@@ -75,17 +106,8 @@ def training_problems(setup: Setup, heldout: Problems | None) -> Problems:
     return _problems(setup, rows, config.data.train_split, leaked)
 
 
-def check_data(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Opens the data set.
-
-    Raises:
-      ValueError: it cannot be opened, or has no split to train on.
-    """
-    load_rows(config, workdir, config.data.train_split)
-    _heldout_rows(config, workdir)
-
-
-def _heldout_rows(config: ConfigDict, workdir: pathlib.Path) -> data.Rows | None:
+def heldout_rows(config: ConfigDict, workdir: pathlib.Path) -> data.Rows | None:
+    """Opens the held-out split; None if there is none, as in `heldout_problems`."""
     split = config.data.heldout_split
     if not split:
         return None
@@ -101,8 +123,46 @@ def _heldout_rows(config: ConfigDict, workdir: pathlib.Path) -> data.Rows | None
         return None
 
 
+def untokenized(rows: data.Rows) -> Problems:
+    """Problems of all rows, without the tokens of their prompts, for checks of the rows alone."""
+    count = len(rows)
+    tokens = np.zeros((count, 1), np.int32)
+    table = data.PromptTable(
+        tokens, np.ones(count, np.int32), np.arange(count, dtype=np.int32), dropped=0
+    )
+    return Problems(rows, table, None, ())
+
+
+def naming_template(key: str) -> contextlib.AbstractContextManager[None]:
+    """Names the key in the message of an error in the block that is about its template."""
+    return renamed({f'template {quote}': f'{key}: template {quote}' for quote in '\'"'})
+
+
+def check_template(config: ConfigDict, workdir: pathlib.Path, rows: data.Rows) -> None:
+    """Fills the template of the prompts with the first row.
+
+    Raises:
+      ValueError: it does not fit.
+    """
+    c, examples = config.data, prompting(config, workdir)['examples']
+    with naming_template('data.prompt'):
+        data.prompt_messages(c.prompt, list(rows[:1]), examples=examples, system=c.system)
+
+
+def check_demonstration(config: ConfigDict, rows: data.Rows) -> None:
+    """Fills the template of the demonstrations with the first row.
+
+    Raises:
+      ValueError: it does not fit.
+    """
+    with naming_template('data.demonstration'):
+        data.render_demonstration(config.data.demonstration, rows[0])
+
+
 def _problems(setup: Setup, rows: data.Rows, split: str, leaked: int) -> Problems:
-    table = data.tokenize_prompts(rows, setup.tokenizer, **prompting(setup.config, setup.workdir))
+    with naming_template('data.prompt'):
+        options = prompting(setup.config, setup.workdir)
+        table = data.tokenize_prompts(rows, setup.tokenizer, **options)
     if table.dropped or leaked:
         log.warning('%s: %s', split, table.summary(leaked))
     data.check_token_ids(table.used_ids(), setup.tokenizer, setup.model.config.vocab_size)

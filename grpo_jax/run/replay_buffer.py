@@ -7,6 +7,8 @@ from typing import TypeVar
 import jax
 import numpy as np
 
+from grpo_jax.run import hosts
+
 TreeT = TypeVar('TreeT')
 
 
@@ -44,7 +46,8 @@ class ReplayBuffer:
           A tree of the same shapes, whose last groups are replaced.
         """
         leaves, structure = jax.tree.flatten(batch)
-        self._write(step, leaves)
+        if hosts.is_first():
+            self._write(step, leaves)
         size = len(leaves[0])
         count = max(round(self.share * size), 1) if self.share and self.iteration > 1 else 0
         rng = np.random.default_rng((self.seed, self.iteration, step))

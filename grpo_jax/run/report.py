@@ -95,6 +95,28 @@ class Records:
         self.files[name].write(line + '\n')
 
 
+class NoRecords(Records):
+    """The records of a process that writes none, because the first one does."""
+
+    def __init__(self) -> None:
+        pass
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        pass
+
+    def completions(self, step: int, rows: Iterable[Mapping[str, Any]]) -> None:
+        pass
+
+    def heldout(self, step: int, evaluation: Any) -> None:
+        pass
+
+    def remove_from(self, step: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
 def read(path: pathlib.Path, stage: str) -> list[dict[str, Any]]:
     """The rows of one stage, oldest first."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]

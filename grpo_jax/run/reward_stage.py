@@ -8,13 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jaxtyping import Bool, Int
 
 from grpo_jax import data, models, rewards, sharding
 from grpo_jax.algorithm import reward_model
 from grpo_jax.algorithm.program import init_state
 from grpo_jax.algorithm.sample import last_block
 from grpo_jax.data.batching import BatchSequence
-from grpo_jax.engine.compute import Compute
+from grpo_jax.engine.compute import Compute, ComputePlan
+from grpo_jax.run import abstract, hosts
+from grpo_jax.run.compute_plans import settle
 from grpo_jax.run.graders import check_functions, correctness
 from grpo_jax.run.grading import Grader
 from grpo_jax.run.methods import algorithm_of
@@ -23,13 +26,14 @@ from grpo_jax.run.replay_buffer import ReplayBuffer
 from grpo_jax.run.rollouts import CollectedBatch, Position
 from grpo_jax.run.setup import Setup
 from grpo_jax.run.stages import (
+    Call,
     Stage,
     StageParams,
     check_batch_size,
     make_optimizer,
     stage_name,
 )
-from grpo_jax.types import Params, Prompts, Rollout, Sampling, StepRewards, TrainState
+from grpo_jax.types import Array, Params, Prompts, Rollout, Sampling, StepRewards, TrainState
 
 _FIRST_STEP = 1 << 20  # number of the first step in its random numbers; the policy's start at 0
 
@@ -59,8 +63,11 @@ def reward_stage(setup: Setup, training: Problems, iteration: int = 1) -> Stage:
         name='reward_model.batch_size',
         split=config.data.train_split,
     )
+    length = training.table.tokens.shape[1]
+    shape = (c.batch_size, c.group_size, length, config.data.completion_length)
     training_stage = _RewardTraining(
         setup,
+        shape,
         iteration,
         _label_grader(setup, training),
         batches,
@@ -78,7 +85,10 @@ def reward_stage(setup: Setup, training: Problems, iteration: int = 1) -> Stage:
         collect=training_stage.collect,
         policy=lambda state, initial: initial.policy,
         finish=lambda initial, state: initial._replace(reward=state.params),
-        compute=Compute(microbatch=c.microbatch),
+        plan=lambda: training_stage.plan,
+        shape=shape,
+        rows=training.table.summary(),
+        update=training_stage.update_call,
     )
 
 
@@ -117,11 +127,18 @@ def _label_grader(setup: Setup, training: Problems) -> Grader:
     return Grader(training, functions, weights, steps)
 
 
+@jax.jit
+def _count(length: Int[Array, ' B'], mask: Bool[Array, 'B G T']) -> Int[Array, '']:
+    """Count the tokens of a rollout that the reward model reads: each prompt once."""
+    return length.sum() + mask.sum()
+
+
 @dataclasses.dataclass(frozen=True)
 class _RewardTraining:
     """Samples, labels and trains; the methods are those of a `Stage`."""
 
     setup: Setup
+    shape: abstract.Shape
     iteration: int
     grader: Grader
     batches: BatchSequence[Prompts]
@@ -135,10 +152,20 @@ class _RewardTraining:
         return self.setup.reward_model
 
     @functools.cached_property
+    def plan(self) -> ComputePlan:
+        """How updates are computed."""
+        c, name = self.setup.config.reward_model, stage_name('reward', self.iteration)
+        compute = Compute(microbatch=c.microbatch)
+        return settle(self.setup, name, compute, self.shape, self.update_call)
+
+    @functools.cached_property
     def _program(self) -> reward_model.Step:
-        c, mesh = self.setup.config.reward_model, self.setup.mesh
+        return self._program_of(self.plan.microbatch)
+
+    def _program_of(self, microbatch: int | None) -> reward_model.Step:
+        loss, mesh = self.setup.config.reward_model.loss, self.setup.mesh
         return reward_model.make_step(
-            self._model, self.optimizer, c.loss, mesh, microbatch=c.microbatch
+            self._model, self.optimizer, loss, mesh, microbatch=microbatch
         )
 
     def start(self, initial: StageParams) -> TrainState:
@@ -146,6 +173,24 @@ class _RewardTraining:
         if params is None:
             params = models.scalar_params(initial.policy, self._model.config)
         return init_state(self._model, self.optimizer, params, self.setup.mesh)
+
+    def update_call(self, compute: Compute | None = None) -> Call:
+        """Return the abstract call of the update program; None: as `plan` says."""
+        shape = self.shape
+        fresh = functools.partial(init_state, self._model, self.optimizer)
+        state = sharding.placed(jax.eval_shape(fresh, abstract.key()), self.setup.mesh)
+        tokens = shape[0], shape[1], shape[3]
+        labels: Any = jax.ShapeDtypeStruct(shape[:2], np.float32)
+        if self.setup.config.reward_model.loss == 'step':
+            labels = jax.ShapeDtypeStruct(tokens, np.float32), jax.ShapeDtypeStruct(tokens, bool)
+        batch = abstract.rollout(shape), labels
+        where = sharding.groups(self.setup.mesh)
+        rollout, labels = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), batch
+        )
+        arrays = labels if isinstance(labels, tuple) else (labels,)
+        program = self._program if compute is None else self._program_of(compute.microbatch)
+        return Call(program, (state, rollout, *arrays))
 
     def sample(self, position: Position, policy: Params, initial: StageParams) -> list[Rollout]:
         config = self.setup.config
@@ -166,7 +211,7 @@ class _RewardTraining:
         policy: Params,
         initial: StageParams,
     ) -> CollectedBatch:
-        rollout = jax.device_get(last_block(sampled))
+        rollout = hosts.fetch(last_block(sampled))
         graded = self.grader.grade(rollout, None)
         right = graded.texts.scores.parts.get(self.setup.config.eval.correct)
         labels: Any = graded.steps
@@ -184,7 +229,7 @@ class _RewardTraining:
         rollout, labels = sharding.put_groups((batch.rollout, batch.rewards), self.setup.mesh)
         arrays = tuple(labels) if isinstance(labels, StepRewards) else (labels,)
         state, metrics = self._program(state, rollout, *arrays)
-        tokens = rollout.prompts.length.sum() + rollout.mask.sum()
+        tokens = _count(rollout.prompts.length, rollout.mask)
         metrics = {f'reward_model/{name}': value for name, value in metrics.items()}
         metrics['skipped_updates'] = metrics.pop('reward_model/skipped_updates')
         return state, metrics | {'step_tokens': tokens}

@@ -1,17 +1,19 @@
 """Samples and grades the batch of a training step, with dynamic sampling."""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from jaxtyping import Int
 
 from grpo_jax import rewards
 from grpo_jax.algorithm.entropy_control import next_entropy_bonus
+from grpo_jax.run import hosts
 from grpo_jax.run.early_grading import grade_while_sampling
-from grpo_jax.run.rollout_rewards import RolloutRewards, concatenate, concatenate_rewards
-from grpo_jax.types import BaselinedRewards, FunctionRewards, Rollout, StepRewards
+from grpo_jax.run.rollout_rewards import RolloutRewards, concatenate_rewards
+from grpo_jax.types import Array, BaselinedRewards, FunctionRewards, Rollout, StepRewards
 
 BatchT = TypeVar('BatchT')
 HostRewards = np.ndarray | StepRewards | FunctionRewards | BaselinedRewards  # see `types.Rewards`
@@ -158,16 +160,22 @@ def collect_rollout(
         groups = np.argsort(~informative, kind='stable')[:size]
         metrics['refill/batches'] = float(len(rollouts))
         metrics['refill/informative_ratio'] = float(informative[groups].mean())
-        rollout = jax.tree.map(lambda x: x[groups], concatenate(jax.device_get(rollouts)))
+        rollout = hosts.select(_groups_of, rollouts, groups)
         rollout_rewards = concatenate_rewards(graded).select(groups)
     metrics['timing/reward'] = time.perf_counter() - started - sampling
     return GradedRollout(rollout, rollout_rewards, len(rollouts), metrics)
 
 
+def _groups_of(numpy: Any, rollouts: Sequence[Rollout], groups: Int[Array, ' B']) -> Rollout:
+    """Return these groups of several rollouts, counted over all of them."""
+    selected: Rollout = jax.tree.map(lambda *x: numpy.concatenate(x)[groups], *rollouts)
+    return selected
+
+
 def count_tokens(rollout: Rollout) -> int:
     """Count the tokens of all prompts and completions; a prompt counts for each completion."""
-    prompts = int(np.asarray(rollout.prompts.length, np.int64).sum())
-    return prompts * rollout.mask.shape[1] + int(np.asarray(rollout.mask).sum())
+    length, mask = hosts.fetch((rollout.prompts.length, rollout.mask))
+    return int(np.asarray(length, np.int64).sum()) * mask.shape[1] + int(np.asarray(mask).sum())
 
 
 def function_rewards(

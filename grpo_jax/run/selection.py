@@ -2,12 +2,14 @@
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 
-from grpo_jax.types import Rollout
+from grpo_jax.run import hosts
+from grpo_jax.types import Array, Rollout
 
 DROPS = ('wrong', 'duplicates', 'truncated')
 
@@ -66,7 +68,7 @@ def select_pairs(
     the last is the worst.
 
     Args:
-      rollout: [B, G, ...] on the host.
+      rollout: [B, G, ...].
       rewards: of the completions.
 
     Returns:
@@ -75,7 +77,14 @@ def select_pairs(
     """
     size = rewards.shape[1]
     best, worst = rewards.argmax(1), size - 1 - rewards[:, ::-1].argmin(1)
-    rows, groups = np.stack([best, worst], 1), np.arange(len(rewards))[:, None]
+    rows: Any = np.stack([best, worst], 1)
     completions = rollout._replace(prompts=None)  # type: ignore[arg-type]
-    pairs: Rollout = jax.tree.map(lambda x: x[groups, rows], completions)
-    return pairs._replace(prompts=rollout.prompts), rewards[groups, rows]
+    pairs = hosts.select(_completions_of, completions, rows)
+    return pairs._replace(prompts=rollout.prompts), np.take_along_axis(rewards, rows, 1)
+
+
+def _completions_of(numpy: Any, rollout: Rollout, rows: Int[Array, 'B n']) -> Rollout:
+    """Return n completions of each group."""
+    groups = numpy.arange(len(rows))[:, None]
+    selected: Rollout = jax.tree.map(lambda x: x[groups, rows], rollout)
+    return selected

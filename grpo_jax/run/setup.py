@@ -19,6 +19,7 @@ from grpo_jax.models import hf
 from grpo_jax.run.config_checks import check_values
 from grpo_jax.run.defaults import defaults
 from grpo_jax.run.errors import renamed
+from grpo_jax.run.mesh import check_model, is_described, make_mesh
 from grpo_jax.run.start import Start
 from grpo_jax.run.tokenization import bind_chat_template, end_ids, hidden_ids, vocabulary
 from grpo_jax.types import Params, Prompts, Sampling
@@ -59,13 +60,15 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     """
     plugins.set_folders(config.module_folders)
     check_values(config)
-    mesh = sharding.make_mesh(**config.mesh)
+    mesh = make_mesh(config)
     source = _source(config, workdir)
     tokenizer = load_tokenizer(config.tokenizer or str(source or 'bytes'))
     config = bind_chat_template(config, tokenizer)
     ends = end_ids(config, tokenizer, source)
     model = models.Transformer(_model_config(config, source, tokenizer, ends))
     _check_platform(model.config.attention, mesh.devices.flat[0].platform)
+    check_model(model, mesh)
+    _check_base(config)
     _check_experts(config, model.config.experts)
     check_token_ids(ends, tokenizer, model.config.vocab_size)
     hidden = hidden_ids(config, tokenizer, ends)
@@ -93,6 +96,19 @@ def _check_platform(attention: str, platform: str) -> None:
         )
 
 
+def _check_base(config: ConfigDict) -> None:
+    """Rejects a quantized base that adapters would have to be merged into between stages."""
+    base, policies = config.model.lora.base, config.grpo.iterations if config.grpo.steps else 0
+    if base != 'model' and bool(config.sft.steps) + policies > 1:
+        raise ValueError(
+            f'model.lora.base={base!r} with sft.steps={config.sft.steps}, grpo.steps='
+            f'{config.grpo.steps} and grpo.iterations={config.grpo.iterations}: before each stage '
+            'the adapters of the one before are merged into the base, which would round them '
+            'away. Train one stage in a run, and begin it by start from a run whose '
+            "model.lora.base is 'model'"
+        )
+
+
 def _check_experts(config: ConfigDict, experts: int) -> None:
     """Checks options of the `grpo` section that may need a model with experts."""
     with renamed({'record': 'grpo.record'}):
@@ -110,7 +126,7 @@ def _source(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path | None:
     for copied in (run / 'pretrained' for run in runs):
         if copied.is_dir():
             return copied
-    return hf.find_folder(config.pretrained)
+    return hf.find_folder(config.pretrained, weights=not is_described())
 
 
 def keep_description(setup: Setup) -> None:
@@ -129,13 +145,12 @@ def keep_description(setup: Setup) -> None:
 def _model_config(
     config: ConfigDict, source: pathlib.Path | None, tokenizer: Any, ends: np.ndarray
 ) -> models.ModelConfig:
-    options = {
-        **config.model,
-        'rope_scaling': dict(**config.model.rope_scaling),
-        'lora': models.Lora(**config.model.lora),
-    }
+    with renamed({'lora target ': 'model.lora.targets: target ', 'lora ': 'model.lora.'}):
+        lora = models.Lora(**config.model.lora)
+    scaling = dict(**config.model.rope_scaling)
+    options = {**config.model, 'rope_scaling': scaling, 'lora': lora}
     if source is None:
-        with renamed({'model ': 'model.'}):
+        with renamed({'model ': 'model.', 'lora ': 'model.lora.'}):
             return models.ModelConfig(**vocabulary(tokenizer, ends), **options)
     default_options = defaults().model.to_dict()
     for name in options:
@@ -163,7 +178,8 @@ def _reward_model(
         )
     if not c.pretrained:
         return models.Transformer(models.with_scalar_head(model.config))
-    folder = hf.find_folder(c.pretrained)
+    with renamed({'pretrained=': 'reward_model.pretrained='}):
+        folder = hf.find_folder(c.pretrained, weights=not is_described())
     computed = {name: getattr(model.config, name) for name in _COMPUTED if name != 'lora'}
     model_config = hf.model_config(hf.read_config(folder), **computed)
     if not model_config.scalar_head:
@@ -187,10 +203,10 @@ def _make_sampler(
     ends: np.ndarray,
     hidden: frozenset[int],
 ) -> Sampler:
-    strings = stop_strings(config)
-    table = stop_table(tokenizer, strings, model.config.vocab_size, hidden)
-    ends = np.union1d(ends, stop_ids(tokenizer, strings, hidden)).astype(np.int32)
-    stops = None if table is None else jax.device_put(table, sharding.replicated(mesh))
+    ends, table = stopping(config, model, tokenizer, ends, hidden)
+    stops = table
+    if table is not None and not is_described():
+        stops = sharding.put(table, sharding.replicated(mesh))
     base = models.Transformer(model.config.base)
 
     def sampler(params: Params, prompts: Prompts, draw: Any = sample, **rest: Any) -> Any:
@@ -204,10 +220,24 @@ def _make_sampler(
             max_tokens=config.data.completion_length,
             stops=stops,
             mesh=mesh,
+            gather=config.mesh.gather,
             **rest,
         )
 
     return sampler
+
+
+def stopping(
+    config: ConfigDict,
+    model: models.Transformer,
+    tokenizer: Any,
+    ends: np.ndarray,
+    hidden: frozenset[int],
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """What ends a completion: tokens i32[E], and the table of the stop strings if there are any."""
+    strings = stop_strings(config)
+    table = stop_table(tokenizer, strings, model.config.vocab_size, hidden)
+    return np.union1d(ends, stop_ids(tokenizer, strings, hidden)).astype(np.int32), table
 
 
 def stop_strings(config: ConfigDict) -> tuple[str, ...]:

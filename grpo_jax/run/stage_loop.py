@@ -11,10 +11,9 @@ import jax
 import orbax.checkpoint as ocp
 from tqdm import tqdm
 
-from grpo_jax.algorithm.checks import shape_of
 from grpo_jax.algorithm.sample import last_block
-from grpo_jax.engine.compute import choose
-from grpo_jax.run import checkpoint, compiled, report
+from grpo_jax.rewards import RewardError
+from grpo_jax.run import checkpoint, compiled, hosts, report
 from grpo_jax.run.progress import Progress
 from grpo_jax.run.rollouts import CollectedBatch, Position
 from grpo_jax.run.setup import Setup
@@ -68,8 +67,9 @@ class StageLoop:
         """
         stage, start = self.stage, self.start
         with contextlib.ExitStack() as stack:
-            records = report.Records(self.setup.workdir, stage.name, start, self.log)
+            records = self._open_records()
             stack.callback(records.close)
+            stack.enter_context(hosts.stopping_between_steps())
             stack.callback(self.manager.wait_until_finished)
             bar = stack.enter_context(_progress_bar(stage, start))
             self.compilations = stack.enter_context(compiled.left_out(bar))
@@ -80,15 +80,25 @@ class StageLoop:
                 if stage.heldout:
                     policy = stage.policy(self.snapshot.state, self.initial)
                     records.heldout(stage.steps, stage.heldout(policy, self.initial))
-            except BaseException:
-                self._save_after_failure()
+            except BaseException as error:
+                self._save_after_failure(error)
                 raise
         return self.snapshot
+
+    def _open_records(self) -> report.Records:
+        if not hosts.is_first():
+            return report.NoRecords()
+        return report.Records(self.setup.workdir, self.stage.name, self.start, self.log)
 
     def _step(self, records: report.Records) -> None:
         """Evaluates if it is due, samples, grades, updates, and saves if it is due."""
         stage, progress, initial = self.stage, self.progress, self.initial
         state, position, sampled = self.snapshot
+        # Only SFT grades nothing, for which the processes wait for each other in every step.
+        if hosts.stop_requested(behind=2 if stage.ahead else 1):
+            raise hosts.in_all_processes(
+                hosts.Stopped(f'{stage.name}: stopped after step {position.step} by a signal')
+            )
         policy = stage.policy(state, initial)
         if stage.heldout and position.step % stage.eval_every == 0:
             progress.write()
@@ -105,7 +115,7 @@ class StageLoop:
         if stage.ahead and position.step + 1 < stage.steps:
             sampled = stage.sample(batch.position, policy, initial)
         if first:
-            self._print_plan(batch)
+            self._print_plan()
         with self._announced('the update', first):
             self._update(batch, sampled)
         step = position.step + 1
@@ -144,13 +154,12 @@ class StageLoop:
         name = f'{self.stage.name}: compiling {what}'
         return self.compilations.announced(name) if first else contextlib.nullcontext()
 
-    def _print_plan(self, batch: CollectedBatch) -> None:
+    def _print_plan(self) -> None:
         """Prints how updates are computed, with what was chosen automatically."""
-        if self.stage.compute is not None:
-            setup = self.setup
-            shape = shape_of(batch.rollout)
-            plan = choose(self.stage.compute, setup.model.config, shape, setup.mesh)
-            tqdm.write(f'{self.stage.name}: {plan}')
+        if self.stage.plan is not None:
+            plan = self.stage.plan()
+            if hosts.is_first():
+                tqdm.write(f'{self.stage.name}: {plan}')
 
     def _save(self) -> None:
         self._follow_entropy()
@@ -159,12 +168,18 @@ class StageLoop:
         rollout = last_block(sampled) if self.stage.stale and sampled is not None else None
         checkpoint.save(self.manager, position.step, state, rollout, position.to_json())
 
-    def _save_after_failure(self) -> None:
+    def _save_after_failure(self, error: BaseException) -> None:
         """Writes the metrics of finished steps and saves the newest state, if possible.
 
-        Errors here are logged, so that the user sees the error that ended the run.
+        Errors here are logged, so that the user sees the error that ended the run. All processes
+        save together: where only one of them fails, the newest checkpoint is that of an earlier
+        step.
         """
         step = self.snapshot.position.step
+        if isinstance(error, RewardError):  # all processes have the same rewards
+            hosts.in_all_processes(error)
+        if not hosts.is_in_all_processes(error):
+            return
         try:
             self.progress.write()
             if step == self.start or self.manager.latest_step() == step:
@@ -177,10 +192,10 @@ class StageLoop:
                 )  # fmt: skip
                 return
             self._save()
-        except Exception as error:
+        except Exception as another:
             log.warning(
                 '%s: the state after step %d was not saved: %s: %s',
-                self.stage.name, step, type(error).__name__, error,
+                self.stage.name, step, type(another).__name__, another,
             )  # fmt: skip
 
 
@@ -203,5 +218,6 @@ def _delayed_interrupt() -> Iterator[None]:
 
 def _progress_bar(stage: Stage, start: int) -> tqdm:
     return tqdm(
-        total=stage.steps, initial=start, desc=stage.name, dynamic_ncols=True, mininterval=1
-    )
+        total=stage.steps, initial=start, desc=stage.name, dynamic_ncols=True, mininterval=1,
+        disable=not hosts.is_first(),
+    )  # fmt: skip

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 from grpo_jax import sharding
 from grpo_jax.algorithm import optimizer as optimizers
 from grpo_jax.algorithm.config import Algorithm
-from grpo_jax.engine.compute import Compute
+from grpo_jax.engine.compute import ComputePlan
 from grpo_jax.run.evaluation import Evaluation
+from grpo_jax.run.mesh import splittable_group
 from grpo_jax.run.rollouts import CollectedBatch, Position
 from grpo_jax.types import Params, Rollout, TrainState
 
@@ -25,6 +26,14 @@ class StageParams(NamedTuple):
     adapters: Params = None  # of the policy, if they are not yet merged into it
     reward: Params = None  # of the reward model
     values: Params = None  # of the critic
+
+
+class Call(NamedTuple):
+    """A call of a compiled program, with ShapeDtypeStructs in place of arrays."""
+
+    program: Any  # made by `jax.jit`
+    arguments: tuple[Any, ...]
+    options: dict[str, Any] = {}  # noqa: RUF012  # keyword arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +60,10 @@ class Stage:
         `eval_every` steps; None: no evaluation.
       eval_every: steps between these evaluations.
       algorithm: the algorithm of a policy's stage.
-      compute: how its updates are computed.
+      plan: returns how its updates are computed.
+      shape: (B, G, P, T) of the batches that it samples, or that it trains on without sampling.
+      rows: how many rows of the data set it uses.
+      update: the call of its update program, for `plan`.
       ahead: whether step k + 1 is sampled before the update of step k.
       stale: whether that sampling depends on the policy, which the update changes.
       follow: changes a position by the metric `entropy` of its last step, (position, entropy) ->
@@ -73,7 +85,10 @@ class Stage:
     heldout: Callable[[Params, StageParams], Evaluation] | None = None
     eval_every: int = 1
     algorithm: Algorithm | None = None
-    compute: Compute | None = None
+    plan: Callable[[], ComputePlan] | None = None
+    shape: tuple[int, int, int, int] = (1, 1, 1, 1)
+    rows: str = ''
+    update: Callable[[], Call] | None = None
     ahead: bool = False
     stale: bool = False
     follow: Callable[[Position, float], Position] | None = None
@@ -97,11 +112,13 @@ def make_optimizer(
     Raises:
       ValueError: an option of the optimizer is wrong; names the section.
     """
+    options = config[section].optimizer.to_dict()
     try:
-        options = config[section].optimizer.to_dict()
         return optimizers.make_optimizer(steps=steps, **options)
     except ValueError as error:
-        raise ValueError(f'{section}.optimizer: {error}') from error
+        of_name = f'optimizer {options["name"]!r}' in str(error)
+        key = f' ({section}.optimizer.name)' if of_name else ''
+        raise ValueError(f'{section}.optimizer: {error}{key}') from error
 
 
 def check_batch_size(
@@ -124,6 +141,7 @@ def check_batch_size(
         batch_size,
         batch_size if microbatch is None else microbatch,
         mesh,
+        group_size=splittable_group(config) if section == 'grpo' else 1,
         of=f'{section}.batch_size',
         name=f'{section}.{name}',
     )

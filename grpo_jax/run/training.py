@@ -1,27 +1,21 @@
 """A training run: its stages one after the other."""
 
+import json
 import os
-import pathlib
 from collections.abc import Callable, Mapping
 
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from grpo_jax import plugins
-from grpo_jax.run import checkpoint, compiled, loggers, report
+from grpo_jax.run import checkpoint, compiled, hosts, loggers, report, saved_config
 from grpo_jax.run.config import module_folders
-from grpo_jax.run.config_problems import find_problems
-from grpo_jax.run.errors import ConfigError, caught
 from grpo_jax.run.loggers import Loggers
-from grpo_jax.run.parameters import check_start, initial_params, initial_reward_params, merged
-from grpo_jax.run.policy_stages import grpo_stage, sft_stage
-from grpo_jax.run.problems import Problems, check_data, heldout_problems, training_problems
-from grpo_jax.run.reward_stage import reward_stage
+from grpo_jax.run.parameters import initial_params, initial_reward_params, merged
+from grpo_jax.run.preparation import prepare_run
 from grpo_jax.run.rollouts import Position
-from grpo_jax.run.setup import Setup, keep_description, prepare
+from grpo_jax.run.setup import Setup, keep_description
 from grpo_jax.run.stage_loop import Snapshot, StageLoop
 from grpo_jax.run.stages import Stage, StageParams
-from grpo_jax.run.start import with_start
 
 Log = Callable[[int, Mapping[str, float]], None]
 
@@ -41,26 +35,22 @@ def train(
       The metrics of the last held-out evaluation; empty without one.
 
     Raises:
-      ConfigError: all that the user has to fix in the config and the data. Raised before training.
-      ValueError: the workdir cannot be used.
+      ConfigError: all that the user has to fix in the config, the data and the workdir. Raised
+        before training.
       rewards.RewardError: a reward function failed. A checkpoint of the finished steps is saved.
     """
     if not config.module_folders:  # not from a config file
         config = config.copy_and_resolve_references()
         config.module_folders = module_folders(os.getcwd())
-    config = with_start(config, workdir)
-    path, config = checkpoint.check_workdir(workdir, config, extend=extend, override=override)
-    plugins.set_folders(config.module_folders)
-    problems, repaired = find_problems(config)
-    with caught(problems):
-        setup, stages = _make(repaired, path)
-    if problems:
-        with caught(problems):  # the data set too, where something else was wrong before it
-            check_data(repaired, path)
-        raise ConfigError(problems)
-    checkpoint.remove_failed_try(path, setup.config)
+    shared = json.loads(saved_config.to_json(config)) | {'module_folders': None}  # may be elsewhere
+    hosts.same(shared, 'the config')
+    with hosts.together('checking the config'):
+        setup, stages = prepare_run(config, workdir, extend=extend, override=override)
+    path = setup.workdir
+    hosts.check_shared(path)
+    hosts.from_first(lambda: checkpoint.remove_failed_try(path, setup.config), 'cleaning up')
     if setup.config.start and not any(checkpoint.steps_of_stages(path).values()):
-        print(f'begins from {setup.config.start}')
+        hosts.say(f'begins from {setup.config.start}')
     with (
         compiled.kept_in(path / 'cache'),
         compiled.trimmed(),
@@ -68,8 +58,7 @@ def train(
         loggers.opened(setup.config, path) as everywhere,
     ):
         params = StageParams(initial_params(setup), reward=initial_reward_params(setup))
-        checkpoint.claim_workdir(path, setup.config)
-        keep_description(setup)
+        hosts.from_first(lambda: _claim(setup), 'writing the config')
         position, offset = Position(), 0
         for stage in stages:
             if params.adapters is not None:
@@ -79,8 +68,13 @@ def train(
             position = position._replace(step=0, tokens=0)
             params, position = _run_stage(setup, stage, params, position, log)
             offset += stage.steps
-    print(count)
-    return _report(setup)
+    hosts.say(str(count))
+    return hosts.from_first(lambda: _report(setup), 'the report')
+
+
+def _claim(setup: Setup) -> None:
+    checkpoint.claim_workdir(setup.workdir, setup.config)
+    keep_description(setup)
 
 
 def _log_of_stage(everywhere: Loggers, stage: Stage, offset: int) -> Log:
@@ -91,26 +85,6 @@ def _log_of_stage(everywhere: Loggers, stage: Stage, offset: int) -> Log:
         everywhere.log(offset + step, {prefix + name: x for name, x in metrics.items()})
 
     return log
-
-
-def _make(config: ConfigDict, workdir: pathlib.Path) -> tuple[Setup, list[Stage]]:
-    """Makes the stages, with the problems of the data set tokenized."""
-    setup = prepare(config, workdir)
-    check_start(setup)
-    heldout = heldout_problems(setup)
-    return setup, _make_stages(setup, training_problems(setup, heldout), heldout)
-
-
-def _make_stages(setup: Setup, training: Problems, heldout: Problems | None) -> list[Stage]:
-    """Makes the stages that have steps: SFT, then reward model and policy for each iteration."""
-    config, stages = setup.config, []
-    if config.sft.steps:
-        stages.append(sft_stage(setup, training, None if config.grpo.steps else heldout))
-    for iteration in range(1, config.grpo.iterations + 1) if config.grpo.steps else ():
-        if config.reward_model.steps:
-            stages.append(reward_stage(setup, training, iteration))
-        stages.append(grpo_stage(setup, training, heldout, iteration))
-    return stages
 
 
 def _report(setup: Setup) -> dict[str, float]:
@@ -155,9 +129,9 @@ def _run_stage(
             position = _restore_position(setup, stage, manager)
             rollout = checkpoint.restore_samples(manager, setup.mesh)
             snapshot = Snapshot(state, position, None if rollout is None else [rollout])
-            print(f'{stage.name}: resumed at step {start} of {stage.steps}')
-        evaluated = stage.heldout is None or report.has_heldout(
-            setup.workdir, stage.name, stage.steps
+            hosts.say(f'{stage.name}: resumed at step {start} of {stage.steps}')
+        evaluated = stage.heldout is None or hosts.from_first(
+            lambda: report.has_heldout(setup.workdir, stage.name, stage.steps), 'the evaluations'
         )
         if start < stage.steps or not evaluated:
             snapshot = StageLoop(setup, stage, manager, initial, snapshot, log).run()

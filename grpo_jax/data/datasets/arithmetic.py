@@ -59,15 +59,19 @@ class ArithmeticConfig(GeneratedConfig):
     mistakes: float = 0.5
 
     def __post_init__(self) -> None:
-        self._require('min_numbers', self.min_numbers >= 2, 'at least 2')
-        self._require('max_numbers', self.max_numbers >= self.min_numbers, 'at least min_numbers')
-        self._require('min_digits', self.min_digits >= 1, 'at least 1')
-        self._require('max_digits', self.max_digits >= self.min_digits, 'at least min_digits')
-        known = bool(self.operations) and set(self.operations) <= set(OPERATIONS)
-        self._require('operations', known, f'one or more of {"".join(OPERATIONS)}')
-        self._require('mistakes', 0 <= self.mistakes <= 1, 'between 0 and 1')
-        self.operations = ''.join(symbol for symbol in OPERATIONS if symbol in self.operations)
+        known = isinstance(self.operations, str) and set(self.operations) <= set(OPERATIONS)
+        if known:
+            self.operations = ''.join(x for x in OPERATIONS if x in self.operations)
         super().__post_init__()
+
+    def _own_checks(self) -> Iterator[tuple[str, bool, str]]:
+        yield 'min_numbers', self.min_numbers >= 2, 'at least 2'
+        yield 'max_numbers', self.max_numbers >= self.min_numbers, 'at least min_numbers'
+        yield 'min_digits', self.min_digits >= 1, 'at least 1'
+        yield 'max_digits', self.max_digits >= self.min_digits, 'at least min_digits'
+        known = bool(self.operations) and set(self.operations) <= set(OPERATIONS)
+        yield 'operations', known, f'one or more of {"".join(OPERATIONS)}'
+        yield 'mistakes', 0 <= self.mistakes <= 1, 'between 0 and 1'
 
 
 class Arithmetic(Generated):

@@ -52,12 +52,11 @@ class CountdownConfig(GeneratedConfig):
     max_number: int = 99
     max_target: int = 100
 
-    def __post_init__(self) -> None:
-        self._require('min_numbers', self.min_numbers >= 2, 'at least 2')
-        self._require('max_numbers', self.max_numbers >= self.min_numbers, 'at least min_numbers')
-        self._require('max_number', self.max_number >= 1, 'at least 1')
-        self._require('max_target', self.max_target >= 1, 'at least 1')
-        super().__post_init__()
+    def _own_checks(self) -> Iterator[tuple[str, bool, str]]:
+        yield 'min_numbers', self.min_numbers >= 2, 'at least 2'
+        yield 'max_numbers', self.max_numbers >= self.min_numbers, 'at least min_numbers'
+        yield 'max_number', self.max_number >= 1, 'at least 1'
+        yield 'max_target', self.max_target >= 1, 'at least 1'
 
 
 class Countdown(Generated):

@@ -13,6 +13,7 @@ from grpo_jax.data.datasets.prepared import encode_row
 from grpo_jax.data.datasets.records import Row, digest_files, read_records
 from grpo_jax.data.datasets.sources import Source
 from grpo_jax.data.questions import key_of, question_column, select_heldout
+from grpo_jax.data.rows import OptionError
 from grpo_jax.data.values import text_of
 
 
@@ -45,9 +46,8 @@ class FilesConfig(tfds.core.BuilderConfig):
 
     def __post_init__(self) -> None:
         if not _is_share_or_count(self.heldout):
-            raise ValueError(
-                f'heldout is {self.heldout!r}: make it a fraction below 1 or a whole number'
-            )
+            message = f'heldout is {self.heldout!r}: make it a fraction below 1 or a whole number'
+            raise OptionError({'heldout': message})
         self.columns = {**self.source.columns, **self.columns}
         self.required = (*self.source.required, *self.required)
         first = next(self.rows(), ('', {}))[1]

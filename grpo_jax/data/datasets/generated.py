@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 
 from grpo_jax.data.datasets.prepared import encode_row
+from grpo_jax.data.rows import OptionError
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -35,16 +36,37 @@ class GeneratedConfig(tfds.core.BuilderConfig):
     seed: int = 0
 
     def __post_init__(self) -> None:
-        self._require('train_size', self.train_size >= 1, 'at least 1')
-        self._require('test_size', self.test_size >= 1, 'at least 1')
-        self._require('seed', self.seed >= 0, 'at least 0')
+        messages = {
+            option: f'{self.KIND}: {option} is {getattr(self, option)!r}: make it {remedy}'
+            for option, valid, remedy in self._checked()
+            if not valid
+        }
+        if messages:
+            raise OptionError(messages)
         self.description = repr(dataclasses.asdict(self))
         self.name = hashlib.sha256(self.description.encode()).hexdigest()[:16]
 
-    def _require(self, option: str, valid: bool, remedy: str) -> None:
-        if not valid:
-            value = getattr(self, option)
-            raise ValueError(f'{self.KIND}: {option} is {value!r}: make it {remedy}')
+    def _checked(self) -> Iterator[tuple[str, bool, str]]:
+        """Yields options, whether they are valid, and what they have to be."""
+        kinds = {f.name: type(f.default) for f in dataclasses.fields(self) if f.init and f.kw_only}
+        of_type = {option: _is_a(getattr(self, option), kind) for option, kind in kinds.items()}
+        for option, kind in kinds.items():
+            yield option, of_type[option], f'a value of type {kind.__name__}'
+        if not all(of_type.values()):  # they cannot be compared
+            return
+        yield 'train_size', self.train_size >= 1, 'at least 1'
+        yield 'test_size', self.test_size >= 1, 'at least 1'
+        yield 'seed', self.seed >= 0, 'at least 0'
+        yield from self._own_checks()
+
+    def _own_checks(self) -> Iterator[tuple[str, bool, str]]:
+        """Yields the options of one data set, as `_checked` does."""
+        yield from ()
+
+
+def _is_a(value: object, kind: type) -> bool:
+    """Return whether an option of type `kind` takes a value."""
+    return isinstance(value, int | float if kind is float else kind) and type(value) is not bool
 
 
 class Generated(tfds.core.GeneratorBasedBuilder):
@@ -80,10 +102,11 @@ class Generated(tfds.core.GeneratorBasedBuilder):
         size = config.train_size + config.test_size
         problems = list(itertools.islice(self._problems(), size))
         if len(problems) < size:
-            raise ValueError(
+            message = (
                 f'{config.KIND}: train_size + test_size is {size}, but with these options only '
                 f'{len(problems)} problems exist: lower the sizes, or allow more digits or numbers'
             )
+            raise OptionError({'train_size': message})
         return {
             'train': self._generate_examples(problems[config.test_size :]),
             'test': self._generate_examples(problems[: config.test_size]),

@@ -63,7 +63,8 @@ def prepare(
     folder = pathlib.Path(cache_dir).expanduser()
     with _quiet():
         builder = builder_class(config=config, data_dir=folder, file_format='array_record')
-        if not builder.is_prepared():
+        # Without splits, another process finished it after this builder had looked.
+        if not builder.is_prepared() or not builder.info.splits:
             # TFDS renames a finished folder into place, which fails if another process has written
             # the same data in the meantime. The lock lets one process write at a time.
             with _locked(folder):

@@ -10,6 +10,7 @@ from grpo_jax.data.datasets.arithmetic import Arithmetic, ArithmeticConfig
 from grpo_jax.data.datasets.countdown import Countdown, CountdownConfig
 from grpo_jax.data.datasets.files import Files, FilesConfig
 from grpo_jax.data.datasets.sources import SOURCES, find_files
+from grpo_jax.data.rows import OptionError
 
 GENERATED = {
     'arithmetic': (Arithmetic, ArithmeticConfig),
@@ -66,6 +67,7 @@ def _option_names(config_class: Any) -> list[str]:
 
 
 def _check_options(name: str, options: Mapping[str, Any], known: Sequence[str]) -> None:
-    for option in options:
-        if option not in known:
-            raise ValueError(f'{name} has no option {option!r}: it has {", ".join(known)}')
+    remedy = f'it has {", ".join(known)}'
+    wrong = {o: f'{name} has no option {o!r}: {remedy}' for o in options if o not in known}
+    if wrong:
+        raise OptionError(wrong)

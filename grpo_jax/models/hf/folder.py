@@ -48,8 +48,12 @@ class StoredTensor(NamedTuple):
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-def find_folder(name: str) -> pathlib.Path:
+def find_folder(name: str, *, weights: bool = True) -> pathlib.Path:
     """The local folder of a checkpoint: `name` itself, or a download of that repository of the hub.
+
+    Args:
+      name: a folder, or a repository.
+      weights: whether they have to be there; without, they are not downloaded.
 
     Raises:
       ValueError: neither exists, the folder is not a checkpoint, or its weights are pickled.
@@ -58,7 +62,8 @@ def find_folder(name: str) -> pathlib.Path:
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
 
-        patterns = ['*.json', '*.safetensors', 'tokenizer*', '*.model', '*.jinja', '*.txt']
+        patterns = ['*.json', 'tokenizer*', '*.model', '*.jinja', '*.txt']
+        patterns += ['*.safetensors'] if weights else []
         try:
             folder = pathlib.Path(snapshot_download(name, allow_patterns=patterns))
         except (OSError, ValueError) as error:
@@ -69,7 +74,7 @@ def find_folder(name: str) -> pathlib.Path:
     _check_no_adapter(folder)
     if not (folder / 'config.json').is_file():
         raise ValueError(f'{folder} holds no config.json: give the folder of a checkpoint')
-    if not _files(folder):
+    if weights and not _files(folder):
         pickled = sorted(path.name for path in folder.glob('*.bin'))
         if pickled:
             architectures = str(read_json(folder / 'config.json').get('architectures'))

@@ -15,11 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Shaped
 from safetensors.numpy import save_file
 
 from grpo_jax import sharding
+from grpo_jax.models import quantization
 from grpo_jax.models.config import PROJECTIONS, ModelConfig
 from grpo_jax.models.hf.families import family_of, layer_names, text_part
 from grpo_jax.models.hf.folder import (
@@ -31,13 +33,21 @@ from grpo_jax.models.hf.folder import (
     text_tensors,
 )
 from grpo_jax.models.hf.layout import EMBEDDING, TIED_HEAD, Part, check_tensors, parameter_layout
+from grpo_jax.models.quantization import Quantized
 from grpo_jax.types import Params
 
 _SHARD_BYTES = 4 * 2**30  # largest file that is written
 _READ_BYTES = 2**27  # largest part of a tensor that is read at a time
 
 
-def load(folder: pathlib.Path, config: ModelConfig, shapes: Params, mesh: Mesh | None) -> Params:
+def load(
+    folder: pathlib.Path,
+    config: ModelConfig,
+    shapes: Params,
+    mesh: Mesh | None,
+    *,
+    base: str = 'model',
+) -> Params:
     """Reads the parameters of a checkpoint onto the mesh.
 
     Args:
@@ -45,6 +55,7 @@ def load(folder: pathlib.Path, config: ModelConfig, shapes: Params, mesh: Mesh |
       config: from `model_config` of its `config.json`.
       shapes: ShapeDtypeStructs of the parameters without adapters, whose dtypes the result has.
       mesh: the devices that the parameters are sharded over; None: the default device.
+      base: quantize each matrix as it is read, see `quantization.quantize_base`.
 
     Raises:
       ValueError: tensors are missing, unknown or of another shape; lists all of them, before
@@ -60,6 +71,7 @@ def load(folder: pathlib.Path, config: ModelConfig, shapes: Params, mesh: Mesh |
     check_tensors(folder, tensors, layout)
     if config.tied_head and TIED_HEAD in tensors:
         _check_tied_head(folder, tensors[EMBEDDING], tensors[TIED_HEAD])
+    shapes = jax.eval_shape(lambda shapes: quantization.quantize_base(shapes, base), shapes)
     shardings = None if mesh is None else sharding.shardings(shapes, mesh)
     params = _zeros(shapes, shardings)
     for name, parts in layout.items():
@@ -107,8 +119,9 @@ def _put_rows(rows: Shaped[np.ndarray, 'N ...'], mesh: Mesh | None) -> Shaped[Ar
     """Puts rows on the devices, split among them where they divide."""
     if mesh is None:
         return jnp.asarray(rows)
-    even = len(rows) % mesh.shape['fsdp'] == 0
-    return jax.device_put(rows, NamedSharding(mesh, PartitionSpec('fsdp' if even else None)))
+    even = len(rows) % sharding.data_devices(mesh) == 0
+    where = NamedSharding(mesh, PartitionSpec(sharding.DATA if even else None))
+    return sharding.put(rows, where)
 
 
 def _write_rows(
@@ -119,26 +132,29 @@ def _write_rows(
         params, shardings = params[key], shardings and shardings[key]
     name = part.path[-1]
     out = shardings and shardings[name]
-    write = _writer(params[name].shape, len(part.location), name != 'embedding', out)
+    write = _writer(name, len(part.location), out)
     params[name] = write(params[name], rows, np.array([*part.location, first], np.int32))
-    params[name].block_until_ready()  # otherwise many tensors would wait in host memory
+    jax.block_until_ready(params[name])  # otherwise many tensors would wait in host memory
 
 
 @functools.lru_cache(maxsize=64)
 def _writer(
-    shape: tuple[int, ...], depth: int, transpose: bool, out: NamedSharding | None
-) -> Callable[[Array, Array, np.ndarray], Array]:
-    """A program that writes rows into a parameter of this shape, at an index of `depth` axes."""
+    name: str, depth: int, out: Any
+) -> Callable[[Array | Quantized, Array, np.ndarray], Array | Quantized]:
+    """A program that writes rows into the parameter `name`, at an index of `depth` axes."""
 
-    def write(param: Array, rows: Array, index: Array) -> Array:
-        rows = rows.astype(param.dtype)
+    def write(
+        param: Array | Quantized, rows: Array, index: Shaped[Array, ' depth']
+    ) -> Array | Quantized:
+        shape, transpose = quantization.matrix_shape(param, name), name != 'embedding'
         rows = rows.T if transpose else rows
         if depth:
             rows = rows.reshape((1,) * depth + shape[depth:])
         start = [*index[:depth], *[0] * (len(shape) - depth)]
         if not depth:
             start[-1 if transpose else 0] = index[0]
-        return jax.lax.dynamic_update_slice(param, rows, start)
+        part = quantization.stored_like(param, rows, name)
+        return jax.tree.map(lambda x, y: jax.lax.dynamic_update_slice(x, y, start), param, part)
 
     return jax.jit(write, donate_argnums=0, out_shardings=out)
 
@@ -158,7 +174,7 @@ def save(
       params: without adapters.
       config: the decoder's.
       fields: the checkpoint's `config.json`.
-      folder: an existing folder.
+      folder: an existing folder; with several processes, the first one writes.
       dtype: 'float32', 'bfloat16' or 'float16'.
       shard_bytes: largest file; a larger tensor gets its own file.
 
@@ -175,8 +191,13 @@ def save(
     if len(shards) > 1:
         names = [f'model-{n:05}-of-{len(shards):05}.safetensors' for n in range(1, len(shards) + 1)]
     for file, shard in zip(names, shards, strict=True):
-        tensors = {name: _tensor(params, layout[name], dtype) for name in shard}
-        _write(tensors, folder / file)
+        tensors = {}
+        for name in shard:
+            tensor = _tensor(params, layout[name], dtype)
+            if jax.process_index() == 0:
+                tensors[name] = tensor
+        if tensors:
+            _write(tensors, folder / file)
     total = sum(sizes.values())
     if len(shards) > 1:
         files = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
@@ -208,11 +229,18 @@ def _tensor(params: Params, parts: list[Part], dtype: str) -> np.ndarray:
     rows = []
     for part in parts:
         leaf = functools.reduce(lambda tree, key: tree[key], part.path, params)
-        value = np.asarray(leaf[part.location].astype(dtype))
+        value = _on_host(leaf[part.location].astype(dtype))
         if part.path[-1] != 'embedding':
             value = value.reshape(part.shape[::-1]).T
         rows.append(value)
     return np.ascontiguousarray(np.concatenate(rows) if len(rows) > 1 else rows[0])
+
+
+def _on_host(x: Array) -> np.ndarray:
+    """Copies an array to every host; all processes call it for the same arrays."""
+    if x.is_fully_addressable:
+        return np.asarray(x)
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
 
 
 def save_adapter(
@@ -245,7 +273,7 @@ def save_adapter(
     for name, value in adapters['blocks'].items():
         parameter, _, side = name.rpartition('_lora_')
         tensor = names[parameter].removesuffix('.weight')
-        for layer, part in enumerate(np.asarray(value)):
+        for layer, part in enumerate(_on_host(value)):
             matrix = (
                 part.reshape(-1, config.lora.rank)
                 if side == 'a'
@@ -253,6 +281,8 @@ def save_adapter(
             )
             key = f'base_model.model.model.layers.{layer}.{tensor}.lora_{side.upper()}.weight'
             tensors[key] = np.ascontiguousarray(matrix.T)
+    if jax.process_index():
+        return
     _write(tensors, folder / 'adapter_model.safetensors')
     covered = [module for ours, module in PROJECTIONS.items() if config.lora.covers(ours)]
     adapter_config = {

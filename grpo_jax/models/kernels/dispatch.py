@@ -20,6 +20,7 @@ from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.kernels import cudnn
 from grpo_jax.models.kernels.layout import Kernel, KeyValuePair
 from grpo_jax.models.kernels.selection import choose_attention
+from grpo_jax.sharding import DATA, data_devices
 
 TokenKeyValue = tuple[Float[Array, 'B G K h'], Float[Array, 'B G K h']]
 
@@ -133,6 +134,9 @@ def _attend_on_mesh(
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return kernel(q, own, prompt, start)
+    copies = mesh.shape['tensor'] // own[0].shape[2]
+    if copies > 1:  # fewer heads than devices: each gets a copy of the one that its queries read
+        own, prompt = jax.tree.map(lambda x: jnp.repeat(x, copies, axis=-3), (own, prompt))
     groups, heads = _mesh_axes(mesh, len(q), own[0].shape[2])
     rows = PartitionSpec(groups, None, None, heads)
     specs = (
@@ -145,10 +149,10 @@ def _attend_on_mesh(
     return mapped(q, own, prompt, start)
 
 
-def _mesh_axes(mesh: Any, groups: int, kv_heads: int) -> tuple[str | None, str | None]:
+def _mesh_axes(mesh: Any, groups: int, kv_heads: int) -> tuple[Any, str | None]:
     """The mesh axes that groups and heads are split over; None where they do not divide."""
     return (
-        'fsdp' if groups % mesh.shape['fsdp'] == 0 else None,
+        DATA if groups % data_devices(mesh) == 0 else None,
         'tensor' if kv_heads % mesh.shape['tensor'] == 0 else None,
     )
 

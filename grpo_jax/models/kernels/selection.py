@@ -10,9 +10,20 @@ from grpo_jax.models.config import ModelConfig
 MAX_DECODE_HEAD_DIM = 128  # with wider heads `decode_token` may not fit into shared memory
 
 
+def target_device() -> Any:
+    """The device that programs are traced for.
+
+    It is the default device, or the kind of device of the mesh in use (`sharding.use`) where that
+    is of another platform: programs for a TPU slice can be compiled on a machine without one.
+    """
+    device, described = jax.devices()[0], jax.sharding.get_abstract_mesh().abstract_device
+    return device if described is None or described.platform == device.platform else described
+
+
 def target_platform() -> str:
-    """The platform of this process's devices: 'cpu', 'gpu' or 'tpu'."""
-    return jax.devices()[0].platform
+    """The platform that programs are traced for: 'cpu', 'gpu' or 'tpu'."""
+    platform: str = target_device().platform
+    return platform
 
 
 def choose_attention(config: ModelConfig) -> str:
@@ -26,7 +37,7 @@ def choose_attention(config: ModelConfig) -> str:
     """
     if config.attention != 'auto':
         return config.attention
-    device = jax.devices()[0]
+    device = target_device()
     name = {'tpu': 'splash', 'gpu': 'cudnn'}.get(device.platform, 'recomputed')
     if name == 'cudnn' and not _has_cudnn_kernel(device):
         name = 'recomputed'
@@ -43,7 +54,7 @@ def caches_in_place(config: ModelConfig) -> bool:
     """
     if config.attention not in ('auto', 'cudnn'):
         return False
-    if config.attention == 'auto' and not _has_cudnn_kernel(jax.devices()[0]):
+    if config.attention == 'auto' and not _has_cudnn_kernel(target_device()):
         return False
     width = config.head_dim
     return (

@@ -1,0 +1,87 @@
+"""The mesh that a config describes, and what of a model it cannot split."""
+
+import contextlib
+import contextvars
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from grpo_jax import models, sharding
+
+log = logging.getLogger('grpo_jax')
+
+
+_described: contextvars.ContextVar[Sequence[Any] | None]
+_described = contextvars.ContextVar('described', default=None)
+
+
+@contextlib.contextmanager
+def described(devices: Sequence[Any]) -> Iterator[None]:
+    """A context in which runs are prepared for these devices but not started, as by `plan`.
+
+    Nothing is put on the devices, which may only be described, and no weights have to exist.
+    """
+    token = _described.set(devices)
+    try:
+        yield
+    finally:
+        _described.reset(token)
+
+
+def is_described() -> bool:
+    """Whether runs are prepared in the context of `described`."""
+    return _described.get() is not None
+
+
+def make_mesh(config: ConfigDict) -> Mesh:
+    """The mesh of a config's `mesh` section.
+
+    Raises:
+      ValueError: its sizes do not fit the devices that exist.
+    """
+    c, devices = config.mesh, _described.get()
+    count = jax.device_count() if devices is None else len(devices)
+    fsdp, tensor = sharding.mesh_sizes(c.fsdp, c.tensor, count)
+    if c.gather and fsdp == 1:
+        raise ValueError('mesh.gather=True has no effect with mesh.fsdp=1: remove it')
+    completions = c.completions
+    if completions is None:
+        batch, group_size = config.grpo.batch_size, splittable_group(config)
+        completions = sharding.choose_completions(fsdp, batch, group_size)
+    processes = jax.process_count()
+    if processes > 1 and fsdp * tensor < count:
+        raise ValueError(
+            f'mesh.fsdp={c.fsdp} x mesh.tensor={c.tensor} uses {fsdp * tensor} of the {count} '
+            f'devices of {processes} processes: set mesh.fsdp=-1 to use all'
+        )
+    return sharding.make_mesh(fsdp=fsdp, completions=completions, tensor=tensor, devices=devices)
+
+
+def splittable_group(config: ConfigDict) -> int:
+    """Completions of a group of the `grpo` section that the mesh may split.
+
+    1 with baseline='greedy': each prompt has one greedy completion, which cannot be split.
+    """
+    return 1 if config.grpo.algorithm.baseline == 'greedy' else int(config.grpo.group_size)
+
+
+def check_model(model: models.Transformer, mesh: Mesh) -> None:
+    """Checks that the mesh divides the model's heads; warns of other sizes that it does not divide.
+
+    Raises:
+      ValueError: it does not.
+    """
+    sharding.check_heads(model.config.heads, model.config.kv_heads, mesh)
+    if mesh.size == 1:
+        return
+    params = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
+    copied = sharding.not_split(params, mesh)
+    if copied:
+        log.warning(
+            'each device holds copies of parameters with sizes that the mesh does not divide: %s',
+            '; '.join(copied),
+        )

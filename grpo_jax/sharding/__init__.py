@@ -1,0 +1,43 @@
+"""The device mesh, and how parameters and batches are split over it.
+
+The mesh has three axes. `groups` splits the groups of a batch and `completions` the completions of
+each group; parameters are split over both (as in ZeRO-3, gathered where they are used), which the
+table of parameters calls `fsdp`. `tensor` splits heads, the MLP and the vocabulary. One device is a
+mesh of size 1 x 1 x 1.
+"""
+
+from grpo_jax.sharding.batches import (
+    anchor,
+    check_batch,
+    groups,
+    join_groups,
+    on_each_data_device,
+    put,
+    put_groups,
+    put_rollout,
+    replicated,
+    rollout_shardings,
+    slices_of,
+    split_groups,
+    whole_groups,
+)
+from grpo_jax.sharding.devices import CHIPS, Chip, chip_of, memory_of
+from grpo_jax.sharding.mesh import (
+    AXES,
+    DATA,
+    check_heads,
+    choose_completions,
+    data_devices,
+    make_mesh,
+    mesh_sizes,
+    use,
+)
+from grpo_jax.sharding.parameters import TABLE, not_split, placed, shardings, whole_over_data
+
+__all__ = [
+    'AXES', 'CHIPS', 'DATA', 'TABLE', 'Chip', 'anchor', 'check_batch', 'check_heads', 'chip_of',
+    'choose_completions', 'data_devices', 'groups', 'join_groups', 'make_mesh', 'memory_of',
+    'mesh_sizes', 'not_split', 'on_each_data_device', 'placed', 'put', 'put_groups', 'put_rollout',
+    'replicated', 'rollout_shardings', 'shardings', 'slices_of', 'split_groups', 'use',
+    'whole_groups', 'whole_over_data',
+]  # fmt: skip

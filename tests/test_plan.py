@@ -1,0 +1,281 @@
+"""Plans of small runs: what is listed, what it needs, and what makes it fit."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+import runs
+import tiny
+
+from grpo_jax import models, sharding
+from grpo_jax.engine.compute import Compute, ComputePlan
+from grpo_jax.models.kernels.selection import choose_attention
+from grpo_jax.run import compute_plans, mesh
+from grpo_jax.run.plan import measuring, prediction, remedies, topology
+from grpo_jax.run.plan.costs import Collectives, Costs
+from grpo_jax.run.plan.planning import make_plan
+from grpo_jax.run.plan.printing import print_plan
+from grpo_jax.run.plan.programs import Program, programs_of
+from grpo_jax.run.preparation import prepare_run
+from grpo_jax.run.stages import Call
+from grpo_jax.sharding import CHIPS, Chip
+
+FLOAT = 4
+
+
+def listed(config, tmp_path):
+    """The programs of a run by name, none of them compiled."""
+    with mesh.described(jax.devices()):
+        setup, stages = prepare_run(config, str(tmp_path))
+        programs = [p for stage in stages for p in programs_of(setup, stage, lambda _: None)]
+    return setup, {program.name: program for program in programs}
+
+
+def test_parameters_and_moments_by_hand(tmp_path):
+    config = runs.get_config()
+    config.model.update(width=16, layers=2, heads=4, kv_heads=2, head_dim=6, mlp_width=24)
+    setup, programs = listed(config, tmp_path)
+    attention = 16 * 6 * (2 * 4 + 2 * 2)  # queries and output, keys and values
+    layer = attention + 3 * 16 * 24 + 2 * 16 + 2 * 6  # with the MLP, and the scales of norms
+    count = setup.model.config.vocab_size * 16 + 2 * layer + 16
+    resident = programs['grpo: update'].resident
+    sizes = {name: measuring.bytes_of(tree) for name, tree in resident.items()}
+    assert sizes['policy'] == FLOAT * count
+    assert sizes['reference'] == FLOAT * count
+    assert sizes['moments'] == pytest.approx(2 * FLOAT * count, abs=64)  # and counters
+
+
+def test_programs_of_a_run_with_a_critic_and_a_reward_model(tmp_path):
+    config = runs.get_config()
+    config.grpo.algorithm.update(baseline='critic', scale='batch')
+    config.reward_model.update(weight=1.0, steps=2, batch_size=4, group_size=4)
+    _, programs = listed(config, tmp_path)
+    sampler = 'prompts and first block'
+    assert list(programs) == [
+        'sft: update',
+        'reward: update', f'reward: sampler, {sampler}',
+        'grpo: update', f'grpo: sampler, {sampler}', 'grpo: reward model',
+        f'grpo: evaluation, greedy, {sampler}', f'grpo: evaluation, samples, {sampler}',
+    ]  # fmt: skip
+    update = programs['grpo: update'].resident
+    assert {*update} == {
+        'policy', 'moments', 'critic', "critic's moments", 'reference', 'reward model'
+    }  # fmt: skip
+    assert programs['grpo: evaluation, samples, ' + sampler].per_step == 0
+    assert programs[f'grpo: sampler, {sampler}'].columns == config.data.completion_length
+
+
+def test_adapters_have_a_base_and_small_moments(tmp_path):
+    config = runs.get_config()
+    config.model.lora.rank = 2
+    setup, programs = listed(config, tmp_path)
+    resident = programs['grpo: update'].resident
+    sizes = {name: measuring.bytes_of(tree) for name, tree in resident.items()}
+    assert sizes['policy'] * 4 < sizes['base']
+    assert sizes['moments'] == pytest.approx(2 * sizes['policy'], abs=64)
+    shapes = tiny.shapes(models.Transformer(setup.model.config.base))
+    assert sizes['base'] == sum(FLOAT * leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def test_a_plan_of_the_update_and_what_makes_it_fit(tmp_path, capsys):
+    """Half of the memory that it needs is not enough, with a smaller microbatch it is."""
+    config = runs.get_config()
+    config.sft.steps = 0
+    config.data.heldout_split = ''
+    sizes = {
+        'layers': 1, 'width': 16, 'heads': 2, 'kv_heads': 2, 'head_dim': 8, 'mlp_width': 32
+    }  # fmt: skip
+    config.model.update(sizes)
+    config.data.completion_length = 128
+    config.grpo.update(batch_size=16, group_size=4)
+    local = topology.find_topology('local')
+    update = 'grpo: update'.__eq__
+    plan = make_plan(config, local, str(tmp_path), only=update)
+    (measured,) = plan.measured
+    assert plan.fits
+    decoder = models.ModelConfig(vocab_size=258, **sizes)
+    forward = prediction.forward_flops(decoder, (16, 4, 4, 128))
+    assert 4 * forward < measured.costs.flops < 12 * forward  # with recomputed scores and layers
+    tight = local._replace(memory=0.6 * measured.total)
+    plan = make_plan(config, tight, str(tmp_path), only=update)
+    assert plan.fits is False
+    first = next(remedies.find_remedies(config, plan, str(tmp_path)))
+    assert first.change.values == {'grpo.compute.microbatch': 1}
+    assert first.needed <= tight.memory
+
+
+def test_the_command_prints_json(tmp_path, capsys, monkeypatch):
+    """With programs that are not compiled."""
+
+    def measure(self, program):
+        parts = {name: measuring.bytes_of(tree) for name, tree in program.resident.items()}
+        costs = Costs(1e9, 1e6, 0.5, {'all-gather': Collectives(2, 100.0)})
+        return measuring.Measured(program, parts | {'temporaries': 2.0**20}, costs, 0.1)
+
+    monkeypatch.setattr(measuring.Compiler, 'measure', measure)
+    config = runs.get_config()
+    plan = print_plan(config, str(tmp_path), memory='2MiB', json=True)
+    found = json.loads(capsys.readouterr().out)
+    assert found['fits'] is plan.fits is True
+    assert found['memory'] == 2**21
+    assert [stage['name'] for stage in found['stages']] == ['sft', 'grpo']
+    assert found['stages'][1]['shape'] == {'B': 4, 'G': 4, 'P': 4, 'T': 7}
+    assert found['stages'][0]['programs'][0]['collectives']['all-gather']['count'] == 2
+    assert found['changes'] == []
+    print_plan(config, str(tmp_path), memory='2MiB')
+    text = capsys.readouterr().out
+    assert 'grpo: update' in text
+    assert 'fits: needs' in text
+
+
+def test_a_sampler_of_several_blocks(tmp_path):
+    """Its last block takes the results of the first; 128 columns are two blocks of 64."""
+    config = runs.get_config()
+    config.sft.steps = 0
+    config.data.update(heldout_split='', completion_length=128)
+    config.model.update(layers=1, width=16, heads=1, kv_heads=1, head_dim=8, mlp_width=8)
+    name = 'grpo: sampler, last block'
+    plan = make_plan(config, topology.find_topology('local'), str(tmp_path), only=name.__eq__)
+    (last,) = plan.measured
+    assert (last.program.columns, last.program.per_step) == (64, 1)
+    cache = 2 * 4 * 4 * 1 * 128 * 8 * FLOAT  # keys and values of 16 completions, one head of 8
+    assert last.memory['batch and caches'] > cache
+    one_layer = 2 * 16 * (16 * 8 * 4 + 3 * 16 * 8 + 16 * 258)  # FLOPs of a column of 16 tokens
+    assert one_layer * 64 < last.costs.flops < 3 * one_layer * 64  # and attention
+
+
+# Devices
+
+
+def test_names_of_devices():
+    local = topology.find_topology('local', '3GiB')
+    assert (local.devices, local.memory) == (jax.devices(), 3 * 2**30)
+    for name in ('v5e', 'v5e:', 'v9:2x2', 'v5e:4by4', ''):
+        with pytest.raises(ValueError, match=f"--topology={name} is unknown: use 'local', or one"):
+            topology.find_topology(name)
+    for text in ('16', 'GiB', '0GiB', '16 TB'):
+        with pytest.raises(ValueError, match=f'--memory={text}: give bytes'):
+            topology.parse_memory(text)
+    assert topology.parse_memory('16GB') == 16e9
+
+
+def test_times_by_hand():
+    """A layer of width 2 with one head of 2, an MLP of 3 and 5 tokens; P = T = 2, B = G = 1."""
+    config = models.ModelConfig(
+        vocab_size=5, width=2, layers=1, heads=1, kv_heads=1, head_dim=2, mlp_width=3
+    )
+    products = 4 * (4 * 2 * 2 + 3 * 2 * 3) + 2 * 2 * 5  # four tokens; logits of two
+    pairs = 2**2 / 2 + 2 * 2 + 2**2 / 2
+    forward = prediction.forward_flops(config, (1, 1, 2, 2))
+    assert forward == 2 * products + 4 * 2 * pairs
+    chip = Chip(memory=1, flops=10, bandwidth=1, links=4.0)
+    costs = Costs(seconds=3.0, collectives={'all-reduce': Collectives(1, 20.0)})
+    program = measuring.Measured(Program('update', lambda: (Call(None, ()), {})), {}, costs, 0.0)
+    assert prediction.times_of(program, chip) == (3.0, 5.0)
+    assert prediction.times_of(program, chip).total == 5.0  # both at the same time
+
+
+def test_chips_are_found_by_the_kind_of_a_device():
+    class Device:
+        platform = 'gpu'
+        device_kind = 'NVIDIA H100 80GB HBM3'
+
+    assert sharding.chip_of(Device()) == CHIPS['h100']
+    assert sharding.memory_of(Device()) == CHIPS['h100'].memory
+    Device.device_kind = 'TPU v5 lite'
+    assert sharding.chip_of(Device()) == CHIPS['v5e']
+    assert sharding.memory_of(jax.devices()[0]) is None  # a CPU
+
+
+# Chosen by memory
+
+
+def settled(setup, monkeypatch, needed, memory=100, compute=None):
+    """The chosen microbatch, and those whose programs were compiled."""
+    compiled = []
+
+    def memory_needed(call):
+        compiled.append(call.microbatch)
+        return needed(call.microbatch)
+
+    monkeypatch.setattr(compute_plans, 'memory_needed', memory_needed)
+    monkeypatch.setattr(sharding, 'memory_of', lambda device: memory)
+    monkeypatch.setattr(
+        compute_plans, 'choose', lambda *args: ComputePlan(16, 0, False, 2, False, 8)
+    )
+    plan = compute_plans.settle(
+        setup, 'grpo', compute or Compute(), (16, 4, 4, 7), lambda compute: compute
+    )
+    return plan.microbatch, compiled
+
+
+@pytest.fixture(scope='module')
+def prepared(tmp_path_factory):
+    with mesh.described(jax.devices()):
+        return prepare_run(runs.get_config(), str(tmp_path_factory.mktemp('run'))).setup
+
+
+@pytest.fixture
+def small_setup(prepared, tmp_path):
+    return dataclasses.replace(prepared, workdir=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ('needed', 'chosen', 'compiled'),
+    [
+        (lambda size: 100, 16, [16]),
+        (lambda size: 25 * size, 4, [16, 4]),
+        (lambda size: 50 * size, 1, [16, 4]),  # the last one is not compiled beforehand
+        (lambda size: None, 1, [16, 4]),  # the compiler gave up
+    ],
+)
+def test_the_microbatch_is_the_largest_that_fits(
+    small_setup, monkeypatch, needed, chosen, compiled
+):
+    assert settled(small_setup, monkeypatch, needed) == (chosen, compiled)
+    kept = json.loads((small_setup.workdir / 'compute.json').read_text())
+    assert kept['grpo']['microbatch'] == chosen
+    # A resumed run computes the same, whatever it would choose now.
+    assert settled(small_setup, monkeypatch, lambda size: 0) == (chosen, [])
+
+
+def test_what_the_config_says_is_not_changed(small_setup, monkeypatch, caplog):
+    large = settled(small_setup, monkeypatch, lambda size: None, compute=Compute(microbatch=16))
+    assert large == (16, [])
+    assert settled(small_setup, monkeypatch, lambda size: None, memory=None) == (16, [])
+    monkeypatch.undo()
+    (small_setup.workdir / 'compute.json').write_text(
+        json.dumps({'grpo': ComputePlan(5, 0, False, 2, False, 8)._asdict()})
+    )
+    assert settled(small_setup, monkeypatch, lambda size: 0)[0] == 16  # 5 does not divide 16
+    assert 'which the options or the devices of now do not allow' in caplog.text
+
+
+# TPUs, which only their compiler has to be here for
+
+
+@pytest.fixture
+def chip():
+    pytest.importorskip('libtpu')
+    return topology.find_topology('v5e:1x1')
+
+
+def test_programs_are_traced_for_the_described_platform(chip):
+    config = models.ModelConfig(
+        vocab_size=8, width=16, layers=1, heads=1, kv_heads=1, head_dim=128, mlp_width=8
+    )
+    assert choose_attention(config) == 'recomputed'
+    with sharding.use(sharding.make_mesh(devices=chip.devices)):
+        assert choose_attention(config) == 'splash'
+    assert sharding.memory_of(chip.devices[0]) == CHIPS['v5e'].memory
+
+
+def test_the_compiler_says_what_is_too_large(chip):
+    where = sharding.replicated(sharding.make_mesh(devices=chip.devices))
+    x = jax.ShapeDtypeStruct((1 << 16, 1 << 16), np.float32, sharding=where)
+    call = Call(jax.jit(lambda x: x.T + 1), (x,))
+    assert measuring.memory_needed(call) is None
+    # The argument, its transpose and the result.
+    assert measuring._compile(call).needed == pytest.approx(3 * 2**34, rel=0.02)
