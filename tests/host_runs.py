@@ -56,9 +56,14 @@ def third(completions, **columns):
 
 
 def unreliable(completions, trainer_state, **columns):
-    """Fails in the third step as HOST_RUNS_FAILURE says, in the process HOST_RUNS_VICTIM alone."""
+    """Fails in the third step as HOST_RUNS_FAILURE says, in the process HOST_RUNS_VICTIM alone.
+
+    If it says 'slow', every step takes a second, and each process writes a file into the folder
+    HOST_RUNS_GRADING once it grades.
+    """
     failure = os.environ.get('HOST_RUNS_FAILURE')
     if failure == 'slow':
+        (pathlib.Path(os.environ['HOST_RUNS_GRADING']) / str(jax.process_index())).touch()
         time.sleep(1)
     if trainer_state.global_step == 2 and str(jax.process_index()) == os.environ.get(
         'HOST_RUNS_VICTIM'

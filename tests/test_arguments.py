@@ -198,6 +198,7 @@ def test_a_config_file_refuses(tmp_path, monkeypatch, capsys, body, message):
         'def get_config():',
         '  config = defaults()',
         "  config.grpo.rewards = {'exact_answer': 1.0}",
+        "  config.data.options = {'train_size': 300, 'test_size': 20}",
     )
     path.write_text('\n'.join((*lines, f'  {body}', '  return config')))
     monkeypatch.setattr('sys.argv', ['train', f'--config={path}', f'--workdir={tmp_path}/run'])

@@ -157,7 +157,7 @@ BAD = [
         'grpo.rewards.chain_format=nan: a weight is',
     ),
     (
-        {'data.options': {'train_sze': 90}},
+        {'data.options': {'train_size': 90, 'test_size': 10, 'train_sze': 90}},
         "arithmetic has no option 'train_sze': it has train_size",
     ),
     ({'model.dtype': 'float99'}, "^model.dtype='float99' is unknown: use one of float32"),
@@ -176,7 +176,10 @@ BAD = [
     ({'data.prompt': '{q}'}, "template '{q}' does not fit the data .*the columns are {answer},"),
     ({'data.train_split': 'training'}, "arithmetic has no split 'training': choose train or test"),
     ({'data.name': 'sums'}, "unknown data set 'sums': choose arithmetic, countdown, gsm8k, math,"),
-    ({'data.options': {'mistakes': 2.0}}, 'arithmetic: mistakes is 2.0: make it between 0 and 1'),
+    (
+        {'data.options': {'train_size': 90, 'test_size': 10, 'mistakes': 2.0}},
+        'arithmetic: mistakes is 2.0: make it between 0 and 1',
+    ),
     ({'data.cache_dir': f'{__file__}/x'}, 'cache_dir .*test_bad_input.py/x: Not a directory: name'),
     ({'tokenizer': '/no/folder'}, "tokenizer '/no/folder' cannot be loaded: give 'bytes'"),
     ({'grpo.batch_size': 0}, r'grpo.batch_size=0 is out of range: make it at least 1$'),

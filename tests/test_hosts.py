@@ -271,19 +271,24 @@ def test_a_killed_process_ends_the_other_and_the_run_resumes(reference, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('number', 'process'), [(signal.SIGINT, 0), (signal.SIGTERM, 1)])
-def test_a_signal_to_one_process_stops_all_after_a_step(reference, tmp_path, number, process):
-    processes = host_runs.Processes('train', 2, command(tmp_path), {'HOST_RUNS_FAILURE': 'slow'})
-    records = tmp_path / 'metrics.jsonl'
-    while not records.exists() and all(p.poll() is None for p in processes.started):
+def test_a_signal_to_one_process_stops_all_after_a_step(tmp_path, number, process):
+    workdir, unbroken, grading = (tmp_path / name for name in ('run', 'unbroken', 'grading'))
+    grading.mkdir()
+    variables = {'HOST_RUNS_FAILURE': 'slow', 'HOST_RUNS_GRADING': str(grading)}
+    steps = '--config.grpo.steps=6'  # all stop one or two steps after the one of the signal
+    processes = host_runs.Processes('train', 2, [*command(workdir), steps], variables)
+    file = grading / str(process)
+    while not file.exists() and all(p.poll() is None for p in processes.started):
         time.sleep(0.1)
     processes.started[process].send_signal(number)
     for status, _, err in processes.wait():
         assert status == 128 + signal.SIGTERM, err
         assert 'grpo: stopped after step ' in err.splitlines()[-1]
-    (step,) = checkpoint.steps_of_stages(tmp_path)['grpo']
-    assert step < 3
-    assert f'resumed at step {step} of 3' in host_runs.train(tmp_path, 2)
-    assert_same(tmp_path, reference)
+    step = max(checkpoint.steps_of_stages(workdir)['grpo'])
+    assert step < 6
+    assert f'resumed at step {step} of 6' in host_runs.train(workdir, 2, steps)
+    host_runs.train(unbroken, 1, steps)
+    assert_same(workdir, unbroken)
 
 
 @pytest.mark.slow

@@ -288,7 +288,8 @@ def step_of(model, compute=None, mesh=None):
     return make_train_step(model, OPTIMIZER, ALGORITHM, mesh, compute=compute)
 
 
-@pytest.mark.parametrize('kind', tiny.some_slow(KINDS, 'int8'))
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', KINDS)
 def test_a_training_step_is_that_over_the_dequantized_base(kind, rollout, rewards):
     """Policy and reference: the metrics hold the KL between them. Microbatches, bundles, widths."""
     model, small, exact, adapters = parts('biases', kind, remat=False)
@@ -322,7 +323,7 @@ def memory_of(layers, kind):
     return lowered.compile().memory_analysis(), *sizes
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', tiny.some_slow(KINDS, 'nf4'))
 def test_the_compiled_update_takes_the_base_as_it_is_stored(kind):
     """8 or 4.5 bits per weight instead of 32 (4.25 in blocks of 64), and no loop dequantizes all.
 

@@ -94,7 +94,7 @@ def test_schema_1(caplog):
     (line,) = [record.message for record in caplog.records]
     assert line.startswith(
         'this config was saved by an earlier version; keys added with their defaults: '
-        'critic.optimizer.name, critic.optimizer.options, data.'
+        'critic.optimizer.moments, critic.optimizer.name, critic.optimizer.options, data.'
     )
     assert ', grpo.algorithm.advantage_estimator, ' in line
     assert line.endswith('; dropped: grpo.algorithm.entropy_mask, grpo.sample_batch')
