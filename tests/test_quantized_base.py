@@ -379,7 +379,8 @@ def test_the_gradient_of_a_gradient(rollout, rewards):
     assert tiny.gap(*ends) <= 1e-3 * tiny.gap(ends[1], adapters)
 
 
-@pytest.mark.parametrize('kind', tiny.some_slow(KINDS, 'int8'))
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', KINDS)
 def test_on_a_mesh(kind, rollout, rewards):
     """Values are split like their matrix, and the step is that of one device."""
     if jax.device_count() < 8:

@@ -346,6 +346,7 @@ def ten_steps(shape):
     return *first, program.as_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('shape', MESHES, ids=str)
 def test_ten_steps_on_a_mesh(shape):
     """They compile once, keep the layout of all arrays, and give one device's gradient."""
