@@ -95,9 +95,10 @@ def _tpus(name: str, kind: str, shape: tuple[int, ...]) -> Sequence[Any]:
     try:
         described = topologies.get_topology_desc(platform='tpu', topology_name=name, **options)
     except (RuntimeError, NotImplementedError, ValueError) as error:
+        reason, *_ = str(error).split('\n')
         raise ValueError(
             f'--topology={name}: the compiler of TPUs does not know it, or is not installed '
-            f"(pip install 'jax[tpu]'): {str(error).splitlines()[0]}"
+            f"(pip install 'jax[tpu]'): {reason}"
         ) from error
     devices: Sequence[Any] = described.devices
     return devices
