@@ -15,6 +15,7 @@ import math
 import operator
 import random
 from collections.abc import Callable, Iterator
+from typing import ClassVar
 
 import tensorflow_datasets as tfds
 
@@ -50,6 +51,7 @@ class ArithmeticConfig(GeneratedConfig):
     """
 
     KIND = 'arithmetic'
+    LARGEST: ClassVar = {'min_numbers': 1000, 'max_numbers': 1000, 'max_digits': 1000}
 
     min_numbers: int = 3
     max_numbers: int = 3

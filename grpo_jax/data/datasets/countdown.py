@@ -9,7 +9,7 @@ import dataclasses
 import json
 import random
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import tensorflow_datasets as tfds
 
@@ -46,6 +46,9 @@ class CountdownConfig(GeneratedConfig):
     """
 
     KIND = 'countdown'
+    LARGEST: ClassVar = {
+        'min_numbers': 100, 'max_numbers': 100, 'max_number': 10**9, 'max_target': 10**9,
+    }  # fmt: skip
 
     min_numbers: int = 3
     max_numbers: int = 4

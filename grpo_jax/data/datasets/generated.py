@@ -4,13 +4,15 @@ import abc
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import tensorflow_datasets as tfds
 
 from grpo_jax.data.datasets.prepared import encode_row
 from grpo_jax.data.rows import OptionError
+
+_MOST_ROWS = 10**7  # of a split, which is held in memory
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -29,6 +31,7 @@ class GeneratedConfig(tfds.core.BuilderConfig):
     """
 
     KIND: ClassVar[str]  # name of the data set in error messages
+    LARGEST: ClassVar[Mapping[str, int]]  # upper bounds of options, so that problems can be made
 
     name: str = dataclasses.field(init=False, default='')
     train_size: int = 20_000
@@ -56,7 +59,11 @@ class GeneratedConfig(tfds.core.BuilderConfig):
             return
         yield 'train_size', self.train_size >= 1, 'at least 1'
         yield 'test_size', self.test_size >= 1, 'at least 1'
-        yield 'seed', self.seed >= 0, 'at least 0'
+        yield 'seed', 0 <= self.seed < 2**63, 'at least 0 and below 2^63'
+        for option in (option for option, kind in kinds.items() if kind is int):
+            most = self.LARGEST.get(option, _MOST_ROWS if option.endswith('_size') else None)
+            if most is not None:
+                yield option, getattr(self, option) <= most, f'at most {most:,}'
         yield from self._own_checks()
 
     def _own_checks(self) -> Iterator[tuple[str, bool, str]]:

@@ -1,7 +1,8 @@
 """All data sets by name, and the builder for a name and its options."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
@@ -46,6 +47,7 @@ def resolve(
         raise ValueError(
             f"unknown data set {name!r}: choose {known}, or your own function, 'module:function'"
         )
+    _check_types(name, options)
     names = [option for option in _option_names(FilesConfig) if option not in ('source', 'paths')]
     _check_options(name, options, [*_LOCATION, *names])
     location = {option: options[option] for option in _LOCATION if option in options}
@@ -59,6 +61,33 @@ def resolve(
     paths = find_files(source, 'train' if holds_out else split, **location)
     config = FilesConfig(source=source, paths=paths, **others)
     return Files, config, split if holds_out else 'rows'
+
+
+def _check_types(name: str, options: Mapping[str, Any]) -> None:
+    """Raise OptionError for options of a data set in files that have the wrong type."""
+
+    def is_name(value: object) -> bool:
+        return isinstance(value, str)
+
+    def are_names(values: object) -> bool:
+        return isinstance(values, list | tuple) and all(map(is_name, values))
+
+    kinds: dict[str, tuple[Callable[[Any], bool], str]] = {
+        'folder': (lambda x: isinstance(x, str | os.PathLike), 'the path of a folder'),
+        'file': (is_name, 'the name of a file'),
+        'columns': (
+            lambda x: isinstance(x, Mapping) and are_names([*x, *x.values()]),
+            "names, such as {'question': 'problem'}",
+        ),
+        'required': (are_names, "a list of names, such as ['question']"),
+    }
+    wrong = {
+        option: f'{name}: {option} is {options[option]!r:.80}: make it {remedy}'
+        for option, (fits, remedy) in kinds.items()
+        if option in options and not fits(options[option])
+    }
+    if wrong:
+        raise OptionError(wrong)
 
 
 def _option_names(config_class: Any) -> list[str]:

@@ -10,7 +10,7 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from grpo_jax.data.datasets import answers
+from grpo_jax.data.datasets import answers, programs
 from grpo_jax.data.datasets.records import SAVED_DATASET, Row
 from grpo_jax.data.rows import MissingSplitError
 
@@ -59,8 +59,17 @@ SOURCES: Mapping[str, Source] = {
         'humaneval',
         ('HumanEval.jsonl.gz', 'HumanEval.jsonl'),
         {'question': 'prompt', 'solution': 'canonical_solution'},
-        None,
+        programs.humaneval,
         ('question', 'solution', 'entry_point', 'test'),
+    ),
+    'mbpp': Source('mbpp', (*_JSON, *_PARQUET), {}, programs.mbpp, ('code', 'test_list')),
+    'apps': Source('apps', (*_JSON, *_PARQUET), {}, programs.apps, ('question', 'input_output')),
+    'livecodebench': Source(
+        'livecodebench',
+        (*_JSON, *_PARQUET),
+        {'question': 'question_content'},
+        programs.livecodebench,
+        ('question', 'public_test_cases', 'private_test_cases'),
     ),
     'jsonl': Source('', _JSON),
     'parquet': Source('', _PARQUET),
