@@ -8,9 +8,9 @@ Prints Markdown:
 - logits: those of random decoders with the options of three families, compared with float32.
 - memory: bytes that the compiled update takes and needs besides, of a 1.5B shape (nothing is
   allocated).
-- learning: held-out accuracy of `configs/arithmetic.py`, whose GRPO stage trains adapters. For each
-  seed SFT trains all parameters once, and GRPO begins from it with each kind of base. The same
-  command resumes; `--sft_steps` and `--steps` shorten it.
+- learning: held-out accuracy of `configs/arithmetic.py`, whose GRPO stage trains adapters. SFT
+  trains all parameters once, and for each seed GRPO begins from it with each kind of base. Draws
+  `learning.png`. The same command resumes; `--sft_steps` and `--steps` shorten it.
 """
 
 import dataclasses
@@ -61,6 +61,7 @@ SEEDS = flags.DEFINE_integer('seeds', 1, 'how many seeds of `learning`, from 0')
 SFT_STEPS = flags.DEFINE_integer('sft_steps', 450, 'steps of SFT')
 STEPS = flags.DEFINE_integer('steps', 120, 'steps of GRPO')
 
+EVALUATIONS = 6  # besides that of the base
 Row = dict[str, str]
 
 
@@ -159,11 +160,12 @@ def _bytes(tree: Any) -> int:
 
 
 def learning() -> Iterator[Row]:
-    """Held-out accuracy over the steps, one line for each base and seed."""
+    """Held-out accuracy over the steps, one line for each base and seed, and their means."""
     output = pathlib.Path(OUTPUT.value).absolute()
     jax.config.update('jax_compilation_cache_dir', str(output / 'compiled'))
+    start = _run(output / 'sft', _config(output, 0, grpo_steps=0))
+    curves: dict[str, list[dict[int, float]]] = {kind: [] for kind in BASES}
     for seed in range(SEEDS.value):
-        start = _run(output / f'sft-{seed}', _config(output, seed, grpo_steps=0))
         for kind in BASES:
             config = _config(output, seed, grpo_steps=STEPS.value)
             config.sft.steps = 0
@@ -172,8 +174,40 @@ def learning() -> Iterator[Row]:
             config.grpo.optimizer.learning_rate = 1e-3
             workdir = _run(output / f'{kind}-{seed}', config)
             rows = report.read_policy(workdir / 'heldout.jsonl', STEPS.value)
-            points = {f'step {r["step"]}': f'{r["metrics"]["eval/accuracy"]:.1%}' for r in rows}
-            yield {'seed': str(seed), 'base': kind} | points
+            curve = {row['step']: row['metrics']['eval/accuracy'] for row in rows}
+            curves[kind].append(curve)
+            points = {f'step {step}': f'{accuracy:.1%}' for step, accuracy in curve.items()}
+            yield {'base': kind, 'seed': str(seed)} | points
+    for kind, runs in curves.items():
+        values = np.array([list(run.values()) for run in runs])
+        cells = (
+            f'{mean:.1%} ± {deviation:.1%}'
+            for mean, deviation in zip(values.mean(0), values.std(0), strict=True)
+        )
+        points = dict(zip((f'step {step}' for step in runs[0]), cells, strict=True))
+        yield {'base': kind, 'seed': 'mean ± std'} | points
+    _draw(curves, output / 'learning.png')
+
+
+def _draw(curves: dict[str, list[dict[int, float]]], path: pathlib.Path) -> None:
+    """A thin line for each run, and a thick one for the mean of each base."""
+    import matplotlib
+
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7, 4.4), layout='constrained')
+    for number, (kind, runs) in enumerate(curves.items()):
+        steps, color = list(runs[0]), f'C{number}'
+        values = 100 * np.array([list(run.values()) for run in runs])
+        axis.plot(steps, values.T, color=color, linewidth=0.7, alpha=0.4)
+        axis.plot(steps, values.mean(0), color=color, marker='.', label=f'base={kind!r}')
+    axis.set(xlabel='GRPO step', ylabel='held-out accuracy (%)')
+    axis.set_title('Adapters over one base of SFT: mean and seeds')
+    axis.grid(alpha=0.3)
+    axis.legend(loc='lower right')
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
 
 
 def _config(output: pathlib.Path, seed: int, *, grpo_steps: int) -> Any:
@@ -184,7 +218,7 @@ def _config(output: pathlib.Path, seed: int, *, grpo_steps: int) -> Any:
     config.sft.optimizer.hold_steps = min(300, SFT_STEPS.value * 2 // 3)
     config.grpo.steps = grpo_steps
     config.grpo.optimizer.warmup_steps = min(20, STEPS.value // 6)
-    config.eval.every = max(1, STEPS.value // 3)
+    config.eval.update(every=max(1, STEPS.value // EVALUATIONS), samples=0)
     return config
 
 

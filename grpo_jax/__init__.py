@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from grpo_jax.algorithm.advantages import group_advantages, process_advantages
     from grpo_jax.algorithm.config import Algorithm
     from grpo_jax.algorithm.critic import Critic, gae
+    from grpo_jax.algorithm.explanation import TokenTerms, make_explain
     from grpo_jax.algorithm.logprobs import completion_logprobs
     from grpo_jax.algorithm.optimizer import adamw
     from grpo_jax.algorithm.presets import preset
@@ -38,6 +39,7 @@ _HOMES = {
     'algorithm.advantages': ('group_advantages', 'process_advantages'),
     'algorithm.config': ('Algorithm',),
     'algorithm.critic': ('Critic', 'gae'),
+    'algorithm.explanation': ('TokenTerms', 'make_explain'),
     'algorithm.logprobs': ('completion_logprobs',),
     'algorithm.optimizer': ('adamw',),
     'algorithm.presets': ('preset',),
@@ -63,10 +65,10 @@ _SUBMODULES = {'losses': 'algorithm.losses', 'presets': 'algorithm.presets'}
 
 __all__ = [
     'Algorithm', 'BaselinedRewards', 'Batch', 'Compute', 'Critic', 'FunctionRewards', 'ModelConfig',
-    'Prompts', 'Rollout', 'Sampling', 'StepRewards', 'TrainState', 'Transformer', 'adamw',
-    'completion_logprobs', 'gae', 'group_advantages', 'init_params', 'init_state', 'losses',
-    'make_mesh', 'make_train_step', 'preset', 'presets', 'process_advantages', 'sample',
-    'train_step',
+    'Prompts', 'Rollout', 'Sampling', 'StepRewards', 'TokenTerms', 'TrainState', 'Transformer',
+    'adamw', 'completion_logprobs', 'gae', 'group_advantages', 'init_params', 'init_state',
+    'losses', 'make_explain', 'make_mesh', 'make_train_step', 'preset', 'presets',
+    'process_advantages', 'sample', 'train_step',
 ]  # fmt: skip
 
 

@@ -9,7 +9,8 @@ checkpoint needs only its config.json and its tokenizer.
   --topology=NAME  'local' (the default), a slice of TPUs such as v5e:4x4, v5p:4x4x4 or v6e:8x8
                    (needs `pip install libtpu`), or GPUs such as h100:8, which are estimated
   --memory=16GiB   of a device, instead of what its kind has
-  --workdir=FOLDER where the data set is kept, as of a run; default: a temporary folder
+  --workdir=FOLDER of the run: the plan is kept there, and the run warns of programs that it does
+                   not list; default: a temporary folder
   --json           print one JSON object
 
 Exits with status 1 if the run does not fit.

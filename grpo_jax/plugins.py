@@ -37,6 +37,11 @@ def set_folders(folders: Sequence[str | os.PathLike[str]]) -> None:
     _folders[:] = [pathlib.Path(folder).resolve() for folder in folders]
 
 
+def folders() -> list[str]:
+    """Return the folders that were set."""
+    return list(map(str, _folders))
+
+
 def load(path: str) -> Callable[..., Any]:
     """Import the callable at `path`.
 
@@ -159,10 +164,9 @@ def place_of(error: BaseException) -> str:
 
 
 def import_file(file: str | os.PathLike[str], *, fresh: bool = False) -> ModuleType:
-    """Import a Python file, wherever it is.
+    """Import a Python file, which may import modules beside it while it is imported.
 
-    It may import modules beside it, absolutely or relatively, while it is imported. Neither it nor
-    its folder is left where other imports find them.
+    Neither it nor its folder is left where other imports find them.
 
     Args:
         file: its path.

@@ -6,7 +6,7 @@ The same command resumes an interrupted run. The batch and the random numbers of
 on the seed and the step, so a resumed run computes the same numbers as an uninterrupted one.
 
   --extend    continue the run in the folder for more steps (sft.steps, grpo.steps, ...)
-  --override  continue it with other steps, learning rates, or keys of eval, log and checkpoint
+  --override  continue it with other steps, learning rates, or keys of eval, log, checkpoint, health
   --coordinator=HOST:PORT --num_processes=N --process_id=K
               one of N processes, where JAX does not find the others by itself
   --help=KEY  the keys of a section, such as --help=grpo.algorithm

@@ -119,10 +119,10 @@ class Sampling(NamedTuple):
     """The distribution of the next token. Traced scalars: changing one never recompiles.
 
     It is softmax(logits / temperature), restricted to the tokens that pass every filter and
-    renormalized.
+    renormalized. A filter that is None is not compiled.
     """
 
     temperature: Array | float = 1.0  # the logits are divided by it; 0: greedy decoding
-    top_k: Array | int = 0  # keep the k largest logits; 0 keeps all
-    top_p: Array | float = 1.0  # keep the smallest set of tokens with this much probability
-    min_p: Array | float = 0.0  # keep tokens with at least this share of the largest probability
+    top_k: Array | int | None = 0  # keep the k largest logits; 0 keeps all
+    top_p: Array | float | None = 1.0  # keep the smallest set with this much probability
+    min_p: Array | float | None = 0.0  # keep those with this share of the largest probability

@@ -30,6 +30,18 @@ def collectives(program):
     ]
 
 
+def gathered(program):
+    """(sizes, devices that take part) of each array that is gathered."""
+    gather = re.compile(
+        r'= (.*?) all-gather(?:-start)?\(.*?replica_groups=(?:\[\d+,(\d+)\]|\{\{([\d,]*)\})'
+    )
+    return [
+        ([int(n) for n in dims.split(',') if n], int(size) if size else len(members.split(',')))
+        for result, size, members in gather.findall(program)
+        for dims in re.findall(r'\w\d*\[([\d,]*)\]', result)
+    ]
+
+
 def main(options):
     from grpo_jax import sharding
     from grpo_jax.algorithm.config import Algorithm
@@ -68,7 +80,12 @@ def main(options):
     program = step.lower(state, state.params, *batch).compile({'xla_backend_optimization_level': 0})
     before, after = program.input_shardings[0][0], program.output_shardings[0]
     stays = jax.tree.map(lambda x, a, b: a.is_equivalent_to(b, x.ndim), state, before, after)
-    return {'stays': jax.tree.all(stays), 'collectives': collectives(program.as_text())}
+    text = program.as_text()
+    return {
+        'stays': jax.tree.all(stays),
+        'collectives': collectives(text),
+        'gathered': gathered(text),
+    }
 
 
 if __name__ == '__main__':

@@ -41,11 +41,24 @@ def pytest_sessionfinish(session):
         shutil.rmtree(os.environ['GRPO_JAX_TEST_PROGRAMS'], ignore_errors=True)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def no_programs_of_other_files():
-    """XLA has crashed while compiling in a process that held all the suite's programs."""
-    yield
-    jax.clear_caches()
+def of_short_runs(item):
+    """Whether a test is in a file of short runs, which share their programs."""
+    return item is not None and hasattr(item.module, 'runs')
+
+
+def pytest_collection_modifyitems(items):
+    """Files of short runs are first, one after another; those that compile nothing are last."""
+    items.sort(key=lambda item: (not of_short_runs(item), 'test_rewards_' in item.module.__name__))
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """XLA has crashed while compiling in a process that held all the suite's programs.
+
+    What is traced for one file of short runs is kept for the next.
+    """
+    same_file = nextitem is not None and nextitem.module is item.module
+    if not same_file and not (of_short_runs(item) and of_short_runs(nextitem)):
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from configs import smoke
 from grpo_jax import models
 from grpo_jax import train as command
 from grpo_jax.algorithm import optimizer, program
-from grpo_jax.run import compiled, policy_trainer
+from grpo_jax.run import compiled, policy_trainer, report
 
 FILES = ('metrics.jsonl', 'completions.jsonl', 'heldout.jsonl')
 TIMES = re.compile('timing/|step_time$|perf/')
@@ -82,9 +82,15 @@ def compiled_once():
         yield
 
 
-def train(config, workdir, **options):
-    """Trains and returns what was printed."""
-    with compiled_once(), contextlib.redirect_stdout(io.StringIO()) as printed:
+def train(config, workdir, *, picture=False, **options):
+    """Trains and returns what was printed; Matplotlib takes a third of a short run's time."""
+    with (
+        compiled_once(),
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(io.StringIO()) as printed,
+    ):
+        if not picture:
+            patch.setattr(report, 'plot', lambda folder, steps: folder / 'reward.png')
         command.train(config, str(workdir), **options)
     return printed.getvalue()
 
@@ -97,7 +103,7 @@ def finished(folder):
     config.data.prompt_length = 3
     with pytest.raises(ValueError, match='all 10 prompts are longer than prompt_length=3 tokens'):
         command.train(config, str(workdir))
-    return workdir, train(get_config(), workdir)
+    return workdir, train(get_config(), workdir, picture=True)
 
 
 def lines(path):

@@ -94,6 +94,7 @@ def test_other_c_libraries_are_left_alone(monkeypatch):
 
 def test_a_second_run_compiles_nothing(tmp_path, capsys):
     """Of the same config, in another folder with the same cache: equal to the last bit."""
+    jax.clear_caches()  # of other files of short runs
     config = runs.get_config()
     config.sft.update(steps=2)
     config.sft.optimizer.update(warmup_steps=1)

@@ -342,3 +342,25 @@ def test_names_of_other_trainers_lead_to_keys():
         assert suggestions.candidates(name) == list(targets)
     text = suggestions.suggest('epsilon')
     assert text == "did you mean 'grpo.algorithm.clip_low' or 'grpo.algorithm.clip_high'?"
+
+
+@pytest.mark.parametrize(
+    ('path', 'value', 'kind'),
+    [
+        ('grpo.steps', True, 'int'),
+        ('grpo.steps', None, 'int'),
+        ('grpo.algorithm.dual_clip', None, 'float'),
+        ('data.chat', 1, 'bool'),
+        ('tokenizer', 3, 'str'),
+    ],
+)
+def test_values_of_other_types(path, value, kind):
+    """A ConfigDict takes None for any key, and a truth value for a number."""
+    config = grpo_config.defaults()
+    parent, _, name = path.rpartition('.')
+    section = grpo_config.at(config, parent) if parent else config
+    section._fields[name] = value  # past the checks of a section
+    message = f'{path}={value!r}: give a value of type {kind}'
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config_checks.check_values(config)
+    config_checks.check_values(grpo_config.defaults())

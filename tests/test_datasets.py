@@ -426,3 +426,39 @@ def test_unknown_names_and_splits(cache_dir):
         message = f"gsm8k has no option '{option}': it has folder, file, columns, required, heldout"
         with pytest.raises(ValueError, match=message):
             data.load('gsm8k', 'train', cache_dir=cache_dir, **{option: 1})
+
+
+@pytest.mark.parametrize(
+    ('option', 'value', 'remedy'),
+    [
+        ('folder', 3, 'the path of a folder'),
+        ('file', ['x'], 'the name of a file'),
+        ('file', 0.5, 'the name of a file'),
+        ('columns', ['x'], "names, such as {'question': 'problem'}"),
+        ('columns', {'a': {'b': 1}}, "names, such as {'question': 'problem'}"),
+        ('required', 'answer', "a list of names, such as ['question']"),
+        ('required', [[]], "a list of names, such as ['question']"),
+    ],
+)
+def test_options_of_the_wrong_type(option, value, remedy, tmp_path, cache_dir):
+    write(tmp_path, 'train.jsonl', '{"answer": 1}')
+    options = {'folder': tmp_path, option: value}
+    message = re.escape(f'jsonl: {option} is {value!r}: make it {remedy}')
+    with pytest.raises(data.rows.OptionError, match=message):
+        data.load('jsonl', 'train', cache_dir=cache_dir, **options)
+
+
+@pytest.mark.parametrize(
+    ('name', 'option', 'value'),
+    [
+        ('arithmetic', 'max_numbers', 10**30),
+        ('arithmetic', 'max_digits', 10**6),
+        ('arithmetic', 'train_size', 10**12),
+        ('countdown', 'max_target', 10**12),
+        ('countdown', 'max_numbers', 10**6),
+        ('countdown', 'seed', 2**63),
+    ],
+)
+def test_sizes_that_cannot_be_made(name, option, value, cache_dir):
+    with pytest.raises(data.rows.OptionError, match=f'{name}: {option} is {value}: make it '):
+        data.load(name, 'train', cache_dir=cache_dir, **{option: value})

@@ -18,7 +18,7 @@ from test_transformer import group_logits
 from grpo_jax import evaluate, export, models
 from grpo_jax.data import byte_tokenizer, load_tokenizer
 from grpo_jax.models import hf
-from grpo_jax.run import parameters, setup
+from grpo_jax.run import heldout, parameters, setup
 
 pytestmark = pytest.mark.usefixtures('compiled_once')
 
@@ -365,12 +365,49 @@ def test_the_output_folder(plain, tmp_path):
     kept = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*'))
     assert kept == ['empty', 'file', 'file/out', 'full', 'full/precious.txt']
     assert (tmp_path / 'full' / 'precious.txt').read_text() == 'mine'
-    (tmp_path / 'empty.partial').mkdir()  # of an export that was killed
+    (tmp_path / 'empty.partial').mkdir()  # somebody's
     (tmp_path / 'empty.partial' / 'old.json').touch()
-    export.export(config, str(workdir), str(tmp_path / 'empty'))
+    (tmp_path / 'link').symlink_to('empty')
+    export.export(config, str(workdir), str(tmp_path / 'link'))
     assert (tmp_path / 'empty' / 'model.safetensors').is_file()
     assert not (tmp_path / 'empty' / 'old.json').exists()
-    assert not (tmp_path / 'empty.partial').exists()
+    assert (tmp_path / 'empty.partial' / 'old.json').is_file()
+    names = ['empty', 'empty.partial', 'file', 'full', 'link']
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert (tmp_path / 'empty').stat().st_mode == (tmp_path / 'full').stat().st_mode
+
+
+def test_numbers_that_are_not_finite_are_not_exported(tmp_path):
+    config, _, params = make_run(tmp_path / 'run', config=scratch())
+    spoiled = jax.tree.map(np.array, params)
+    spoiled['final_norm']['scale'][:2] = np.nan, -np.inf
+    folders.pretend(config, tmp_path / 'run', spoiled, step=7)
+    message = r'checkpoint grpo/7: 2 numbers are NaN or infinite \(2 in final_norm/scale\)'
+    with pytest.raises(ValueError, match=message):
+        export.export(config, str(tmp_path / 'run'), str(tmp_path / 'out'))
+    with pytest.raises(ValueError, match=message):
+        heldout.answer(config, tmp_path / 'run')
+    assert not (tmp_path / 'out').exists()
+
+
+def test_links_out_of_the_checkpoint_are_not_followed(tmp_path, caplog):
+    secret, hub = tmp_path / 'secret.json', tmp_path / 'models--a--b'
+    secret.write_text('{}')
+    snapshot = hub / 'snapshots' / 'abc'
+    for folder in (snapshot, hub / 'blobs', tmp_path / 'copy'):
+        folder.mkdir(parents=True)
+    (hub / 'blobs' / '123').write_text('{"a": 1}')
+    (snapshot / 'config.json').symlink_to('../../blobs/123')
+    (snapshot / 'stolen.json').symlink_to(secret)
+    (snapshot / 'folder.json').mkdir()
+    (snapshot / 'private.txt').write_text('mine')
+    (snapshot / 'private.txt').chmod(0o600)
+    hf.copy_description(snapshot, tmp_path / 'copy')
+    assert sorted(path.name for path in (tmp_path / 'copy').iterdir()) == [
+        'config.json', 'private.txt',
+    ]  # fmt: skip
+    assert (tmp_path / 'copy' / 'private.txt').stat().st_mode & 0o777 == 0o600
+    assert 'stolen.json is a link to a file outside of its folder' in caplog.text
 
 
 def test_an_export_that_fails_leaves_nothing(plain, tmp_path, monkeypatch):

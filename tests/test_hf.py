@@ -342,6 +342,67 @@ def test_a_header_that_lies_about_its_tensors(broken):
     assert 'model.embed_tokens.weight' in refusal(broken)
 
 
+def reheaded(broken, change):
+    """Changes the header of the weights, and returns the message with which they are refused."""
+    path = broken / 'model.safetensors'
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], 'little')
+    header = json.loads(content[8 : 8 + size])
+    text = change(header)
+    text = json.dumps(header).encode() if text is None else text
+    path.write_bytes(len(text).to_bytes(8, 'little') + text + content[8 + size :])
+    return refusal(broken)
+
+
+def shift(header, by):
+    """Moves the data of a norm, whose shape stays."""
+    offsets = header['model.norm.weight']['data_offsets']
+    offsets[:] = [offset + by for offset in offsets]
+
+
+NORM, EMBEDDING = 'model.norm.weight', 'model.embed_tokens.weight'
+DAMAGED = {
+    'negative offsets': lambda h: h[NORM].update(data_offsets=[-128, 0]),
+    'reversed offsets': lambda h: h[NORM]['data_offsets'].reverse(),
+    'a hole or an overlap': lambda h: shift(h, -4),
+    'the same data twice': lambda h: h[NORM].update(
+        data_offsets=h['model.layers.0.input_layernorm.weight']['data_offsets']
+    ),
+    'one offset': lambda h: h[NORM].update(data_offsets=[0]),
+    'no offsets': lambda h: h[NORM].pop('data_offsets') and None,
+    'offsets that are no numbers': lambda h: h[NORM].update(data_offsets=['0', '128']),
+    'fractions': lambda h: h[NORM].update(data_offsets=[0.0, 128.0]),
+    'huge offsets': lambda h: h[NORM].update(data_offsets=[10**30, 10**30 + 128]),
+    'truth values': lambda h: h[NORM].update(shape=[True]),
+    'a negative shape': lambda h: h[NORM].update(shape=[-32, -1]),
+    'a shape that is no list': lambda h: h[NORM].update(shape=32),
+    'a type that is no text': lambda h: h[NORM].update(dtype=['F32']),
+    'a type that is unknown': lambda h: h[NORM].update(dtype='F31'),
+    'no entry': lambda h: h.update({NORM: None}),
+    'a list in place of an entry': lambda h: h.update({NORM: [1]}),
+    'nested lists': lambda h: b'[' * 100_000,
+    'a lone surrogate': lambda h: b'{"\\ud800": 1}',
+    'bytes that are no text': lambda h: b'{"\xff": 1}',
+    'metadata alone': lambda h: b'{"__metadata__": {"a": "b"}}',
+}
+
+
+@pytest.mark.parametrize('name', DAMAGED)
+def test_a_damaged_header(broken, name):
+    message = reheaded(broken, DAMAGED[name])
+    assert 'model.safetensors' in message or name == 'metadata alone'
+    assert len(message) < 5000
+
+
+@pytest.mark.parametrize('name', ['../x.safetensors', '/x.safetensors', '..', 3, None, 'a\0b'])
+def test_an_index_cannot_name_files_elsewhere(checkpoint, tmp_path, name):
+    folder = shutil.copytree(checkpoint('llama', max_shard_size='20KB'), tmp_path / 'a' / 'copy')
+    shutil.copy(next(folder.glob('*.safetensors')), tmp_path / 'a' / 'x.safetensors')
+    index = folder / 'model.safetensors.index.json'
+    edit_json(index, lambda fields: fields['weight_map'].update({NORM: name}))
+    assert f'names the file {name!r}, which is not in its folder' in refusal(folder)
+
+
 def test_a_missing_shard(checkpoint, tmp_path):
     folder = shutil.copytree(checkpoint('llama', max_shard_size='20KB'), tmp_path / 'copy')
     lost = sorted(folder.glob('*.safetensors'))[1]

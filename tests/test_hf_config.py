@@ -366,6 +366,12 @@ def test_quantized_checkpoints_are_refused_in_few_words():
         ({'rope_scaling': 'linear', 'rope_parameters': None}, r'wrong value: '),
         ({'hidden_size': None}, r"wrong value: .*'hidden_size'"),
         ({'layer_types': ['full_attention']}, r'wrong value: .*layer_types'),
+        ({'num_hidden_layers': 10**9}, r"wrong value: 'num_hidden_layers' is 10+, but a size"),
+        ({'num_attention_heads': True}, r"wrong value: 'num_attention_heads' is True"),
+        ({'vocab_size': -1}, r"wrong value: 'vocab_size' is -1, but a size is a whole number"),
+        ({'rope_theta': [1], 'rope_parameters': None}, 'wrong value: '),
+        ({'architectures': [1]}, 'which are no names'),
+        ({'model_type': ['llama']}, 'which are no names'),
     ],
 )
 def test_errors_of_transformers_are_translated(fields, message):

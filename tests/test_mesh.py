@@ -20,7 +20,7 @@ from grpo_jax.algorithm.reward_model import make_scorer
 from grpo_jax.algorithm.sample import sample
 from grpo_jax.algorithm.update import train_step
 from grpo_jax.engine.compute import Compute
-from grpo_jax.models import Lora, Transformer, join_adapters, split_adapters, with_scalar_head
+from grpo_jax.models import Lora, Transformer, split_adapters, with_scalar_head
 from grpo_jax.run.defaults import defaults
 from grpo_jax.run.mesh import check_model, make_mesh
 from grpo_jax.run.stages import check_batch_size
@@ -40,6 +40,11 @@ KINDS = {
     'experts and adapters': EXPERTS | {'lora': Lora(rank=2, targets=('q_proj', 'o_proj'))},
 }
 GROUP_SIZE, VOCAB = 8, 72
+# How far apart updated parameters may be: 1e-5, except where rounding alone is more. Adapters in
+# all layers make scores of attention large. One device's update is then 8.8e-5 from that in float64
+# and moves by 9.3e-5 with another microbatch: two roundings. In float64, mesh and one device agree
+# to 2e-13.
+ROUNDING = {'adapters': 2e-4}
 OPTIMIZER = optax.sgd(1.0)
 
 
@@ -111,10 +116,7 @@ def parameters(kind):
     """All parameters, the trained ones, and the base of adapters."""
     params = tiny.make_params(model_of(kind))
     base, adapters = split_adapters(params)
-    if not adapters:
-        return params, params, None
-    adapters = jax.tree.map(lambda x: 0.1 * x, adapters)
-    return join_adapters(base, adapters), adapters, base
+    return params, adapters or params, base if adapters else None
 
 
 @functools.cache
@@ -150,7 +152,7 @@ def test_an_update_is_that_of_one_device(kind, shape):
     found, metrics = update(model_of(kind), trained, base, groups, mesh_of(shape))
     expected, expected_metrics = update_alone(kind, groups)
     assert tiny.gap(expected, trained) > 0.01
-    assert tiny.gap(found, expected) <= 1e-5
+    assert tiny.gap(found, expected) <= ROUNDING.get(kind, 1e-5)
     assert_same_metrics(metrics, expected_metrics)
 
 
@@ -202,6 +204,8 @@ def test_groups_are_split_and_joined(name):
     algorithm, shape, options = VARIANTS[name]
     compute = Compute(**({'microbatch': shape[0], 'widths': 1, 'logprob_chunk': 8} | options))
     model, params = tiny.Bigram(), tiny.Bigram.make_params(vocab=VOCAB)
+    if compute.packed:  # a bigram has no caches of prompts, which packed completions look up
+        model, params = model_of('dense'), parameters('dense')[0]
     base = tiny.Bigram.make_params(seed=1, vocab=VOCAB) if algorithm.uses_reference else None
     expected, metrics = step_of(model, params, base, shape, algorithm, compute, None)
     mesh = mesh_of((2, 2, 1))

@@ -1,6 +1,5 @@
 """Plans of small runs: what is listed, what it needs, and what makes it fit."""
 
-import dataclasses
 import json
 
 import jax
@@ -10,16 +9,15 @@ import runs
 import tiny
 
 from grpo_jax import models, sharding
-from grpo_jax.engine.compute import Compute, ComputePlan
+from grpo_jax.engine.calls import Call
 from grpo_jax.models.kernels.selection import choose_attention
-from grpo_jax.run import compute_plans, mesh
+from grpo_jax.run import mesh
 from grpo_jax.run.plan import measuring, prediction, remedies, topology
 from grpo_jax.run.plan.costs import Collectives, Costs
 from grpo_jax.run.plan.planning import make_plan
 from grpo_jax.run.plan.printing import print_plan
 from grpo_jax.run.plan.programs import Program, programs_of
 from grpo_jax.run.preparation import prepare_run
-from grpo_jax.run.stages import Call
 from grpo_jax.sharding import CHIPS, Chip
 
 FLOAT = 4
@@ -91,15 +89,15 @@ def test_a_plan_of_the_update_and_what_makes_it_fit(tmp_path, capsys):
     config.data.completion_length = 128
     config.grpo.update(batch_size=16, group_size=4)
     local = topology.find_topology('local')
-    update = 'grpo: update'.__eq__
-    plan = make_plan(config, local, str(tmp_path), only=update)
+    update = 'grpo: update'
+    plan = make_plan(config, local, str(tmp_path), only=[update])
     (measured,) = plan.measured
     assert plan.fits
     decoder = models.ModelConfig(vocab_size=258, **sizes)
     forward = prediction.forward_flops(decoder, (16, 4, 4, 128))
     assert 4 * forward < measured.costs.flops < 12 * forward  # with recomputed scores and layers
     tight = local._replace(memory=0.6 * measured.total)
-    plan = make_plan(config, tight, str(tmp_path), only=update)
+    plan = make_plan(config, tight, str(tmp_path), only=[update])
     assert plan.fits is False
     first = next(remedies.find_remedies(config, plan, str(tmp_path)))
     assert first.change.values == {'grpo.compute.microbatch': 1}
@@ -131,14 +129,16 @@ def test_the_command_prints_json(tmp_path, capsys, monkeypatch):
 
 
 def test_a_sampler_of_several_blocks(tmp_path):
-    """Its last block takes the results of the first; 128 columns are two blocks of 64."""
+    """Its second block takes the results of the first; 128 columns are two blocks of 64."""
     config = runs.get_config()
     config.sft.steps = 0
     config.data.update(heldout_split='', completion_length=128)
     config.model.update(layers=1, width=16, heads=1, kv_heads=1, head_dim=8, mlp_width=8)
-    name = 'grpo: sampler, last block'
-    plan = make_plan(config, topology.find_topology('local'), str(tmp_path), only=name.__eq__)
+    plan = make_plan(
+        config, topology.find_topology('local'), str(tmp_path), only=['grpo: sampler, block']
+    )
     (last,) = plan.measured
+    assert last.program.name == 'grpo: sampler, block to column 128 of 4 x 4 completions'
     assert (last.program.columns, last.program.per_step) == (64, 1)
     cache = 2 * 4 * 4 * 1 * 128 * 8 * FLOAT  # keys and values of 16 completions, one head of 8
     assert last.memory['batch and caches'] > cache
@@ -175,6 +175,7 @@ def test_times_by_hand():
     program = measuring.Measured(Program('update', lambda: (Call(None, ()), {})), {}, costs, 0.0)
     assert prediction.times_of(program, chip) == (3.0, 5.0)
     assert prediction.times_of(program, chip).total == 5.0  # both at the same time
+    assert prediction.times_of(program, chip).without_overlap == 8.0
 
 
 def test_chips_are_found_by_the_kind_of_a_device():
@@ -187,70 +188,6 @@ def test_chips_are_found_by_the_kind_of_a_device():
     Device.device_kind = 'TPU v5 lite'
     assert sharding.chip_of(Device()) == CHIPS['v5e']
     assert sharding.memory_of(jax.devices()[0]) is None  # a CPU
-
-
-# Chosen by memory
-
-
-def settled(setup, monkeypatch, needed, memory=100, compute=None):
-    """The chosen microbatch, and those whose programs were compiled."""
-    compiled = []
-
-    def memory_needed(call):
-        compiled.append(call.microbatch)
-        return needed(call.microbatch)
-
-    monkeypatch.setattr(compute_plans, 'memory_needed', memory_needed)
-    monkeypatch.setattr(sharding, 'memory_of', lambda device: memory)
-    monkeypatch.setattr(
-        compute_plans, 'choose', lambda *args: ComputePlan(16, 0, False, 2, False, 8)
-    )
-    plan = compute_plans.settle(
-        setup, 'grpo', compute or Compute(), (16, 4, 4, 7), lambda compute: compute
-    )
-    return plan.microbatch, compiled
-
-
-@pytest.fixture(scope='module')
-def prepared(tmp_path_factory):
-    with mesh.described(jax.devices()):
-        return prepare_run(runs.get_config(), str(tmp_path_factory.mktemp('run'))).setup
-
-
-@pytest.fixture
-def small_setup(prepared, tmp_path):
-    return dataclasses.replace(prepared, workdir=tmp_path)
-
-
-@pytest.mark.parametrize(
-    ('needed', 'chosen', 'compiled'),
-    [
-        (lambda size: 100, 16, [16]),
-        (lambda size: 25 * size, 4, [16, 4]),
-        (lambda size: 50 * size, 1, [16, 4]),  # the last one is not compiled beforehand
-        (lambda size: None, 1, [16, 4]),  # the compiler gave up
-    ],
-)
-def test_the_microbatch_is_the_largest_that_fits(
-    small_setup, monkeypatch, needed, chosen, compiled
-):
-    assert settled(small_setup, monkeypatch, needed) == (chosen, compiled)
-    kept = json.loads((small_setup.workdir / 'compute.json').read_text())
-    assert kept['grpo']['microbatch'] == chosen
-    # A resumed run computes the same, whatever it would choose now.
-    assert settled(small_setup, monkeypatch, lambda size: 0) == (chosen, [])
-
-
-def test_what_the_config_says_is_not_changed(small_setup, monkeypatch, caplog):
-    large = settled(small_setup, monkeypatch, lambda size: None, compute=Compute(microbatch=16))
-    assert large == (16, [])
-    assert settled(small_setup, monkeypatch, lambda size: None, memory=None) == (16, [])
-    monkeypatch.undo()
-    (small_setup.workdir / 'compute.json').write_text(
-        json.dumps({'grpo': ComputePlan(5, 0, False, 2, False, 8)._asdict()})
-    )
-    assert settled(small_setup, monkeypatch, lambda size: 0)[0] == 16  # 5 does not divide 16
-    assert 'which the options or the devices of now do not allow' in caplog.text
 
 
 # TPUs, which only their compiler has to be here for
@@ -278,4 +215,4 @@ def test_the_compiler_says_what_is_too_large(chip):
     call = Call(jax.jit(lambda x: x.T + 1), (x,))
     assert measuring.memory_needed(call) is None
     # The argument, its transpose and the result.
-    assert measuring._compile(call).needed == pytest.approx(3 * 2**34, rel=0.02)
+    assert measuring._compiled(call, None).needed == pytest.approx(3 * 2**34, rel=0.02)

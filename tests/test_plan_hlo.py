@@ -7,6 +7,7 @@ import tiny
 
 from grpo_jax.run.plan.costs import Costs, Speed, costs_of
 from grpo_jax.run.plan.hlo import Array, parse
+from grpo_jax.run.plan.scratch import scratch_bytes
 
 # Two layers in a loop: a product [8, 4] x [4, 4], gathered over two devices; and an update.
 LOOP = """HloModule jit_f, is_scheduled=true
@@ -73,6 +74,19 @@ def test_a_program_counted_by_hand():
 def test_groups_of_a_collective_in_all_notations(groups, size):
     text = LOOP.replace('[4,2]<=[8]', groups)
     assert costs_of(parse(text)).traffic == 3 * 2 * (4 * 8 * 4) * (size - 1) / size
+
+
+def test_what_products_on_cpus_copy_by_hand():
+    """Up to three parts of both factors, at most 256 long: [8, 4] x [4, 4]; and a batch."""
+    assert scratch_bytes(parse(LOOP)) == 3 * (8 + 4) * 4 * 4
+    batch = """HloModule m
+ENTRY %main (a: f32[5,16,1000], b: f32[5,1000,8]) -> f32[5,16,8] {
+  %a = f32[5,16,1000] parameter(0)
+  %b = f32[5,1000,8] parameter(1)
+  ROOT %c = f32[5,16,8] dot(%a, %b), lhs_batch_dims={0}, rhs_batch_dims={0}, lhs_contracting_dims={2}, rhs_contracting_dims={1}
+}
+"""  # noqa: E501
+    assert scratch_bytes(parse(batch)) == 3 * (16 + 8) * 256 * 4
 
 
 def test_a_loop_whose_trips_depend_on_data_has_those_given():
@@ -149,6 +163,31 @@ ENTRY %main (a: f32[4,8], b: f32[4,8], i: s32[]) -> f32[4,8] {
     row, index = 4 * 8, 4
     # The index is both an argument of slices and read itself.
     assert costs_of(parse(text)).bytes == row + row + index
+
+
+def test_a_copy_in_place_of_a_stack_reads_only_what_is_sliced():
+    """A fusion gives a stack of matrices another tiling; one of its four matrices is then read."""
+    text = """HloModule m
+%tiling (p0: s8[4,8]) -> s8[4,8] {
+  %p0 = s8[4,8]{1,0:T(8,128)} parameter(0)
+  ROOT %copy = s8[4,8]{1,0:T(32,128)} copy(%p0)
+}
+%layer (q0: s8[4,8], q1: s32[]) -> s8[1,8] {
+  %q0 = s8[4,8] parameter(0)
+  %q1 = s32[] parameter(1)
+  %c0 = s32[] constant(0)
+  %tiled = s8[4,8] fusion(%q0), kind=kLoop, calls=%tiling, output_to_operand_aliasing={{}: (0, {})}
+  ROOT %ds = s8[1,8] dynamic-slice(%tiled, %q1, %c0), dynamic_slice_sizes={1,8}
+}
+ENTRY %main (a: s8[4,8], i: s32[]) -> s8[1,8] {
+  %a = s8[4,8] parameter(0)
+  %i = s32[] parameter(1)
+  ROOT %out = s8[1,8] fusion(%a, %i), kind=kLoop, calls=%layer
+}
+"""
+    assert costs_of(parse(text)).bytes == 8 + 4 + 8
+    apart = text.replace(', output_to_operand_aliasing={{}: (0, {})}', '')
+    assert costs_of(parse(apart)).bytes == 32 + 4 + 8  # the whole stack is copied
 
 
 def test_arrays():

@@ -1,4 +1,4 @@
-"""The planned memory of two updates against what the process then takes: a longer proof."""
+"""The planned memory of three updates against what the process then takes: a longer proof."""
 
 import json
 import pathlib
@@ -55,7 +55,9 @@ print(json.dumps({'planned': planned, 'taken': size + 1024 * (kib('VmHWM') - bef
 """
 
 
-@pytest.mark.parametrize('options', [('8', '64', 'plain'), ('4', '256', 'plain')])
+@pytest.mark.parametrize(
+    'options', [('8', '64', 'plain'), ('4', '256', 'plain'), ('8', '64', 'remat')]
+)
 def test_an_update_takes_what_was_planned(options, tmp_path):
     folder = pathlib.Path(__file__).parent
     found = subprocess.run(

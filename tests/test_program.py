@@ -9,13 +9,90 @@ import optax
 import pytest
 import tiny
 
+from grpo_jax import sharding
 from grpo_jax.algorithm.config import Algorithm
-from grpo_jax.algorithm.program import init_state, make_train_step
+from grpo_jax.algorithm.optimizer import adamw, apply_gradient
+from grpo_jax.algorithm.program import MOMENTS, init_state, make_train_step
 from grpo_jax.engine.compute import Compute
 from grpo_jax.models import ModelConfig
-from grpo_jax.types import Sampling
+from grpo_jax.types import Sampling, TrainState
 
 COMPUTE = Compute(microbatch=2)
+
+# Moments in the host's memory
+
+
+def memory_kinds(tree):
+    return {x.sharding.memory_kind for x in jax.tree.leaves(tree) if x.ndim}
+
+
+def test_an_optimizer_with_moments_in_the_hosts_memory():
+    """Two updates in a loop: the same numbers, and the moments are back in the end."""
+    mesh, ends = sharding.make_mesh(), []
+    optimizer, _ = adamw(learning_rate=1e-2, steps=10)
+    params = {'gate': jnp.ones((4, 8)), 'scale': jnp.ones(8)}
+
+    def make(params):
+        return TrainState(jnp.int32(0), params, optimizer.init(params), jnp.int32(0))
+
+    def update(state, _):
+        gradient = jax.tree.map(lambda x: x / 3, state.params)
+        return apply_gradient(optimizer, state, gradient, jnp.bool(True))[0], None
+
+    for host in ((), MOMENTS):
+        where = sharding.shardings(jax.eval_shape(make, params), mesh, host=host)
+        state = jax.jit(make, out_shardings=where)(params)
+        kinds = memory_kinds(state.opt_state)
+        assert kinds == {'pinned_host' if host else 'device'}
+        step = jax.jit(lambda state: jax.lax.scan(update, state, length=2)[0], out_shardings=where)
+        state = step(state)
+        assert (memory_kinds(state.opt_state), memory_kinds(state.params)) == (kinds, {'device'})
+        ends.append(jax.device_get(state))
+    assert tiny.same(*ends)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('inner_updates', [1, 2])
+def test_a_step_with_moments_in_the_hosts_memory(inner_updates, params, model, rollout, rewards):
+    mesh = sharding.make_mesh(fsdp=2)
+    optimizer, _ = adamw(learning_rate=1e-2, steps=10)
+    arrays, ends = sharding.put_rollout(rollout, rewards, mesh), []
+    algorithm = Algorithm(kl='none', inner_updates=inner_updates)
+    for offload in (False, True):
+        state = init_state(model, optimizer, params, mesh, offload_moments=offload)
+        step = make_train_step(
+            model, optimizer, algorithm, mesh, compute=COMPUTE, offload_moments=offload
+        )
+        for _ in range(2):
+            state, _ = step(state, None, *arrays)
+        assert memory_kinds(state.opt_state) == {'pinned_host' if offload else 'device'}
+        assert memory_kinds(state.params) == {'device'}
+        assert step._cache_size() == 1
+        ends.append(jax.device_get(state))
+    assert tiny.same(*ends)
+
+
+def test_what_lies_in_the_hosts_memory_stays_there():
+    """As when a checkpoint is read into the place of a state."""
+    mesh = sharding.make_mesh()
+    tree = {'gate': np.ones((2, 2), np.float32), 'count': np.int32(0)}
+    host = jax.device_put(tree, sharding.replicated(mesh).with_memory_kind('pinned_host'))
+    where = sharding.shardings(host, mesh)
+    assert (where['gate'].memory_kind, where['count'].memory_kind) == ('pinned_host', 'device')
+    assert sharding.shardings(tree, mesh)['gate'].memory_kind == 'device'
+
+
+def test_devices_that_cannot_read_the_hosts_memory(monkeypatch):
+    with pytest.raises(ValueError, match='offload_moments=True needs a mesh: pass one'):
+        make_train_step(tiny.Bigram(), optax.sgd(0.1), Algorithm(), offload_moments=True)
+    mesh = sharding.make_mesh()
+    monkeypatch.setattr(sharding.parameters, 'HOST', 'unknown_host')
+    message = r"no memory of kind 'unknown_host' \(they have device.*optimizer.moments='bfloat16'"
+    with pytest.raises(ValueError, match=message):
+        init_state(
+            tiny.Bigram(), optax.sgd(0.1), jax.random.key(0), mesh, offload_moments=True
+        )  # fmt: skip
+
 
 # The trust region's step
 

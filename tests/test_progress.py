@@ -70,7 +70,8 @@ def events(monkeypatch):
 def run(events, workdir, *, every=STEPS, start=0, sampled=None, skipped=(0,) * STEPS, **options):
     """Steps of a stage whose state and policy are the number of updates."""
     fail, during = options.pop('fail', {}), options.pop('during', {})
-    params = options.pop('params', None)
+    params, best = options.pop('params', None), options.pop('best', '')
+    health = {'skipped_updates': 0, 'grad_norm': 0.0, 'history': 3} | options.pop('health', {})
 
     def happens(*event):
         events.append(event)
@@ -109,11 +110,11 @@ def run(events, workdir, *, every=STEPS, start=0, sampled=None, skipped=(0,) * S
         step=step, sample=sample, collect=collect, policy=lambda state, initial: int(state.step),
         finish=None, heldout=heldout if 'eval_every' in options else None, **options,
     )  # fmt: skip
-    config = SimpleNamespace(checkpoint=SimpleNamespace(every=every))
+    config = SimpleNamespace(checkpoint=SimpleNamespace(every=every), health=health)
     setup = SimpleNamespace(config=config, workdir=workdir)
     state = TrainState(start, params, None, skipped=0)
     snapshot = Snapshot(state, Position(start, 10 * start), sampled)
-    return StageLoop(setup, stage, Manager(), None, snapshot).run()
+    return StageLoop(setup, stage, Manager(), None, snapshot, best=best).run()
 
 
 def short(events):
@@ -246,6 +247,24 @@ def test_an_interrupt_while_saving(events, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         run(events, tmp_path, every=2)
     assert [e[:3] for e in events if e[0] == 'save'] == [('save', 2, 2), ('save', 4, 4)]
+
+
+def test_the_best_by_an_evaluation_is_evaluated_before_it_is_saved(events, tmp_path, monkeypatch):
+    """Once; other runs are evaluated after it, while the checkpoint is written."""
+    found, save = [], checkpoint.save
+
+    def with_metrics(*arguments):
+        found.append(arguments[5])
+        save(*arguments[:5])
+
+    monkeypatch.setattr(checkpoint, 'save', with_metrics)
+    run(events, tmp_path, eval_every=2, every=2, best='eval/a')
+    order = [e[:2] for e in events if e[0] in ('evaluate', 'save')]
+    assert order == [
+        ('evaluate', 0), ('evaluate', 2), ('save', 2), ('evaluate', 4), ('save', 4),
+        ('evaluate', 5), ('save', 5),
+    ]  # fmt: skip
+    assert all('step_tokens' in metrics for metrics in found)
 
 
 @pytest.mark.usefixtures('interruptible')

@@ -107,3 +107,24 @@ def test_a_share_out_of_range(share, tmp_path):
         ValueError, match=f'reward_model.replay={share} is out of range: make it 0 to 1'
     ):
         ReplayBuffer(tmp_path, 1, share, 0)
+
+
+def test_files_of_others_and_of_a_killed_run_are_not_replayed(tmp_path):
+    expected = fill(tmp_path / 'a', 2)
+    fill(tmp_path / 'b', 1)
+    for name in ('partial.npz', '0.partial', 'notes.npz', '1 (copy).npz'):
+        (tmp_path / 'b' / '1' / name).write_bytes(b'PK')
+    found = [ReplayBuffer(tmp_path / 'b', 2, 0.2, 0).mix(step, batch(2, step)) for step in range(3)]
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours['name'], theirs['name'])
+
+
+@pytest.mark.parametrize('damage', ['empty', 'short', 'bit'])
+def test_a_damaged_file_is_named(tmp_path, damage):
+    fill(tmp_path, 1, steps=1)
+    path = tmp_path / '1' / '0.npz'
+    data = bytearray(path.read_bytes())
+    data[200] ^= 1
+    path.write_bytes({'empty': b'', 'short': data[:300], 'bit': data}[damage])
+    with pytest.raises(ValueError, match=r'0\.npz is damaged \(.*\): restore it'):
+        ReplayBuffer(tmp_path, 2, 0.2, 0).mix(0, batch(2, 0))

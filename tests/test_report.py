@@ -131,6 +131,67 @@ def test_a_torn_last_line_is_removed(written, torn):
     assert not list(written.glob('*.partial'))
 
 
+BREAKS = '\r\v\f\x1c\x1d\x1e\x85\u2028\u2029'
+
+
+def test_texts_with_any_line_break_are_one_line(tmp_path):
+    """A resumed run cuts what comes after its step, and nothing else; a finished one is read."""
+    records = report.Records(tmp_path, 'grpo', 0)
+    for step in range(3):
+        records.completions(step, [{'prompt': c, 'completion': BREAKS} for c in BREAKS])
+        records.metrics(step, {'reward': 0.0})
+    records.heldout(2, make_evaluation(2, (BREAKS, 'b')))
+    records.close()
+    assert report.has_heldout(tmp_path, 'grpo', 2)
+    assert report.before_and_after(tmp_path, 3)
+    report.Records(tmp_path, 'grpo', 2).close()
+    rows = report.read(tmp_path / 'completions.jsonl', 'grpo')
+    assert [row['prompt'] for row in rows] == 2 * list(BREAKS)
+    assert {row['completion'] for row in rows} == {BREAKS}
+
+
+@pytest.mark.parametrize(
+    'line', ['{}', '{"stage": "x", "step": 1}', '{"stage": "sft", "step": "1"}', '{"stage": "sf']
+)
+def test_a_line_that_is_no_record_is_named(written, line):
+    path = written / 'heldout.jsonl'
+    path.write_text(path.read_text() + line + '\n')
+    message = r'heldout\.jsonl, line 3 (has no stage and step of a run|is not a JSON object .*): '
+    for reads in (
+        lambda: report.Records(written, 'grpo', 1),
+        lambda: report.has_heldout(written, 'grpo', 9),
+        lambda: report.before_and_after(written, 3),
+    ):
+        with pytest.raises(ValueError, match=message):
+            reads()
+    assert not list(written.glob('*.partial'))
+
+
+def test_the_curves_of_a_killed_run_are_those_of_an_unbroken_one(tmp_path):
+    """Also in the files themselves, whatever reads them; a torn record and other files do no harm.
+
+    No process closes its files, and all begin within a second.
+    """
+    folder = tmp_path / 'tensorboard' / 'grpo'
+    for first, last in ((0, 4), (2, 3), (3, 7), (5, 8)):
+        records = report.Records(tmp_path, 'grpo', first)
+        for step in range(first, last):
+            records.metrics(step, {'reward': 1.0 + step, 'mine/ä': -1.0})
+        (newest,) = folder.glob('*.grpo_jax')
+        newest.write_bytes(newest.read_bytes() + b'\x18\0\0')  # killed within a write
+        (folder / 'events.out.tfevents.1.of.another').write_bytes(b'')
+    records = report.Records(tmp_path, 'grpo', 8)
+    records.metrics(8, {'reward': 9.0, 'mine/ä': -1.0})
+    records.remove_from(8)
+    records.metrics(8, {'reward': 9.0, 'mine/ä': -1.0})
+    records.close()
+    assert curves(folder) == {
+        'reward': {step: 1.0 + step for step in range(9)},
+        'mine/ä': {step: -1.0 for step in range(9)},
+    }
+    assert len(list(folder.iterdir())) == 2
+
+
 def test_table(written):
     assert report.before_and_after(written, 3).splitlines() == [
         'prompt  before (step 0)  after (step 3)',

@@ -3,13 +3,14 @@
 import json
 import logging
 import pathlib
+import re
 
 import pytest
 import runs
 
 from configs import smoke
 from grpo_jax.run import config as grpo_config
-from grpo_jax.run import methods, saved_config
+from grpo_jax.run import config_checks, methods, saved_config
 
 # Of configs/smoke.py, when there was `grpo.objective` and no number of the schema.
 SCHEMA_1 = pathlib.Path(__file__).with_name('config_of_schema_1.json').read_text()
@@ -94,7 +95,8 @@ def test_schema_1(caplog):
     (line,) = [record.message for record in caplog.records]
     assert line.startswith(
         'this config was saved by an earlier version; keys added with their defaults: '
-        'critic.optimizer.moments, critic.optimizer.name, critic.optimizer.options, data.'
+        'checkpoint.best, checkpoint.keep_every, critic.optimizer.moments, '
+        'critic.optimizer.name, critic.optimizer.options, data.'
     )
     assert ', grpo.algorithm.advantage_estimator, ' in line
     assert line.endswith('; dropped: grpo.algorithm.entropy_mask, grpo.sample_batch')
@@ -144,6 +146,25 @@ def test_configs_that_cannot_be_read(change, message, tmp_path):
         saved_config.read(path)
     assert str(error.value).startswith(f'{path}: {message}')
     assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        ('[]', 'holds list, not a JSON object'),
+        ('null', 'holds NoneType, not a JSON object'),
+        ('[' * 100_000, 'not valid JSON'),
+        ('{"schema": "2"}', "schema='2' is no number of a schema"),
+        ('{"schema": true}', 'schema=True is no number'),
+        ('{"grpo": 1, "reward_model": []}', 'it has no schema, and is not of the form'),
+        ('{}', 'it has no schema, and is not of the form'),
+        ('{"schema": 2, "seed": 1' + '0' * 400 + '}', 'seed='),
+    ],
+)
+def test_files_of_another_form(text, message, tmp_path):
+    (tmp_path / 'config.json').write_text(text)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        config_checks.check_values(saved_config.read(tmp_path / 'config.json', quiet=True))
 
 
 def test_a_file_that_is_torn(tmp_path):

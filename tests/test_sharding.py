@@ -371,6 +371,7 @@ def test_samples_on_a_mesh():
     np.testing.assert_allclose(ours.logprobs, expected.logprobs, atol=1e-5)
 
 
+@pytest.mark.slow  # tests/test_collectives.py says more, of 64 devices
 def test_fsdp_moves_parameters_and_no_activations():
     """On 8 x 1 no device holds another's hidden states or logits [8 groups, rows, tokens, .]."""
     collective = r'= (.*) (?:all-gather|all-reduce|reduce-scatter)(?:-start)?\('

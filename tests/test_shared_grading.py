@@ -15,6 +15,10 @@ from grpo_jax.types import Prompts, Rollout, StepRewards
 B, G, T = 5, 2, 3
 
 
+def decode(tokenizer, tokens, *others, **options):
+    return ['p' if len(row) == 1 else str(row[0]) for row in tokens]
+
+
 @pytest.fixture
 def in_processes(monkeypatch):
     """Calls a function in n threads that are processes to `hosts`; returns results and errors."""
@@ -36,10 +40,7 @@ def in_processes(monkeypatch):
         monkeypatch.setattr(hosts, 'gather', share_with_all)
         monkeypatch.setattr(hosts, 'exchange', share_with_all)
         monkeypatch.setattr(hosts.agreement, 'exchange', share_with_all)
-        monkeypatch.setattr(
-            'grpo_jax.run.shared_grading.decode',
-            lambda host, problems: (['p'] * B * G, [str(x) for x in range(B * G)]),
-        )
+        monkeypatch.setattr('grpo_jax.run.graded_texts.completion_texts', decode)
 
         def thread(index):
             own.index = index
@@ -63,8 +64,8 @@ def make_rollout():
     prompts = Prompts(ids[:, None], np.ones(B, np.int32), ids)
     shape = (B, G, T)
     return Rollout(
-        prompts, np.zeros(shape, np.int32), np.ones(shape, bool), np.zeros(shape, np.float32),
-        np.ones((B, G), bool),
+        prompts, np.arange(B * G * T, dtype=np.int32).reshape(shape) // T, np.ones(shape, bool),
+        np.zeros(shape, np.float32), np.ones((B, G), bool),
     )  # fmt: skip
 
 
@@ -95,7 +96,8 @@ def graded(function):
 def test_all_processes_get_what_one_would(in_processes, n):
     expected, steps = graded(grade)
     for texts, found_steps in in_processes(n, lambda: graded(grade)):
-        assert texts.completions == expected.completions
+        assert list(texts.completions) == expected.completions
+        assert texts.prompts == expected.prompts
         np.testing.assert_array_equal(texts.scores.total, expected.scores.total)
         np.testing.assert_array_equal(texts.scores.parts['a'], expected.scores.parts['a'])
         assert texts.scores.total.dtype == np.float32
@@ -103,6 +105,24 @@ def test_all_processes_get_what_one_would(in_processes, n):
         for ours, theirs in zip(found_steps, steps, strict=True):
             np.testing.assert_array_equal(ours, theirs)
             assert ours.dtype == theirs.dtype
+
+
+def test_a_process_decodes_no_text_that_it_does_not_read(in_processes, monkeypatch):
+    decoded = []
+
+    def count(tokenizer, tokens, *others, **options):
+        decoded.extend(row[0] for row in tokens if len(row) > 1)
+        return decode(tokenizer, tokens)
+
+    found = in_processes(2, lambda: graded(grade)[0].completions)
+    monkeypatch.setattr('grpo_jax.run.graded_texts.completion_texts', count)
+    texts = found[1]
+    assert len(texts) == B * G
+    assert decoded == []
+    assert [texts[3], texts[-1], texts[3], *texts[2:4]] == ['3', '9', '3', '2', '3']
+    assert decoded == [3, 9, 2]
+    with pytest.raises(IndexError):
+        texts[B * G]
 
 
 def test_what_functions_log_is_joined_in_order(in_processes):

@@ -68,6 +68,33 @@ def test_the_largest_logit_is_known_before_the_filters(name):
     np.testing.assert_array_equal(peak, filtered.max(-1))
 
 
+def test_filters_that_are_none_are_not_compiled():
+    """The result is that of filters that keep all tokens; active filters share one search."""
+    logits = np.random.default_rng(0).standard_normal((1, tiny.VOCAB)).astype(np.float32)
+    without = Sampling(0.7, None, None, None)
+    np.testing.assert_allclose(filters(logits, without), filters(logits, Sampling(0.7)), rtol=1e-6)
+
+    def counted(sampling):
+        program = str(jax.make_jaxpr(filter_logits)(logits, sampling))
+        return [program.count(f'{loop}[') for loop in ('cond', 'while', 'scan')]
+
+    assert counted(without) == [0, 0, 0]
+    assert (
+        counted(Sampling(0.7, 5, None, None)) == counted(Sampling(0.7, 5, 0.9, None)) == [1, 1, 1]
+    )
+    assert counted(Sampling(0.7, None, None, 0.1)) == [1, 0, 0]
+
+
+@pytest.mark.parametrize('options', [{'top_k': 3}, {'top_p': 0.8}, {'min_p': 0.1}])
+def test_each_filter_alone(options):
+    """The others are None, or keep all tokens."""
+    logits = np.random.default_rng(0).standard_normal((4, tiny.VOCAB)).astype(np.float32)
+    alone = Sampling(0.7, **{'top_k': None, 'top_p': None, 'min_p': None} | options)
+    kept = np.asarray(filters(logits, alone))
+    assert 0 < np.isinf(kept).sum() < kept.size
+    np.testing.assert_allclose(kept, filters(logits, Sampling(0.7, **options)), rtol=1e-6)
+
+
 def test_a_kept_token_joins_the_support():
     logits = np.random.default_rng(0).standard_normal((5, tiny.VOCAB)).astype(np.float32)
     token = np.argmin(logits, axis=-1)

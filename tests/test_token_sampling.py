@@ -7,7 +7,13 @@ import pytest
 import tiny
 from scipy import stats
 
-from grpo_jax.engine.token_sampling import check_sampling, completion_keys, draw
+from grpo_jax.engine.token_sampling import (
+    check_record,
+    check_sampling,
+    completion_keys,
+    draw,
+    without_inactive,
+)
 from grpo_jax.types import Sampling
 
 drawing = jax.jit(lambda *args: draw(*args)[:2])
@@ -83,6 +89,17 @@ def test_good_sampling():
     check_sampling(Sampling(temperature=0.0), greedy=True)
     with pytest.raises(ValueError, match=r'temperature=-1.0: make it at least 0$'):
         check_sampling(Sampling(temperature=-1.0), greedy=True)
+
+
+def test_filters_without_effect_are_left_out():
+    assert without_inactive(Sampling(0.7)) == Sampling(0.7, None, None, None)
+    assert without_inactive(Sampling(0.7, 5, 1.0, 0.1)) == Sampling(0.7, 5, None, 0.1)
+    left_out = Sampling(0.0, None, 0.9, None)
+    assert without_inactive(left_out) == left_out
+    check_sampling(left_out, greedy=True)
+    check_record(('support',), left_out, experts=0)
+    with pytest.raises(ValueError, match="record='support' has no effect without a filter"):
+        check_record(('support',), without_inactive(Sampling()), experts=0)
 
 
 def keys_of(index, group_size=3):

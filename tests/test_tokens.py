@@ -135,6 +135,16 @@ def test_errors_of_other_libraries_name_the_tokenizer(tmp_path):
         assert len(str(e.value)) < 600
 
 
+def test_a_tokenizer_without_a_vocabulary(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+    path = tmp_path / 'tokenizer.json'
+    fields = json.loads(path.read_text())
+    fields['model']['vocab'] = {}
+    path.write_text(json.dumps(fields))
+    with pytest.raises(ValueError, match=r"has no tokens for '1', and perhaps for no text at all"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_ids_of_a_tokenizer():
     assert token_ids(BYTES).tolist() == list(range(258))
     assert token_ranges(np.arange(258)) == ((0, 258),)

@@ -17,7 +17,7 @@ import runs
 
 from configs import arithmetic, gsm8k_tiny
 from grpo_jax import data, evaluate, rewards
-from grpo_jax.run import report, saved_config
+from grpo_jax.run import hosts, report, saved_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -216,6 +216,31 @@ def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished, tmp_path):
     runs.assert_same_run(tmp_path / 'run', finished)
 
 
+def test_a_signal_drops_the_step_and_saves_the_one_before(tmp_path, monkeypatch, finished):
+    shutil.copytree(finished, tmp_path / 'run')
+    shutil.rmtree(tmp_path / 'run' / 'checkpoints' / 'grpo' / '8')
+    bonus, calls = runs.bonus, iter(range(9))
+
+    def signaled(**columns):
+        if next(calls) == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return bonus(**columns)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, 'bonus', signaled)
+        with pytest.raises(hosts.Stopped) as stopped:
+            runs.train(runs.get_config(), tmp_path / 'run')
+    assert str(stopped.value) == (
+        f'grpo: stopped after step 7 by SIGTERM; its state is saved in {tmp_path / "run"}, and the '
+        'same command goes on from there'
+    )
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert not (tmp_path / 'run' / 'train.lock').exists()
+    printed = runs.train(runs.get_config(), tmp_path / 'run')
+    assert 'grpo: resumed at step 7 of 8\n' in printed
+    runs.assert_same_run(tmp_path / 'run', finished)
+
+
 @pytest.mark.slow
 def test_a_run_that_is_stopped_again_and_again(tmp_path, monkeypatch, finished):
     """Each stop keeps what was computed, names its cause, and the next start goes on from there."""
@@ -288,7 +313,7 @@ def test_a_gradient_that_is_not_finite_is_left_out_and_reported(tmp_path, monkey
 
 
 def as_an_earlier_version_left_it(workdir):
-    """The config in its first layout, and checkpoints without a position in the data."""
+    """The config in its first layout; checkpoints without checksums and positions in the data."""
     values = json.loads((workdir / 'config.json').read_text())
     del values['schema']
     grpo = values['grpo']
@@ -299,6 +324,8 @@ def as_an_earlier_version_left_it(workdir):
     grpo['algorithm'] |= defaults | numbers
     del grpo['algorithm']['advantage_estimator'], grpo['optimizer']['options']
     (workdir / 'config.json').write_text(json.dumps(values))
+    for path in workdir.glob('checkpoints/*/*/checksums.json'):
+        path.unlink()
     positions = list(workdir.glob('checkpoints/*/*/position'))
     for path in positions:
         shutil.rmtree(path)

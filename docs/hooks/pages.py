@@ -23,7 +23,9 @@ from docs.hooks import tables  # noqa: E402
 from grpo_jax.run import comments  # noqa: E402
 
 # Files of the repository that are part of the site.
-INCLUDED = ('CHANGELOG.md', 'benchmarks/RESULTS.md', 'benchmarks/study.png')
+INCLUDED = (
+    'CHANGELOG.md', 'benchmarks/RESULTS.md', 'benchmarks/quantized_base.png', 'benchmarks/study.png'
+)  # fmt: skip
 
 _MARKER = re.compile(r'<!-- (table|source): (.+?) -->')
 _LINK = re.compile(r'\[([^\]]*)\]\(([^)#\s]+)\)')

@@ -24,6 +24,7 @@ SECTIONS = {
     'eval': 'Evaluation',
     'log': 'Logs',
     'checkpoint': 'Checkpoints',
+    'health': 'Health',
     'optimizer': 'Optimizers',
 }
 

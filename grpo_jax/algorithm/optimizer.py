@@ -11,7 +11,7 @@ import optax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool
 
-from grpo_jax import plugins
+from grpo_jax import plugins, sharding
 from grpo_jax.algorithm.stored_moments import with_moments
 from grpo_jax.types import Params, TrainState
 
@@ -96,7 +96,7 @@ def make_optimizer(
       hold_steps: as in `adamw`.
       decay: as in `adamw`.
       clip_norm: largest global norm of the gradient; 0: no clipping.
-      moments: dtype in which all floats of the optimizer's state are stored, see
+      moments: dtype in which the floats of the optimizer's state are stored, see
         `stored_moments.with_moments`.
       options: keyword arguments of the factory.
       **adamw_options: `b1`, `b2`, `eps` and `weight_decay` of `adamw`. Other optimizers take
@@ -252,14 +252,18 @@ def _updated(
 ) -> tuple[Params, optax.OptState]:
     """Parameters and moments after one update, or unchanged where `finite` is false.
 
-    `cond` updates its operands in place; `where` would need memory for both results.
+    `cond` updates its operands in place; `where` would need memory for both results. Moments in
+    the host's memory are copied to the devices once the gradient is there, and back.
     """
+    on_host = moments
+    moments = sharding.on_device(moments)
 
     def step(params: Params, moments: optax.OptState) -> tuple[Params, optax.OptState]:
         updates, after = optimizer.update(gradient, moments, params)
         return optax.apply_updates(params, updates), after
 
-    return jax.lax.cond(finite, step, lambda *unchanged: unchanged, params, moments)
+    params, moments = jax.lax.cond(finite, step, lambda *old: old, params, moments)
+    return params, sharding.back_on_host(moments, on_host)
 
 
 def accept_params(state: TrainState, params: Params, finite: Bool[Array, '']) -> TrainState:

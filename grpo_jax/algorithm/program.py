@@ -18,6 +18,7 @@ from grpo_jax.engine.compute import Compute
 from grpo_jax.types import Params, Rollout, Sampling, TrainState
 
 Step = Callable[..., tuple[TrainState, dict[str, jax.Array]]]
+MOMENTS = ('opt_state', 'value_opt_state')  # of a TrainState
 
 
 def init_state(
@@ -30,6 +31,7 @@ def init_state(
     critic: Critic | None = None,
     value_params: Params | jax.Array | None = None,
     moving_reference: bool = False,
+    offload_moments: bool = False,
 ) -> TrainState:
     """A new training state on the mesh.
 
@@ -44,10 +46,14 @@ def init_state(
       value_params: the critic's parameters (copied), or a random key; None: the key in `params`.
       moving_reference: keep a reference in the state that starts as a copy of `params` and follows
         the policy by `Algorithm.reference_decay`.
+      offload_moments: keep moments in the host's memory, see `make_train_step`.
 
     Raises:
-      ValueError: a moving reference with adapters, for which the reference is the fixed base.
+      ValueError: a moving reference with adapters, for which the reference is the fixed base; or
+        devices that cannot read the host's memory.
     """
+    if offload_moments:
+        sharding.check_host_memory(mesh, 'offload_moments')
     if moving_reference and model.config.lora.rank:
         raise ValueError(
             'moving_reference=True with adapters, whose reference is their fixed base: use '
@@ -81,7 +87,8 @@ def init_state(
 
     out = None
     if mesh is not None:
-        out = sharding.shardings(jax.eval_shape(make, params, value_params), mesh)
+        made = jax.eval_shape(make, params, value_params)
+        out = sharding.shardings(made, mesh, host=MOMENTS if offload_moments else ())
     program = jax.jit(make, out_shardings=out, donate_argnums=0 if donate else ())
     return program(params, value_params)
 
@@ -94,6 +101,7 @@ def make_train_step(
     *,
     compute: Compute | None = None,
     critic: Critic | None = None,
+    offload_moments: bool = False,
 ) -> Step:
     """The jitted training step of one model, optimizer and algorithm.
 
@@ -105,6 +113,8 @@ def make_train_step(
         new state is sharded as `sharding.shardings`.
       compute: how the step computes it; None: chosen from shapes and platform.
       critic: the critic's model and optimizer, for baseline='critic'.
+      offload_moments: the state's moments lie in the host's memory, those of policy and critic.
+        They are copied to the devices for the update of the parameters, and back.
 
     Returns:
       `step(state, ref_params, rollout, rewards, sampling=Sampling(), algorithm=algorithm)`, which
@@ -114,9 +124,12 @@ def make_train_step(
       coefficients but the same choices for a schedule. metrics: f32[] scalars by name.
 
     Raises:
-      ValueError: the critic is missing, or has no effect.
+      ValueError: the critic is missing, or has no effect; or devices that cannot read the host's
+        memory.
     """
     check_critic(algorithm, critic)
+    if offload_moments:
+        sharding.check_host_memory(mesh, 'offload_moments')
     sharding.check_heads(model.config.heads, model.config.kv_heads, mesh)
     settings = {
         'model': model, 'optimizer': optimizer, 'compute': compute, 'mesh': mesh,
@@ -140,5 +153,6 @@ def make_train_step(
             init_state, model, optimizer, critic=critic, moving_reference=algorithm.moves_reference
         )
         shapes = jax.eval_shape(fresh, jax.eval_shape(lambda: jax.random.key(0)))
-        out = sharding.shardings(shapes, mesh), sharding.replicated(mesh)
+        where = sharding.shardings(shapes, mesh, host=MOMENTS if offload_moments else ())
+        out = where, sharding.replicated(mesh)
     return jax.jit(step, donate_argnums=0, out_shardings=out)

@@ -87,7 +87,7 @@ def make_scorer(
     def scorer(params: Params, rollout: Rollout) -> jax.Array:
         groups, group_size = rollout.ended.shape
         slices = sharding.slices_of(groups, group_size, mesh)
-        with sharding.use(mesh):
+        with sharding.use(mesh, splits_params=True):
             parts = sharding.split_groups(rollout, slices, mesh)
             return sharding.join_groups(function(model, params, parts), slices, mesh)
 
@@ -190,7 +190,7 @@ def make_step(
         _check(loss, rollout, labels, ends)
         plan = choose(Compute(microbatch), model.config, shape_of(rollout), mesh)
         sharding.check_batch(rollout.tokens.shape[0], plan.microbatch, mesh)
-        with sharding.use(mesh):
+        with sharding.use(mesh, splits_params=True):
             counted = _counted(loss, rollout, labels, ends)
             total = jnp.maximum(counted.sum(), 1)
             gradient_of = jax.grad(functools.partial(_loss, model, loss, total), has_aux=True)

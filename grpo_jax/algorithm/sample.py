@@ -9,23 +9,16 @@ compiled programs are in `engine.decode`, compaction is in `engine.compaction`.
 import collections
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ParamSpec
+from typing import ParamSpec
 
 import jax
 from jax.sharding import Mesh
 
 from grpo_jax import models
 from grpo_jax.engine import decode
-from grpo_jax.engine.compaction import (
-    NEVER_COMPACT,
-    DecodeInputs,
-    compact,
-    compaction_thresholds,
-    first_shape,
-    shape_of,
-    smallest_shape,
-)
-from grpo_jax.engine.sampling_params import sampling_params
+from grpo_jax.engine.compaction import shape_of, smallest_shape
+from grpo_jax.engine.sampler_calls import SamplerCalls
+from grpo_jax.engine.sampling_params import completed
 from grpo_jax.types import Array, Params, Prompts, Rollout, Sampling
 
 _P = ParamSpec('_P')
@@ -94,21 +87,12 @@ def sample_blocks(
         model.config, mesh, sampling, weights, record,
         group_size=group_size, max_tokens=max_tokens, block=block,
     )  # fmt: skip
-    in_place = models.caches_in_place(model.config)
-    block = block or decode.block_size(max_tokens, in_place=in_place)
-    unroll = in_place if unroll is None else unroll
-    dtype = model.config.dtype
-    params = sampling_params(params, dtype, weights, unroll, mesh=mesh, gather=gather)
-    model = model.clone(unrolled=unroll)
-    width, prompt = min(block, max_tokens), prompts.tokens.shape[1]
-    shape = first_shape(len(prompts.index), group_size, mesh)
-    absent: Any = None
-    inputs, routing, slots, state = decode.first_block(
-        model, DecodeInputs(params, prompts, absent, sampling, eos_ids, stops), seed, step,
-        compaction_thresholds(shape, prompt, width) if width < max_tokens else NEVER_COMPACT,
-        group_size=group_size, max_tokens=max_tokens, width=width, record=record,
-        mesh=mesh,
-    )  # fmt: skip
+    calls = SamplerCalls(model, mesh, group_size, max_tokens, block, record, unroll)
+    converted = calls.weights(params, weights, gather)
+    params = params if converted is None else completed(params, converted.run())
+    width, prompt = calls.first_width, prompts.tokens.shape[1]
+    first = calls.first(params, prompts, seed, step, sampling, eos_ids, stops=stops)
+    inputs, routing, slots, state = first.run()
     prompts = prompts._replace(routing=routing)
     yield decode.rollout_so_far(prompts, state, group_size, mesh)
     if width == max_tokens:
@@ -118,16 +102,14 @@ def sample_blocks(
         if not most or t == max_tokens:
             return
         if t == width:
-            width = min(width + block, max_tokens)
-        smaller = smallest_shape(int(most), int(total), shape_of(slots, mesh), prompt, width)
-        if smaller != shape_of(slots, mesh):
-            inputs, slots = compact(inputs, slots, smaller, mesh)
+            width = calls.next_width(width)
+        now = shape_of(slots, mesh)
+        smaller = smallest_shape(int(most), int(total), now, prompt, width)
+        if smaller != now:
+            inputs, slots = calls.compaction(inputs, slots, smaller).run()
         if slots.cache.k.shape[-2] < width:
-            slots = decode.grow_cache(slots, width)
-        slots, state = decode.next_block(
-            model, params, inputs, slots, state, compaction_thresholds(smaller, prompt, width),
-            width=width, mesh=mesh,
-        )  # fmt: skip
+            slots = calls.growth(slots, width).run()
+        slots, state = calls.block_to(params, inputs, slots, state, width).run()
         yield decode.rollout_so_far(prompts, state, group_size, mesh)
 
 

@@ -141,7 +141,7 @@ def completion_kl(
         old = filter_logits(old, sampling, keep=targets)
         inside = old > -jnp.inf
         logits = apply(model, params, states, method='logits')
-        whole = filter_logits(logits, Sampling(temperature=sampling.temperature))
+        whole = filter_logits(logits, Sampling(sampling.temperature, None, None, None))
         new = jnp.where(inside, whole, filter_logits(logits, sampling))
         old_norm, norm = (jax.nn.logsumexp(x, axis=-1) for x in (old, new))
         probability = jnp.exp(old - old_norm[..., None])

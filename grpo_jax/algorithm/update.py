@@ -138,7 +138,7 @@ def train_step(
     checks.check_inputs(a, state, ref_params, rollout, rewards, model)
     plan = choose(compute or Compute(), model.config, checks.shape_of(rollout), mesh)
     checks.check_plan(a, plan, rollout, mesh)
-    policy = Policy(model, ref_params, sampling, plan, mesh)
+    policy = Policy(plan.configure(model), ref_params, sampling, plan, mesh)
     value_model = None if critic_model is None else ValueModel(critic_model.model, plan, mesh)
 
     def inner_update(state: TrainState, _: None) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -171,7 +171,7 @@ def train_step(
             step_terms |= norm
         return state, terms | step_terms | {'skipped_updates': state.skipped}
 
-    with sharding.use(mesh):
+    with sharding.use(mesh, splits_params=True):
         shared = make_batch(a, policy, value_model, state, rollout, rewards)
         checks.trace_loss(loss_fn, a, policy, shared)
         state, terms = jax.lax.scan(inner_update, state, length=a.inner_updates)

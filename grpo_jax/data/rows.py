@@ -35,10 +35,11 @@ def load(name: str, split: str, *, cache_dir: str | os.PathLike[str], **options:
 
     Two data sets are generated, each with splits train and test: 'arithmetic' and 'countdown'. All
     others are read from files below $GRPO_JAX_DATA_DIR whose names contain the split: the published
-    'gsm8k', 'math', 'cmath', 'svamp', 'mawps' and 'humaneval' (see `datasets.sources`), and your
-    own as 'jsonl' (`<split>.jsonl`, also `.gz` or `.json`), 'parquet' (`<split>.parquet`, or in
-    parts) and 'hf' (a folder written by `datasets.Dataset.save_to_disk`, or Parquet files). A path
-    such as 'my_data:problems' names a function of your own, `(split, **options) -> rows`.
+    'gsm8k', 'math', 'cmath', 'svamp', 'mawps', 'humaneval', 'mbpp', 'apps' and 'livecodebench'
+    (see `datasets.sources`), and your own as 'jsonl' (`<split>.jsonl`, also `.gz` or `.json`),
+    'parquet' (`<split>.parquet`, or in parts) and 'hf' (a folder written by
+    `datasets.Dataset.save_to_disk`, or Parquet files). A path such as 'my_data:problems' names a
+    function of your own, `(split, **options) -> rows`.
 
     Args:
       name: data set.

@@ -1,6 +1,8 @@
 """Tokenize rows once, into tables of prompts and demonstrations that are held in memory."""
 
 import dataclasses
+import logging
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,13 @@ from jaxtyping import Bool, Int
 from grpo_jax.data.chat import turn_end
 from grpo_jax.data.conversations import demonstration_of
 from grpo_jax.data.formats import fill
+from grpo_jax.data.literal_text import LiteralText
 from grpo_jax.data.prompts import render_prompts
 from grpo_jax.data.rows import Row, Rows
 from grpo_jax.data.tokenizers import Tokenizer
 from grpo_jax.types import Prompts, Rollout
+
+log = logging.getLogger('grpo_jax')
 
 _CHUNK = 512  # texts per call of a tokenizer, which keeps much more in memory than their ids
 
@@ -93,12 +98,13 @@ def tokenize_prompts(
     system: str = '',
     assistant_prefix: str = '',
     examples: Rows = (),
+    hidden: Collection[int] = (),
 ) -> PromptTable:
     """Tokenize the prompt of every row.
 
     A prompt of more than `prompt_length` tokens is dropped and counted, never truncated. The
     special tokens of a prompt are those that the tokenizer adds by default (a beginning-of-sequence
-    token, or none); with `chat` they are those of the chat template.
+    token, or none) and those that it spells; with `chat` they are those of the chat template alone.
 
     Args:
       rows: rows of a data set.
@@ -109,13 +115,16 @@ def tokenize_prompts(
       system: system message, see `prompts.render_prompts`.
       assistant_prefix: appended to every prompt, so completions continue it.
       examples: rows for the worked examples of a format, see `prompts.render_prompts`.
+      hidden: special tokens that are text where a row spells them, with `chat`.
 
     Raises:
       ValueError: a prompt has no tokens, or none fits; also as `prompts.render_prompts`.
     """
+    literal = LiteralText(tokenizer, hidden)
     prompts = _prompt_ids(
-        rows, tokenizer, template, chat, system, examples, prefix=assistant_prefix
-    )
+        list(rows), tokenizer, literal, template=template, chat=chat, system=system,
+        examples=examples, prefix=assistant_prefix,
+    )  # fmt: skip
     return _prompt_table(prompts, _fits(prompts, 'prompt', prompt_length), prompt_length, tokenizer)
 
 
@@ -131,6 +140,7 @@ def tokenize_demonstrations(
     system: str = '',
     assistant_prefix: str = '',
     examples: Rows = (),
+    hidden: Collection[int] = (),
 ) -> DemonstrationTable:
     """Tokenize the prompt and the completion of every row.
 
@@ -151,21 +161,25 @@ def tokenize_demonstrations(
       system: see `tokenize_prompts`.
       assistant_prefix: see `tokenize_prompts`.
       examples: see `tokenize_prompts`.
+      hidden: see `tokenize_prompts`.
 
     Raises:
       ValueError: no row fits both lengths, or a template does not fit the columns; also as
         `tokenize_prompts`.
     """
     rows = list(rows)  # reads rows on disk once
+    literal = LiteralText(tokenizer, hidden)
     prompts = _prompt_ids(
-        rows, tokenizer, template, chat, system, examples, prefix=assistant_prefix
-    )
+        rows, tokenizer, literal, template=template, chat=chat, system=system,
+        examples=examples, prefix=assistant_prefix,
+    )  # fmt: skip
     ending, end_id = turn_end(tokenizer) if chat else ('', tokenizer.eos_token_id)
     texts = [
-        render_demonstration(completion_template, row, number) + ending
+        render_demonstration(completion_template, literal.mark(row) if chat else row, number)
+        + ending
         for number, row in enumerate(rows)
     ]
-    completions = [[*ids, end_id] for ids in _encode(texts, tokenizer, add_special_tokens=False)]
+    completions = [[*ids, end_id] for ids in _encode(texts, literal, add_special_tokens=False)]
     fits = _fits(prompts, 'prompt', prompt_length)
     fits &= _fits(completions, 'completion', completion_length)
     if not fits.any():
@@ -196,22 +210,32 @@ def render_demonstration(template: str, row: Row, number: int = 0) -> str:
 
 
 def _prompt_ids(
-    rows: Rows, tokenizer: Tokenizer, template: str, chat: bool, system: str, examples: Rows,
-    *, prefix: str,
+    rows: list[Row], tokenizer: Tokenizer, literal: LiteralText,
+    *, template: str, chat: bool, system: str, examples: Rows, prefix: str,
 ) -> list[list[int]]:  # fmt: skip
+    marked = [literal.mark(row) for row in rows]
+    spelling = [row for row, (a, b) in enumerate(zip(rows, marked, strict=True)) if a != b]
+    if chat:
+        rows, examples = marked, [literal.mark(row) for row in examples]
     texts = render_prompts(
-        template, list(rows), examples=examples, system=system, chat=tokenizer if chat else None
+        template, rows, examples=examples, system=system, chat=tokenizer if chat else None
     )
-    return _encode([text + prefix for text in texts], tokenizer, add_special_tokens=not chat)
+    found = [] if chat else literal.find([texts[row] for row in spelling])
+    if found and not tokenizer.split_special_tokens:
+        log.warning(
+            'the text of %d rows contains special tokens such as %r, which are tokens of the '
+            'prompt with data.chat=False', len(found), found[0],
+        )  # fmt: skip
+    return _encode([text + prefix for text in texts], literal, add_special_tokens=not chat)
 
 
-def _encode(texts: list[str], tokenizer: Tokenizer, *, add_special_tokens: bool) -> list[list[int]]:
+def _encode(texts: list[str], literal: LiteralText, *, add_special_tokens: bool) -> list[list[int]]:
     if not texts:
         raise ValueError('the data set has no rows: choose another split or slice')
     sequences: list[list[int]] = []
     for start in range(0, len(texts), _CHUNK):
         chunk = texts[start : start + _CHUNK]
-        sequences += tokenizer(chunk, add_special_tokens=add_special_tokens).input_ids
+        sequences += literal.encode(chunk, add_special_tokens=add_special_tokens)
     return sequences
 
 

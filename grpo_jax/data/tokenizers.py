@@ -73,7 +73,9 @@ def load_tokenizer(name: str) -> Tokenizer:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        # Code in the folder is never run, and nobody is asked whether it may.
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer(_PROBES[0])  # a wrong value in a file may be used here first
     except Exception as error:  # of many types, some of them from other libraries
         raise ValueError(
             f"tokenizer {name!r} cannot be loaded: give 'bytes', a folder with a tokenizer, or the "
@@ -86,7 +88,13 @@ def load_tokenizer(name: str) -> Tokenizer:
             f'tokenizer {name!r} has no end-of-sequence token, so no completion could end: set '
             'eos_token in its tokenizer_config.json'
         )
-    if tokenizer('1').input_ids[-1] == tokenizer.eos_token_id:
+    digit = tokenizer('1').input_ids
+    if not digit:
+        raise ValueError(
+            f"tokenizer {name!r} has no tokens for '1', and perhaps for no text at all: copy its "
+            'tokenizer.json again'
+        )
+    if digit[-1] == tokenizer.eos_token_id:
         raise ValueError(
             f'tokenizer {name!r} ends every text with {tokenizer.eos_token}, so no prompt could be '
             'continued: set add_eos_token to false in its tokenizer_config.json'
@@ -135,7 +143,8 @@ def _check_ids(tokenizer: Tokenizer, name: str) -> None:
 def _add_bos_as_stated(tokenizer: Tokenizer, name: str) -> None:
     """Make the tokenizer begin texts with its BOS token, or not, as its configuration says."""
     path = _find_file(name, 'tokenizer_config.json')
-    stated = json.loads(path.read_text()).get('add_bos_token') if path else None
+    settings = json.loads(path.read_text()) if path else {}
+    stated = settings.get('add_bos_token') if isinstance(settings, dict) else None
     if not isinstance(stated, bool) or tokenizer.bos_token_id is None:
         return
     if (tokenizer('1').input_ids[:1] == [tokenizer.bos_token_id]) != stated:

@@ -34,7 +34,10 @@ def parse_json(text: str | bytes) -> Any:
     Raises:
       ValueError: it is not JSON.
     """
-    return json.loads(text, parse_float=_parse_float)
+    try:
+        return json.loads(text, parse_float=_parse_float)
+    except RecursionError as error:
+        raise ValueError('it is nested too deeply') from error
 
 
 def json_text(value: Any) -> str:

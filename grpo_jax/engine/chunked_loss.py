@@ -17,6 +17,7 @@ from grpo_jax import models
 from grpo_jax.engine.bundles import Outputs
 from grpo_jax.engine.chunks import cut_columns, join_columns
 from grpo_jax.models.kernels import cpu
+from grpo_jax.sharding import by_axes
 from grpo_jax.types import Batch, Params
 
 # The gradient of the output matrix is computed a few columns at a time: the fewest columns, and the
@@ -74,7 +75,7 @@ class ChunkedLoss:
         c, (states, part) = self.config, piece
         rows = states.reshape(-1, states.shape[-1])
         # Computed inside the loop, which would otherwise keep a transposed copy.
-        matrix = self.matrix(params).astype(c.dtype)
+        matrix = by_axes(self.matrix(params).astype(c.dtype), 'head')
 
         def loss(products: jax.Array) -> tuple[jax.Array, Outputs]:
             logits = models.finish_logits(c, products).reshape(*states.shape[:-1], -1)
@@ -85,12 +86,14 @@ class ChunkedLoss:
         grad_states = _product(grad_logits, matrix.T).astype(states.dtype).reshape(states.shape)
         if c.output_parameter is not None:
             name, axis = c.output_parameter
-            total = total | {name: _add_product(total[name], rows, grad_logits, axis)}
+            total = total | {name: _add_product(name, axis, total[name], rows, grad_logits)}
         return total, (outputs, grad_states)
 
 
-def _add_product(total: jax.Array, rows: jax.Array, grad_logits: jax.Array, axis: int) -> jax.Array:
-    """Adds rows^T @ grad_logits [D, V] to a total whose vocabulary is along `axis`.
+def _add_product(
+    name: str, axis: int, total: jax.Array, rows: jax.Array, grad_logits: jax.Array
+) -> jax.Array:
+    """Adds rows^T @ grad_logits [D, V] to a parameter's total, whose vocabulary is along `axis`.
 
     On GPUs a matrix product can add to an existing array. Elsewhere a few columns are computed at a
     time, so that the product needs no second array of the matrix's size, unless columns are spread
@@ -98,7 +101,10 @@ def _add_product(total: jax.Array, rows: jax.Array, grad_logits: jax.Array, axis
     """
     if jax.default_backend() == 'gpu':
         return total + (_product(rows.T, grad_logits) if axis else _product(grad_logits.T, rows))
-    pieces = _pieces(grad_logits.shape[-1]) if jax.sharding.get_abstract_mesh().empty else 1
+    if not jax.sharding.get_abstract_mesh().empty:
+        product = _product(rows.T, grad_logits)
+        return total + by_axes(product if axis else product.T, name)
+    pieces = _pieces(grad_logits.shape[-1])
     width = grad_logits.shape[-1] // pieces
     # On CPUs a product is faster if its matrix is transposed beforehand, and if the longer axis is
     # last, than if XLA transposes inside the product. XLA does neither by itself.

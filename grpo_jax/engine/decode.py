@@ -59,7 +59,7 @@ def check_options(
         least = 0 if name == 'block' else 1
         if value < least:
             raise ValueError(f'{name}={value} is out of range: make it at least {least}')
-    if all(isinstance(value, int | float) for value in sampling):
+    if all(isinstance(value, int | float | None) for value in sampling):
         check_sampling(sampling, greedy=True)
         check_record(record, sampling, config.experts)
 

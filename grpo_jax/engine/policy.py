@@ -190,7 +190,8 @@ class ValueModel:
 
     @property
     def _decoder(self) -> Decoder:
-        model = self.model.clone(unrolled=True) if self.plan.unroll else self.model
+        model = self.plan.configure(self.model)
+        model = model.clone(unrolled=True) if self.plan.unroll else model
         return Decoder(model, lambda params: params)
 
     def _layers(self, params: Params) -> Params:

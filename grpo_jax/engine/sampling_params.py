@@ -8,7 +8,9 @@ import jax
 from jax.sharding import Mesh
 
 from grpo_jax import sharding
+from grpo_jax.engine.calls import Call
 from grpo_jax.models import Quantized, quantize, unstack_layers
+from grpo_jax.models.quantization import is_quantized
 from grpo_jax.sharding import data_devices
 from grpo_jax.types import Params
 
@@ -38,8 +40,8 @@ def sampling_params(
     Raises:
       ValueError: gather=True where there is one such device.
     """
-    options = conversion(params, dtype, weights, unroll, mesh=mesh, gather=gather)
-    return params if options is None else convert(params, **options)
+    call = conversion(params, dtype, weights, unroll, mesh=mesh, gather=gather)
+    return params if call is None else completed(params, call.run())
 
 
 def conversion(
@@ -50,10 +52,11 @@ def conversion(
     *,
     mesh: Mesh | None = None,
     gather: bool | None = None,
-) -> dict[str, Any] | None:
-    """The options of `convert` for `sampling_params`; None: parameters are used as they are.
+) -> Call | None:
+    """The call that `sampling_params` makes; None: parameters are used as they are.
 
-    Arguments are those of `sampling_params`; `params` may be abstract.
+    Arguments are those of `sampling_params`; `params` may be abstract. What is not converted is no
+    argument, so that no copy of it is made, such as of the base of adapters in another dtype.
     """
     if gather and data_devices(mesh) == 1:
         raise ValueError('gather=True has no effect on one device: remove it')
@@ -61,11 +64,31 @@ def conversion(
     shapes = jax.eval_shape(functools.partial(convert, **options), params)
     if gather is None:
         gather = mesh is not None and data_devices(mesh) > 1 and gathers(shapes, mesh)
+    name = f'weights to sample with, {dtype if weights == "model" else weights}'
     if gather:
-        return options | {'mesh': mesh}
-    before, after = jax.tree.leaves(params), jax.tree.leaves(shapes)
-    unchanged = [x.dtype for x in before] == [x.dtype for x in after]
-    return None if unchanged and not unroll else options
+        return Call(convert, (params,), options | {'mesh': mesh}, f'{name}, a copy on each device')
+    if not unroll:
+        params = jax.tree.map(_if_changed, params, shapes, is_leaf=is_quantized)
+    return Call(convert, (params,), options, name) if jax.tree.leaves(params) else None
+
+
+def _if_changed(before: Any, after: Any) -> Any:
+    """A parameter or a quantized matrix, unless its conversion is the same."""
+    is_same = is_quantized(before) or (not is_quantized(after) and before.dtype == after.dtype)
+    return None if is_same else before
+
+
+def completed(params: Params, converted: Params) -> Params:
+    """The results of a call of `conversion`, with the parameters that it did not change."""
+    if all(leaf is not None for leaf in jax.tree.leaves(converted, is_leaf=_is_whole)):
+        return converted
+    return jax.tree.map(
+        lambda new, old: old if new is None else new, converted, params, is_leaf=_is_whole
+    )
+
+
+def _is_whole(x: Any) -> bool:
+    return x is None or is_quantized(x)
 
 
 def gathers(params: Params, mesh: Mesh, *, memory: int | None = None) -> bool:
@@ -105,4 +128,6 @@ def convert(
     params = unstack_layers(params) if unroll else params
     if mesh is None:
         return params
+    with sharding.use(mesh, splits_params=True):
+        params = sharding.by_axes(params)
     return jax.lax.with_sharding_constraint(params, sharding.whole_over_data(params, mesh))

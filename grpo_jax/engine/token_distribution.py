@@ -24,7 +24,8 @@ def filter_logits(
 ) -> Float[Array, '*n V']:
     """Logits of the distribution to sample from: scaled by temperature, restricted to its support.
 
-    Tokens tied with the last one kept are kept too. A filter costs nothing while it is inactive.
+    Tokens tied with the last one kept are kept too. A filter costs no time while it is inactive,
+    and no compilation if it is None.
 
     Args:
       logits: f32[..., V].
@@ -46,8 +47,6 @@ def filter_with_peak(
     Every filter keeps the largest logit, so it is computed before filtering, which saves a pass.
     """
     scale = _scale(sampling)
-    top_k, top_p = map(jnp.asarray, (sampling.top_k, sampling.top_p))
-    min_p = jnp.asarray(sampling.min_p, jnp.float32)
     # Flattened to two axes, as the matrix product returns them, and compared before scaling:
     # otherwise compilers allocate a second array of the size of the logits.
     rows = logits.reshape(-1, logits.shape[-1])
@@ -63,13 +62,24 @@ def filter_with_peak(
             fixed,
         )
 
-    by_rank = functools.partial(_ranked, scale=scale, top_k=top_k, top_p=top_p)
-    ranked = threshold((top_k > 0) | (top_p < 1), functools.partial(_in_pieces, by_rank))
-    likely = threshold(min_p > 0, lambda logits: logits.max(-1) + scale * jnp.log(min_p))
-    inside = ~(fixed < jnp.maximum(ranked, likely))  # not `>=`, which would turn NaN into -inf
-    if keep is not None:
-        inside |= jnp.arange(rows.shape[-1]) == keep.reshape(-1, 1)
-    filtered = _mask_logits(rows / scale, inside)
+    thresholds = []
+    if sampling.top_k is not None or sampling.top_p is not None:
+        top_k = jnp.asarray(0 if sampling.top_k is None else sampling.top_k)
+        top_p = jnp.asarray(1.0 if sampling.top_p is None else sampling.top_p)
+        by_rank = functools.partial(_ranked, scale=scale, top_k=top_k, top_p=top_p)
+        ranked = functools.partial(_in_pieces, by_rank)
+        thresholds.append(threshold((top_k > 0) | (top_p < 1), ranked))
+    if sampling.min_p is not None:
+        min_p = jnp.asarray(sampling.min_p, jnp.float32)
+        likely = threshold(min_p > 0, lambda logits: logits.max(-1) + scale * jnp.log(min_p))
+        thresholds.append(likely)
+    filtered = rows / scale
+    if thresholds:
+        # Not `>=`, which would turn NaN into -inf.
+        inside = ~(fixed < functools.reduce(jnp.maximum, thresholds))
+        if keep is not None:
+            inside |= jnp.arange(rows.shape[-1]) == keep.reshape(-1, 1)
+        filtered = _mask_logits(filtered, inside)
     return filtered.reshape(logits.shape), (fixed.max(-1) / scale).reshape(logits.shape[:-1])
 
 
@@ -125,12 +135,21 @@ def _in_pieces(function: Callable[[jax.Array], jax.Array], logits: jax.Array) ->
 
 
 def _ranked(logits: jax.Array, scale: jax.Array, top_k: jax.Array, top_p: jax.Array) -> jax.Array:
-    """The smallest logit kept by top-k, and by top-p at temperature `scale` among those."""
-    count = jnp.where(top_k > 0, top_k, logits.shape[-1])
-    kth = _smallest_kept(logits, jnp.ones_like(logits), count)
-    mass = jnp.exp((logits - logits.max(-1, keepdims=True)) / scale)
-    mass = jnp.where(logits >= kth[..., None], mass, 0.0)
-    return jnp.where(top_p < 1, _smallest_kept(logits, mass, top_p * mass.sum(-1)), kth)
+    """The smallest logit kept by top-k, and by top-p at temperature `scale` among those.
+
+    A loop over the two filters, so that their search is compiled once.
+    """
+
+    def restrict(number: jax.Array, smallest: jax.Array) -> jax.Array:
+        by_count = number == 0
+        mass = jnp.exp((logits - logits.max(-1, keepdims=True)) / scale)
+        mass = jnp.where(logits >= smallest[..., None], mass, 0.0)
+        required = jnp.where(by_count, top_k.astype(mass.dtype), top_p * mass.sum(-1))
+        return _smallest_kept(logits, jnp.where(by_count, 1.0, mass), required)
+
+    everything = jnp.full(logits.shape[:-1], -jnp.inf)
+    first, last = jnp.where(top_k > 0, 0, 1), jnp.where(top_p < 1, 2, 1)
+    return jax.lax.fori_loop(first, last, restrict, everything)
 
 
 def _smallest_kept(logits: jax.Array, mass: jax.Array, required: jax.Array) -> jax.Array:

@@ -1,5 +1,7 @@
 """Drawing tokens: range checks of the sampling options, random keys, and the draw itself."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, Shaped
@@ -23,14 +25,15 @@ def check_sampling(sampling: Sampling, *, greedy: bool = False) -> None:
       ValueError: an option is out of its range.
     """
     valid_temperature = sampling.temperature > 0 or (greedy and sampling.temperature == 0)
+    top_k, top_p, min_p = _filters(sampling)
     ranges = {
         'temperature': (
             valid_temperature,
             'at least 0' if greedy else 'above 0 (greedy completions are all the same)',
         ),
-        'top_k': (sampling.top_k >= 0, 'at least 0 (0 keeps all tokens)'),
-        'top_p': (0 < sampling.top_p <= 1, 'above 0 and at most 1'),
-        'min_p': (0 <= sampling.min_p < 1, 'at least 0 and below 1'),
+        'top_k': (top_k >= 0, 'at least 0 (0 keeps all tokens)'),
+        'top_p': (0 < top_p <= 1, 'above 0 and at most 1'),
+        'min_p': (0 <= min_p < 1, 'at least 0 and below 1'),
     }
     for name, (valid, remedy) in ranges.items():
         if not valid:
@@ -51,14 +54,38 @@ def check_record(record: tuple[str, ...], sampling: Sampling, experts: int) -> N
     for name in record:
         if name not in RECORDS:
             raise ValueError(f'record names {name!r}: use any of {", ".join(RECORDS)}')
-    filtered = sampling.top_k > 0 or sampling.top_p < 1 or sampling.min_p > 0
-    if 'support' in record and not filtered:
+    if 'support' in record and not any(_active(sampling)):
         raise ValueError(
             "record='support' has no effect without a filter: set top_k, top_p or min_p, or "
             'remove it'
         )
     if 'routing' in record and not experts:
         raise ValueError("record='routing' has no effect on a model without experts: remove it")
+
+
+def without_inactive(sampling: Sampling) -> Sampling:
+    """The same distribution with None for each filter that keeps all tokens.
+
+    Programs compile faster without them; for options that do not change during a run.
+
+    Args:
+      sampling: numbers, not traced.
+    """
+    filters = zip(_filters(sampling), _active(sampling), strict=True)
+    return Sampling(sampling.temperature, *(x if active else None for x, active in filters))
+
+
+def _filters(sampling: Sampling) -> tuple[Any, Any, Any]:
+    """top_k, top_p and min_p, those that are None as the numbers that keep all tokens."""
+    values = zip(sampling[1:], Sampling()[1:], strict=True)
+    top_k, top_p, min_p = (inactive if x is None else x for x, inactive in values)
+    return top_k, top_p, min_p
+
+
+def _active(sampling: Sampling) -> tuple[bool, bool, bool]:
+    """Whether top_k, top_p and min_p remove any tokens."""
+    top_k, top_p, min_p = _filters(sampling)
+    return top_k > 0, top_p < 1, min_p > 0
 
 
 def _inverse_cdf(mass: jax.Array, u: jax.Array) -> jax.Array:

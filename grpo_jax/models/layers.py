@@ -18,7 +18,7 @@ from grpo_jax.models import quantization
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.kernels import cpu
 from grpo_jax.models.quantization import Quantized, unpack
-from grpo_jax.sharding import on_each_data_device
+from grpo_jax.sharding import by_axes, on_each_data_device
 
 # Variables of flax: experts to use instead of the router's choice, and the experts that were used.
 CHOSEN, RECORDED = 'chosen_experts', 'recorded_experts'
@@ -73,16 +73,17 @@ def projection(
     c: ModelConfig = module.config
     fan_in, fan_out = math.prod(sizes), math.prod(out)
     kernel, scale = unpack(_matrix(module, name, fan_in, (*sizes, *out)))
-    if scale is None:
-        kernel = kernel.astype(c.dtype)
-    else:
+    kernel = by_axes(kernel.astype(c.dtype) if scale is None else kernel, name)
+    if scale is not None:
         scale = scale.reshape(-1, fan_out) if kernel.dtype == jnp.uint8 else scale.reshape(fan_out)
     kernel = kernel.reshape(-1, fan_out)
     adapter = None
     if c.lora.covers(name):
         a = module.param(f'{name}_lora_a', _adapter_init(fan_in), (*sizes, c.lora.rank))
         b = module.param(f'{name}_lora_b', nn.initializers.zeros, (c.lora.rank, *out))
-        adapter = a.astype(c.dtype).reshape(fan_in, -1), b.astype(c.dtype).reshape(-1, fan_out)
+        a = by_axes(a.astype(c.dtype), f'{name}_lora_a')
+        b = by_axes(b.astype(c.dtype), f'{name}_lora_b')
+        adapter = a.reshape(fan_in, -1), b.reshape(-1, fan_out)
     offset = None
     if bias:
         offset = module.param(f'{name}_bias', nn.initializers.zeros, out, c.param_dtype)
@@ -220,7 +221,8 @@ def experts(module: nn.Module, x: Float[Array, '*axes D']) -> Float[Array, '*axe
         ('gate', c.width, c.mlp_width), ('up', c.width, c.mlp_width), ('down', c.mlp_width, c.width)
     ):  # fmt: skip
         kernel, scale = unpack(_matrix(module, name, size, (c.experts, size, width)))
-        matrices[name] = kernel.astype(c.dtype) if scale is None else kernel, scale
+        kernel = kernel.astype(c.dtype) if scale is None else kernel
+        matrices[name] = by_axes(kernel, name), scale
     run = on_each_data_device(functools.partial(_sum_of_experts, c))
     return run((tokens, weights, chosen), matrices).reshape(x.shape)
 

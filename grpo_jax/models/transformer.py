@@ -31,7 +31,7 @@ from grpo_jax.models.kernels.selection import caches_in_place
 from grpo_jax.models.layers import CHOSEN, PROBABILITIES, RECORDED, RMSNorm, finish_logits
 from grpo_jax.models.lora import split_adapters
 from grpo_jax.models.quantization import Quantized, dequantize, lookup, unpack
-from grpo_jax.sharding import anchor
+from grpo_jax.sharding import anchor, by_axes
 from grpo_jax.types import Array, Params
 
 
@@ -164,7 +164,8 @@ class Transformer(nn.Module):
         """f32 logits of the next token from hidden states."""
         c, (matrix, scale) = self.config, unpack(self.output_matrix())
         rows = hidden.reshape(-1, c.width)  # two axes: see `layers.project`
-        logits = jnp.matmul(rows, matrix.astype(c.dtype), preferred_element_type=jnp.float32)
+        matrix = by_axes(matrix.astype(c.dtype), 'head')
+        logits = jnp.matmul(rows, matrix, preferred_element_type=jnp.float32)
         logits = logits if scale is None else logits * scale
         return finish_logits(c, logits).reshape(*hidden.shape[:-1], -1)
 

@@ -1,13 +1,17 @@
-"""Call reward functions, each with its own copies of the lists; async ones run concurrently."""
+"""Checks before reward functions are called, their arguments, and errors that name them."""
 
 import functools
 import inspect
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from grpo_jax.plugins import did_you_mean, place_of
+from grpo_jax.rewards.deadlines import CannotInterrupt, DeadlineExceeded, call_within
+from grpo_jax.rewards.guards import guarded
+from grpo_jax.rewards.logs import TrainerState
 from grpo_jax.rewards.messages import takes_texts
+from grpo_jax.rewards.output import printable
 
 # Called with keyword arguments; its result is checked here, so nothing is assumed about it.
 RewardFunction: TypeAlias = Callable[..., object]
@@ -18,78 +22,37 @@ ARGUMENTS = ('prompts', 'completions', 'completion_ids')
 # What a function gets only if its signature names it.
 SERVICES = ('trainer_state', 'log_metric', 'log_extra')
 
+_LONGEST = 1000  # characters of the message of an exception
+
 
 class RewardError(ValueError):
     """A reward function is wrong or wrongly used; the message names the function and the row."""
 
 
-def call_functions(
-    functions: Mapping[str, RewardFunction],
-    texts: Columns,
-    *,
-    conversations: Columns | None = None,
-    services: Mapping[str, object] | None = None,
-    kind: str = 'reward',
-) -> dict[str, object]:
-    """Call each function with its own copies of the lists.
+class Arguments(NamedTuple):
+    """What functions are called with: N rows in each column."""
 
-    Whatever is awaitable in the results, such as those of `async def` functions and of wrappers
-    around them, is awaited concurrently.
+    texts: Columns
+    conversations: Columns | None = None  # for functions that `messages.on_texts` did not make
+    trainer_state: TrainerState | None = None
 
-    Args:
-        functions: name -> function.
-        texts: name -> N values, the keyword arguments of every function.
-        conversations: replaces `texts` for functions that were not made by `messages.on_texts`.
-        services: name -> object, passed to the functions whose signatures name them.
-        kind: what error messages call a function.
+    def of(self, function: RewardFunction, rows: range) -> Columns:
+        """Return the columns for a function, of these rows."""
+        plain = self.conversations is None or takes_texts(function)
+        columns = self.texts if plain else cast(Columns, self.conversations)
+        return {name: column[rows.start : rows.stop] for name, column in columns.items()}
 
-    Returns:
-        name -> the result of the function, unchecked.
+    def of_all(self, rows: range) -> Columns:
+        """Return the texts of these rows."""
+        return {name: column[rows.start : rows.stop] for name, column in self.texts.items()}
 
-    Raises:
-        RewardError: a function raises, or ends the program.
-    """
-    returned: dict[str, object] = {}
-    try:
-        for name, function in functions.items():
-            plain = conversations is None or takes_texts(function)
-            arguments = texts if plain else cast(Columns, conversations)
-            with _named_errors(f'{kind} {name!r}', arguments):
-                named = {
-                    key: s for key, s in (services or {}).items() if key in parameters(function)
-                }
-                returned[name] = function(**copy_arguments(arguments, function), **named)
-    except BaseException:
-        for result in returned.values():
-            if inspect.iscoroutine(result):
-                result.close()  # it will never be awaited
-        raise
-    awaitables = {name: r for name, r in returned.items() if inspect.isawaitable(r)}
-    return returned | _await_all(awaitables, texts, kind) if awaitables else returned
-
-
-def _await_all(
-    awaitables: Mapping[str, Awaitable[object]], arguments: Columns, kind: str
-) -> dict[str, object]:
-    """Await concurrently; return the results."""
-    import asyncio  # only here: it would add a quarter to the time to import this package
-    from concurrent.futures import ThreadPoolExecutor
-
-    async def result_of(name: str, awaitable: Awaitable[object]) -> object:
-        with _named_errors(f'{kind} {name!r}', arguments):
-            return await awaitable
-
-    async def call_all() -> list[object]:
-        return await asyncio.gather(*(result_of(*item) for item in awaitables.items()))
-
-    # In a new thread, because the caller's may already run an event loop, as in notebooks.
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        results = thread.submit(lambda: asyncio.run(call_all())).result()
-    return dict(zip(awaitables, results, strict=True))
+    @property
+    def size(self) -> int:
+        return len(self.texts['prompts'])
 
 
 @contextmanager
-def _named_errors(function: str, arguments: Iterable[str] = ()) -> Iterator[None]:
+def named_errors(function: str, arguments: Iterable[str] = ()) -> Iterator[None]:
     """Turn an exception into a RewardError that names the function; `sys.exit` counts as one."""
     try:
         yield
@@ -98,32 +61,46 @@ def _named_errors(function: str, arguments: Iterable[str] = ()) -> Iterator[None
         raise
     except GeneratorExit:
         raise
+    except (DeadlineExceeded, CannotInterrupt) as error:
+        raise RewardError(f'{function}: {error}') from error
     except BaseException as error:  # with SystemExit, which would end the program without an error
         called = f', called with {", ".join(arguments)},' if arguments else ''
         raise RewardError(
-            f'{function}{called} raised {type(error).__name__}: {error}'
+            f'{function}{called} raised {type(error).__name__}: {_message(error)}'
             f'{place_of(error)}{_hint(error)}'
         ) from error
 
 
+def _message(error: BaseException) -> str:
+    """Return what an exception says, in at most `_LONGEST` printable characters."""
+    try:
+        text = str(error)
+    except Exception as another:
+        text = f'(its message cannot be made: {type(another).__name__})'
+    return printable(text if len(text) <= _LONGEST else f'{text[:_LONGEST]}…')
+
+
 def extract_answers(
-    extract: Callable[[str], str | None], completions: Sequence[str]
+    extract: Callable[[str], str | None], completions: Sequence[str], *, timeout: float = 0.0
 ) -> list[str | None]:
     """Call an extractor on each completion.
 
+    Args:
+        extract: the extractor.
+        completions: N texts.
+        timeout: seconds in which it has to answer for all of them; 0: no deadline.
+
     Raises:
-        RewardError: it raises, or returns anything but a text or None.
+        RewardError: it raises, takes too long, or returns anything but a text or None.
     """
-    name = getattr(extract, '__name__', repr(extract))
-    answers: list[str | None] = []
-    for text in completions:
-        with _named_errors(f'extractor {name!r}'):
-            answer = extract(text)
+    name = f'extractor {getattr(extract, "__name__", repr(extract))!r}'
+    with named_errors(name), guarded(name):
+        answers = call_within(timeout, name, lambda: [extract(text) for text in completions])
+    for answer in answers:
         if answer is not None and not isinstance(answer, str):
             raise RewardError(
-                f'extractor {name!r} returned {answer!r:.80}: return a text, or None without answer'
+                f'{name} returned {answer!r:.80}: return a text, or None without answer'
             )
-        answers.append(answer)
     return answers
 
 

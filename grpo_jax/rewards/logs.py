@@ -54,6 +54,12 @@ class Logs:
             raise ValueError(f'log_extra({column!r}, …): a field has this name: choose another')
         self.extra[str(column)] = [_json_value(item) for item in items]
 
+    def add(self, other: 'Logs') -> None:
+        """Add what another function logged for the same completions."""
+        for name, values in other.metrics.items():
+            self.metrics.setdefault(name, []).extend(values)
+        self.extra.update(other.extra)
+
     def means(self) -> dict[str, float]:
         """Return the mean of each metric over the calls."""
         return {name: float(np.mean(values)) for name, values in self.metrics.items()}

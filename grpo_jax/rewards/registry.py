@@ -11,26 +11,32 @@ from typing import Protocol, cast, runtime_checkable
 
 from grpo_jax import plugins
 from grpo_jax.rewards.builtin.arithmetic import arithmetic_steps, exact_answer, final_result
+from grpo_jax.rewards.builtin.code import code_io, code_tests
 from grpo_jax.rewards.builtin.countdown import countdown_answer
 from grpo_jax.rewards.builtin.format import chain_format, hash_format, tag_count, think_format
 from grpo_jax.rewards.builtin.language import language_mix
 from grpo_jax.rewards.builtin.length import repetition, soft_overlong
 from grpo_jax.rewards.builtin.math import cmath_answer, gsm8k_answer, math_answer
+from grpo_jax.rewards.builtin.remote import llm_judge, remote
 from grpo_jax.rewards.builtin.steps import right_steps, separated_steps
 from grpo_jax.rewards.calls import ARGUMENTS, SERVICES, RewardError, RewardFunction, parameters
-from grpo_jax.rewards.scoring import number_of, short_repr
+from grpo_jax.rewards.checks import number_of, short_repr
 from grpo_jax.rewards.verify.extraction import extract_answer, extract_chinese, extract_math
 
 _REWARDS: dict[str, RewardFunction] = {
     'arithmetic_steps': arithmetic_steps,
     'chain_format': chain_format,
     'cmath_answer': cmath_answer,
+    'code_io': code_io,
+    'code_tests': code_tests,
     'countdown_answer': countdown_answer,
     'exact_answer': exact_answer,
     'gsm8k_answer': gsm8k_answer,
     'hash_format': hash_format,
     'language_mix': language_mix,
+    'llm_judge': llm_judge,
     'math_answer': math_answer,
+    'remote': remote,
     'repetition': repetition,
     'soft_overlong': soft_overlong,
     'tag_count': tag_count,
@@ -86,7 +92,8 @@ def build(spec: Table) -> tuple[dict[str, RewardFunction], dict[str, float]]:
         spec: name (see `resolve`) -> weight, or -> {'weight': weight, **options}. Options are
             keyword arguments of the function: the parameters after its `*`, or any others that it
             names. They take precedence over a column of the same name. With 'function' among them,
-            a built-in's name, a path or the function itself, the name is any text.
+            a built-in's name, a path or the function itself, the name is any text. 'call' says how
+            it is called, see `call_options`.
 
     Raises:
         RewardError: an empty spec, a weight that is not a finite number, a name without a function,
@@ -144,6 +151,7 @@ def _build(
         if 'weight' not in options:
             raise RewardError(f'{section}.{name} has no weight: add one to its options')
         weight = options.pop('weight')
+        options.pop('call', None)  # see `call_options`
         number = number_of(weight, allow_bool=False)
         if number is None:
             raise RewardError(f'{section}.{name}={short_repr(weight)}: a weight is a finite number')
@@ -185,4 +193,9 @@ def _with_options(
                         f"write {{'weight': …, {key!r}: …}} for its weight"
                     )
                 options.setdefault(key, parameter.default)
+    if check := getattr(function, 'check_options', None):
+        try:
+            check(**{key: options[key] for key in parameters(check)})
+        except ValueError as error:
+            raise RewardError(f'reward {name!r}: {error}') from error
     return functools.partial(function, **options) if options else function

@@ -11,23 +11,32 @@ All completions of a prompt are in one call, next to each other, so a function m
 must not depend on which other prompts are in the call: groups are scored as they finish.
 """
 
-import functools
-import itertools
 import logging
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import NamedTuple, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from grpo_jax.rewards.calls import RewardError, RewardFunction, call_functions
+from grpo_jax.rewards.attempts import call_functions
+from grpo_jax.rewards.call_options import CallOptions, Failures
+from grpo_jax.rewards.calls import Arguments, RewardError, RewardFunction
+from grpo_jax.rewards.checks import (
+    LARGEST,
+    StepReward,
+    check_steps,
+    check_values,
+    describe_row,
+    number_of,
+    short_repr,
+)
 from grpo_jax.rewards.logs import Logs, TrainerState
 from grpo_jax.rewards.messages import Conversation, answers_of
 from grpo_jax.rewards.verify import pool
 
 log = logging.getLogger('grpo_jax')
 
-_LARGEST = float(np.finfo(np.float32).max)
 _VISIBLE = 1e-4  # differences below it vanish beside `Algorithm.advantage_eps`
 
 
@@ -39,13 +48,7 @@ class Scores(NamedTuple):
     parts: dict[str, NDArray[np.floating]]  # name -> f32[N] before weighting, NaN for None
     timeouts: int = 0  # comparisons of answers that exceeded their deadline or memory; reward 0
     logs: Logs = Logs()  # what the functions logged by `log_metric` and `log_extra`
-
-
-class StepReward(NamedTuple):
-    """The reward of a step, which extends from the end of the previous one to its own end."""
-
-    end: int  # characters from the start of the completion
-    value: float
+    failures: Mapping[str, Failures] = MappingProxyType({})  # of functions that failed
 
 
 def score(
@@ -58,6 +61,9 @@ def score(
     completion_ids: Sequence[Sequence[int]] | None = None,
     conversations: Sequence[Conversation] | None = None,
     trainer_state: TrainerState | None = None,
+    calls: Mapping[str, CallOptions] | None = None,
+    group_size: int | None = None,
+    most_failed: int | None = None,
 ) -> Scores:
     """Compute the rewards of N completions by every function, and their weighted sum.
 
@@ -76,42 +82,58 @@ def score(
             as `prompts`, and the completions as messages of the assistant; the built-in ones, which
             `messages.on_texts` made, get the texts.
         trainer_state: for the functions that name it.
+        calls: name -> how it is called, see `CallOptions`, of which those without an entry have
+            the defaults. A completion has no reward where a function with a weight failed on it.
+        group_size: the number of completions of a prompt, which are next to each other; None: N.
+        most_failed: the largest number of completions on which a function may fail.
 
     Raises:
         RewardError: inputs of different lengths, weights that do not match the functions, or a
-            function that raises or returns anything but N finite numbers or None.
+            function that fails: it raises, takes too long, or returns anything but N finite
+            numbers or None.
     """
     numbers = _check_weights(functions, weights)
-    arguments: dict[str, Sequence[object]] = {'prompts': prompts, 'completions': completions}
+    texts: dict[str, Sequence[object]] = {'prompts': prompts, 'completions': completions}
     if completion_ids is not None:
-        arguments['completion_ids'] = completion_ids
-    _check_columns(arguments, columns)
-    arguments = {**arguments, **columns}
+        texts['completion_ids'] = completion_ids
+    _check_columns(texts, columns)
+    texts = {**texts, **columns}
     messages = None
     if conversations is not None:
-        messages = arguments | {'prompts': conversations, 'completions': answers_of(completions)}
-    logs = Logs({}, {})
-    services = {
-        'trainer_state': trainer_state,
-        'log_metric': logs.log_metric,
-        'log_extra': functools.partial(logs.log_extra, len(prompts)),
-    }
+        messages = texts | {'prompts': conversations, 'completions': answers_of(completions)}
     timeouts_before = pool.timeouts()
-    returned = call_functions(functions, arguments, conversations=messages, services=services)
+    outcomes = call_functions(
+        functions,
+        Arguments(texts, messages, trainer_state),
+        check_values,
+        calls=calls or {},
+        group_size=group_size,
+        most_failed=most_failed,
+    )
     timeouts = pool.timeouts() - timeouts_before
     # f64[functions, N]: float32 only after the sum
-    table = np.stack([_values(name, returned[name], arguments) for name in functions])
+    table = np.stack([
+        np.array([np.nan if v is None else v for v in outcomes[name].values], np.float64)
+        for name in functions
+    ])  # fmt: skip
     total = np.array([numbers[name] for name in functions]) @ np.nan_to_num(table)
-    too_large = np.flatnonzero(~(np.abs(total) <= _LARGEST))
+    too_large = np.flatnonzero(~(np.abs(total) <= LARGEST))
     if too_large.size:
         raise RewardError(
-            f'the weighted sum for {_describe_row(int(too_large[0]), arguments)} does not fit '
+            f'the weighted sum for {describe_row(int(too_large[0]), texts)} does not fit '
             f'float32: lower the weights {dict(weights)}'
         )
     _warn_of_rounding(total)
     parts = dict(zip(functions, table.astype(np.float32), strict=True))
     total[np.isnan(table).all(axis=0)] = np.nan
-    return Scores(total.astype(np.float32), parts, timeouts, logs)
+    for name, outcome in outcomes.items():
+        if numbers[name]:
+            total[np.array(outcome.failed, bool)] = np.nan
+    failures = {name: o.failures for name, o in outcomes.items() if o.failures is not None}
+    logs = Logs({}, {})
+    for outcome in outcomes.values():
+        logs.add(outcome.logs)
+    return Scores(total.astype(np.float32), parts, timeouts, logs, failures)
 
 
 def score_steps(
@@ -120,6 +142,9 @@ def score_steps(
     prompts: Sequence[str],
     completions: Sequence[str],
     columns: Mapping[str, Sequence[object]],
+    *,
+    call: CallOptions | None = None,
+    group_size: int | None = None,
 ) -> list[list[StepReward]]:
     """Call a step function (see `builtin.steps`) and check what it returns.
 
@@ -129,6 +154,8 @@ def score_steps(
         prompts: N texts.
         completions: N texts.
         columns: name -> N values, the other columns of the data set.
+        call: how it is called; its failures are errors.
+        group_size: the number of completions of a prompt, which are next to each other; None: N.
 
     Returns:
         The steps of each completion.
@@ -137,30 +164,17 @@ def score_steps(
         RewardError: the function raises, or returns anything but a list with the steps of each
             completion, whose ends grow and lie inside the completion.
     """
-    arguments: dict[str, Sequence[object]] = {'prompts': prompts, 'completions': completions}
-    _check_columns(arguments, columns)
-    arguments = {**arguments, **columns}
-    returned = call_functions({name: function}, arguments, kind='step rewards')[name]
-    if not isinstance(returned, list) or len(returned) != len(completions):
-        raise RewardError(
-            f'step rewards {name!r} did not return a list with one entry for each of the '
-            f'{len(completions)} completions'
-        )
-    for row, (steps, completion) in enumerate(zip(returned, completions, strict=True)):
-        try:
-            ends = [0, *(step[0] for step in steps)]
-            finite = all(abs(float(step[1])) < float('inf') for step in steps)
-        except (TypeError, IndexError, ValueError) as error:
-            raise RewardError(
-                f'step rewards {name!r}, row {row}: {steps!r} is not a list of (end, value)'
-            ) from error
-        growing = all(a < b for a, b in itertools.pairwise(ends))
-        if not growing or ends[-1] > len(completion) or not finite:
-            raise RewardError(
-                f'step rewards {name!r}, row {row}: {steps!r} for {completion!r}: ends must grow '
-                'from 1 to the length of the completion, and values be finite'
-            )
-    return [[StepReward(*step) for step in steps] for steps in returned]
+    texts: dict[str, Sequence[object]] = {'prompts': prompts, 'completions': completions}
+    _check_columns(texts, columns)
+    outcomes = call_functions(
+        {name: function},
+        Arguments({**texts, **columns}),
+        check_steps,
+        calls={name: call or CallOptions()},
+        group_size=group_size,
+        kind='step rewards',
+    )
+    return cast(list[list[StepReward]], outcomes[name].values)
 
 
 def statistics(scores: Scores) -> dict[str, float]:
@@ -169,7 +183,8 @@ def statistics(scores: Scores) -> dict[str, float]:
     Both cover the rows to which the function applies, with the sample standard deviation (divisor
     n - 1; 0 for one row). A function that applies to no row has no entry. `rewards/timeouts` counts
     comparisons of answers that exceeded their deadline or memory, and `rewards/skipped` the rows to
-    which no function applies; without any they have no entry. Metrics that functions logged are
+    which no function applies; `rewards/<name>/failed` counts the rows on which a function failed.
+    Without any they have no entry. Metrics that functions logged are
     averaged over their calls.
 
     Raises:
@@ -183,6 +198,8 @@ def statistics(scores: Scores) -> dict[str, float]:
             metrics[f'rewards/{name}/std'] = float(values.std(ddof=min(values.size - 1, 1)))
     if scores.timeouts:
         metrics['rewards/timeouts'] = float(scores.timeouts)
+    for name, failures in scores.failures.items():
+        metrics[f'rewards/{name}/failed'] = float(failures.number)
     if skipped := np.isnan(scores.total).sum():
         metrics['rewards/skipped'] = float(skipped)
     logged = scores.logs.means()
@@ -235,55 +252,3 @@ def _check_columns(
     for name, column in {**arguments, **columns}.items():
         if len(column) != rows:
             raise RewardError(f'{name} has {len(column)} rows, prompts {rows}: give one for each')
-
-
-def _values(
-    name: str, returned: object, arguments: Mapping[str, Sequence[object]]
-) -> NDArray[np.float64]:
-    """Convert the result of the reward `name` to f64[N] with NaN for None, or raise."""
-    values = returned.tolist() if hasattr(returned, 'tolist') else returned
-    if not isinstance(values, (list, tuple)):
-        raise RewardError(
-            f'reward {name!r} returned {short_repr(returned)}, a {type(returned).__name__}: '
-            'return a list with one number or None for each completion'
-        )
-    rows = len(arguments['prompts'])
-    if len(values) != rows:
-        raise RewardError(
-            f'reward {name!r} returned {len(values)} values for {rows} completions: return one each'
-        )
-    column = np.full(rows, np.nan)
-    for row, value in enumerate(values):
-        if value is None:
-            continue
-        number = number_of(value)
-        if number is None:
-            raise RewardError(
-                f'reward {name!r} returned {short_repr(value)} for '
-                f'{_describe_row(row, arguments)}: '
-                'return a finite number, or None where it does not apply'
-            )
-        column[row] = number
-    return column
-
-
-def number_of(value: object, *, allow_bool: bool = True) -> float | None:
-    """Convert a scalar of any array library to float; None if float32 cannot hold it."""
-    number = value.item() if hasattr(value, 'item') and getattr(value, 'ndim', None) == 0 else value
-    if not isinstance(number, int | float) or (isinstance(number, bool) and not allow_bool):
-        return None
-    return float(number) if abs(number) <= _LARGEST else None
-
-
-def _describe_row(row: int, arguments: Mapping[str, Sequence[object]]) -> str:
-    prompt, completion = arguments['prompts'][row], arguments['completions'][row]
-    return f'row {row} (prompt {short_repr(prompt)}, completion {short_repr(completion)})'
-
-
-def short_repr(value: object) -> str:
-    """Return the representation of a value in at most 80 characters."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python does not print integers of more than 4300 digits
-        text = f'a {type(value).__name__} that is too long to print'
-    return text if len(text) <= 80 else f'{text[:77]}...'

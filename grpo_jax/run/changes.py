@@ -1,17 +1,18 @@
 """Changes of a config with which a run in a folder may be resumed, and the record of them."""
 
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from grpo_jax.run.json_lines import Appender, line
 from grpo_jax.run.layout import stage_order
 from grpo_jax.run.saved_config import describe, differences
 
 _STEPS = ('sft.steps', 'reward_model.steps', 'grpo.steps', 'grpo.iterations')
-_SECTIONS = ('eval.', 'log.', 'checkpoint.')  # that can be overridden as a whole
+# Sections that can be overridden as a whole.
+_SECTIONS = ('eval.', 'log.', 'checkpoint.', 'health.', 'grpo.reward_calls.')
 
 
 def check_changes(
@@ -31,7 +32,7 @@ def check_changes(
       workdir: the run's folder.
       steps: the steps of its checkpoints, by stage.
       extend: allow more steps.
-      override: allow other steps, learning rates, and keys of eval, log and checkpoint.
+      override: allow other steps, learning rates, and keys of eval, log, checkpoint and health.
 
     Raises:
       ValueError: a key differs that may not, or steps that have been done already.
@@ -58,11 +59,25 @@ def record_changes(
     """Appends to `changes.jsonl`: the newest checkpoint, and the keys that differ from there on."""
     changed = {key: {'from': a, 'to': b} for key, (a, b) in differences(config, saved).items()}
     if changed:
-        done = {stage: found[-1] for stage, found in steps.items() if found}
-        stage = max(done, key=stage_order, default=None)
-        record = {'stage': stage, 'step': done[stage] if stage else 0, 'changes': changed}
-        with (workdir / 'changes.jsonl').open('a') as file:
-            file.write(json.dumps(record) + '\n')
+        append_record(changed, workdir, steps)
+
+
+def append_record(
+    changed: Mapping[str, Mapping[str, Any]], workdir: pathlib.Path, steps: Mapping[str, list[int]]
+) -> None:
+    """Appends to `changes.jsonl`: the newest checkpoint, and what is another from there on.
+
+    Args:
+      changed: {what: {'from': value, 'to': value}}.
+      workdir: the run's folder.
+      steps: the steps of its checkpoints, by stage.
+    """
+    done = {stage: found[-1] for stage, found in steps.items() if found}
+    stage = max(done, key=stage_order, default=None)
+    record = {'stage': stage, 'step': done[stage] if stage else 0, 'changes': changed}
+    file = Appender(workdir / 'changes.jsonl')
+    file.write(line(record))
+    file.close()
 
 
 def _overridable(key: str, config: ConfigDict) -> bool:

@@ -16,7 +16,9 @@ from ml_collections import ConfigDict
 
 from grpo_jax import sharding
 from grpo_jax.run import changes, hosts, saved_config
-from grpo_jax.run.layout import stage_order
+from grpo_jax.run.layout import is_stage, stage_order
+from grpo_jax.run.managers import open_manager as open_manager
+from grpo_jax.run.managers import open_to_read as open_to_read
 from grpo_jax.types import Params, Prompts, Rollout, TrainState
 
 log = logging.getLogger('grpo_jax')
@@ -25,7 +27,7 @@ log = logging.getLogger('grpo_jax')
 OF_RUN = (
     'config.json', 'changes.jsonl', 'loggers.json', 'metrics.jsonl', 'completions.jsonl',
     'heldout.jsonl', 'reward.png', 'tensorboard', 'checkpoints', 'replay', 'pretrained',
-    'compute.json',
+    'compute.json', 'inputs.json', 'environment.json', 'stopped',
 )  # fmt: skip
 
 
@@ -111,19 +113,14 @@ def claim_workdir(path: pathlib.Path, config: ConfigDict) -> None:
     os.replace(partial, path / 'config.json')
 
 
-def open_manager(path: pathlib.Path, *, keep: int) -> ocp.CheckpointManager:
-    """An Orbax manager for one stage's folder; it ignores saves that were interrupted."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-    return ocp.CheckpointManager(path, options=options)
-
-
 def steps_of_stages(workdir: pathlib.Path) -> dict[str, list[int]]:
     """The steps of all checkpoints of a run, by stage; the stages are in their order."""
-    names = [path.name for path in (workdir / 'checkpoints').glob('*')]
-    found = {}
-    for stage in sorted(names, key=stage_order):
-        found[stage] = sorted(ocp.utils.checkpoint_steps(workdir / 'checkpoints' / stage))
-    return found
+    folders = [path for path in (workdir / 'checkpoints').glob('*') if is_stage(path.name)]
+    return {
+        folder.name: sorted(ocp.utils.checkpoint_steps(folder))
+        for folder in sorted(folders, key=lambda path: stage_order(path.name))
+        if folder.is_dir()
+    }
 
 
 def find_checkpoint(workdir: pathlib.Path, kinds: Sequence[str], name: str = '') -> tuple[str, int]:
@@ -163,7 +160,7 @@ def newest_manager(workdir: pathlib.Path, kinds: Sequence[str]) -> ocp.Checkpoin
       ValueError: no such stage has a checkpoint.
     """
     stage, _ = find_checkpoint(workdir, kinds)
-    return open_manager(workdir / 'checkpoints' / stage, keep=1)
+    return open_to_read(workdir / 'checkpoints' / stage)
 
 
 def save(
@@ -172,6 +169,7 @@ def save(
     state: TrainState,
     sampled: Rollout | None = None,
     position: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, float] | None = None,
 ) -> None:
     """Saves the state after `step` training steps, in the background.
 
@@ -183,6 +181,7 @@ def save(
       state: the training state; its buffers may be donated afterwards.
       sampled: rollout for the next step that was sampled from an older policy.
       position: JSON object with the stage's position in its data, see `rollouts.Position`.
+      metrics: of the state, if the manager keeps the best one.
     """
     rest = state._replace(params=None)
     items = {
@@ -194,7 +193,7 @@ def save(
         items['sampled'] = ocp.args.StandardSave(hosts.fetch(arrays))
     if position is not None:
         items['position'] = ocp.args.JsonSave(dict(position))
-    manager.save(step, args=ocp.args.Composite(**items), force=True)
+    manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
 
 def restore(
@@ -226,18 +225,22 @@ def restore_params(
     return manager.restore(_existing(manager, step), args=items).params
 
 
-def restore_position(manager: ocp.CheckpointManager) -> dict[str, Any] | None:
-    """The position that the newest checkpoint holds; None if an earlier version saved it."""
-    step = _existing(manager, None)
+def restore_position(
+    manager: ocp.CheckpointManager, step: int | None = None
+) -> dict[str, Any] | None:
+    """The position that a checkpoint holds, by default the newest; None of an earlier version."""
+    step = _existing(manager, step)
     if not (manager.directory / str(step) / 'position').exists():
         return None
     items = manager.restore(step, args=ocp.args.Composite(position=ocp.args.JsonRestore()))
     return items.position
 
 
-def restore_samples(manager: ocp.CheckpointManager, mesh: Mesh) -> Rollout | None:
-    """The rollout for the next step that the newest checkpoint holds; None if it holds none."""
-    step = _existing(manager, None)
+def restore_samples(
+    manager: ocp.CheckpointManager, mesh: Mesh, step: int | None = None
+) -> Rollout | None:
+    """The rollout for the next step that a checkpoint holds, by default the newest; or None."""
+    step = _existing(manager, step)
     if not (manager.directory / str(step) / 'sampled').exists():
         return None
     items = manager.restore(step, args=ocp.args.Composite(sampled=ocp.args.StandardRestore()))

@@ -2,14 +2,15 @@
 
 import dataclasses
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 
 from grpo_jax.algorithm.config import Algorithm
 from grpo_jax.algorithm.sample import last_block, sample, sample_blocks
-from grpo_jax.rewards import TrainerState, name_in
+from grpo_jax.rewards import Failures, TrainerState, name_in
+from grpo_jax.run import hosts
 from grpo_jax.run.early_grading import dispatch_first
 from grpo_jax.run.graded_texts import on_host
 from grpo_jax.run.grading import Grader
@@ -70,9 +71,11 @@ class RolloutCollector:
             grader.grade_early,
             refill=config.grpo.refill,
         )
+        _report_failures(position.step + 1, rewards.texts.scores.failures)
         correct = name_in(config.grpo.rewards, config.eval.correct)
         metrics = metrics | reward_metrics(rewards, correct)
-        records = completion_records(rewards, config.log.completions)
+        count = config.log.completions if hosts.is_first() else 0  # the others write no records
+        records = completion_records(rewards, count)
         rollout, trained_rewards, trained = self._select(position, rollout, rewards)
         following = position.next_step(rollout, next_batch=first + used, trained=trained)
         metrics['num_tokens'] = float(following.tokens)
@@ -144,8 +147,8 @@ class RolloutCollector:
             rollout = rollout._replace(kept=kept)
             log.warning(
                 'step %d: %d completions have no reward%s, because all reward functions returned '
-                'None; they are not trained on', position.step + 1, rewards.skipped.sum(),
-                '' if rewards.baseline is None else ' or no baseline',
+                'None or one failed; they are not trained on', position.step + 1,
+                rewards.skipped.sum(), '' if rewards.baseline is None else ' or no baseline',
             )  # fmt: skip
         if self.algorithm.uses_function_rewards:
             of_functions = function_rewards(rewards, self.grader.weights, self.grader.score_weight)
@@ -159,3 +162,11 @@ class RolloutCollector:
         if baseline is not None:
             return rollout, BaselinedRewards(values, baseline), trained
         return rollout, values, trained
+
+
+def _report_failures(step: int, failures: Mapping[str, Failures]) -> None:
+    for name, failed in failures.items():
+        log.warning(
+            'step %d: reward %r failed on %d completions; the first error: %s',
+            step, name, failed.number, failed.first,
+        )  # fmt: skip

@@ -13,11 +13,12 @@ from grpo_jax.run.errors import problems_of
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a ValueError or OSError into one line on standard error and exit status 2.
+    r"""Turns a ValueError or OSError into one line on standard error and exit status 2.
 
     So does a SystemExit, which only code of the user's own raises.
 
-    A `ConfigError` becomes one line for each of its problems.
+    A `ConfigError` becomes one line for each of its problems. Control characters are shown as
+    `\x1b`, so that what a message quotes does nothing to the terminal.
 
     With the environment variable GRPO_JAX_TRACEBACK set the error is raised as it is.
 
@@ -36,8 +37,10 @@ def one_line_errors() -> Iterator[None]:
             sys.exit(128 + signal.SIGPIPE)
         if os.environ.get('GRPO_JAX_TRACEBACK'):
             raise
+        from grpo_jax.rewards.output import printable  # slow, and needed here alone
+
         for problem in problems_of(error):
-            print('error:', ' '.join(problem.split()), file=sys.stderr)
+            print('error:', printable(' '.join(problem.split())), file=sys.stderr)
         sys.exit(2)
 
 

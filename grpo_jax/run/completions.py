@@ -94,7 +94,7 @@ def read(path: pathlib.Path) -> list[Row]:
                             ('no scores', 'some') if rows[0].scores else ('scores', 'none')
                         )
                         raise ValueError(f'has {here}, but line {rows[0].line} has {first}')
-                except (ValueError, RecursionError) as error:
+                except (ValueError, RecursionError, OverflowError) as error:
                     raise ValueError(f'{path}, line {number}: {error}') from error
                 rows.append(row)
     if not rows:

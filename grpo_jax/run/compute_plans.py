@@ -2,21 +2,37 @@
 
 import json
 import logging
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Collection
+from typing import Any, NamedTuple
 
 from grpo_jax import sharding
-from grpo_jax.engine.compute import Compute, ComputePlan, choose
+from grpo_jax.engine.bundles import check_rows
+from grpo_jax.engine.calls import Call
+from grpo_jax.engine.compute import Compute, ComputePlan, alternatives, choose
 from grpo_jax.run import hosts
 from grpo_jax.run.mesh import is_described
 from grpo_jax.run.output_file import replaced
 from grpo_jax.run.plan.measuring import memory_needed
+from grpo_jax.run.plan.topology import gib
 from grpo_jax.run.setup import Setup
-from grpo_jax.run.stages import Call
 
-FILE = 'compute.json'  # in the run's folder, {stage: plan}
+FILE = 'compute.json'  # in the run's folder, {stage: plan and bytes}
+HEADROOM = 0.05  # share of the memory that stays free, for batches that are prepared and gaps
 
 log = logging.getLogger('grpo_jax')
+
+
+class Settled(NamedTuple):
+    """How updates are computed.
+
+    Attributes:
+      plan: the options.
+      needed: bytes of a device that the compiled update needs; None if they are not known, because
+        devices do not report their memory or because the compiler found that it does not fit.
+    """
+
+    plan: ComputePlan
+    needed: float | None = None
 
 
 def settle(
@@ -24,76 +40,117 @@ def settle(
     name: str,
     compute: Compute,
     shape: tuple[int, int, int, int],
-    call: Callable[[Compute], Call],
+    call: Callable[[ComputePlan], Call],
+    *,
+    fixed: Collection[str] = (),
+    memory: float | None = None,
 ) -> ComputePlan:
     """How a stage's updates are computed: as it was in the run before, or chosen and kept.
 
-    The first choice is that of `compute.choose`. Where devices report their memory, its program is
-    compiled, and if it does not fit, smaller microbatches are tried: twice at most.
+    Where devices do not report their memory, it is what `compute.choose` says. Where they do, it is
+    the first of `compute.alternatives` whose compiled program leaves `HEADROOM` of it free. The
+    first one is compiled, and if it does not fit, the others are searched by bisection, since each
+    needs less memory than the one before. The last one is chosen if none fits, with a warning.
 
     Args:
       setup: the run.
       name: of the stage.
       compute: options of the config; explicit ones stay as they are.
       shape: (B, G, P, T) of the update's batch.
-      call: the call of the update program with other options.
+      call: the call of the update program by a plan.
+      fixed: options that have no effect on the program, or that it does not allow to change.
+      memory: bytes of a device; None: what it reports.
     """
-    kept = _read(setup).get(name)
-    chosen = choose(compute, setup.model.config, shape, setup.mesh)
+    if memory is None:
+        memory = sharding.memory_of(setup.mesh.devices.flat[0])
+    # What the first process sees, since the others compile the programs that it compiles.
+    kept, memory = hosts.from_first(lambda: (_read(setup).get(name), memory), f'reading {FILE}')
+    config, mesh = setup.model.config, setup.mesh
     if kept is not None:
-        before = ComputePlan(**kept)
-        if _is_possible(before, compute, shape, setup):
-            return before
+        before = Settled(ComputePlan(**kept['plan']), kept['needed'])
+        if _is_possible(before.plan, compute, shape, setup):
+            if memory is not None:
+                _warn_of_memory(name, before, memory)
+            return before.plan
         log.warning(
             '%s: updates were computed with %s, which the options or the devices of now do not '
-            'allow: they are computed with %s',
+            'allow',
             name,
-            before,
-            chosen,
+            before.plan,
         )
-    memory = sharding.memory_of(setup.mesh.devices.flat[0])
-    if memory is not None and compute.microbatch is None:
-        chosen = _first_that_fits(_smaller(chosen, shape, setup), call, memory)
+    chosen = Settled(choose(compute, config, shape, mesh))
+    if memory is not None:
+        plans = _varied(alternatives(compute, config, shape, mesh), fixed)
+        chosen = _first_that_fits(plans, call, (1 - HEADROOM) * memory)
+        if chosen.needed is not None:
+            hosts.say(f'{name}: an update needs {gib(chosen.needed)} of {gib(memory)} on a device')
+        if chosen.needed is None or chosen.needed > memory:
+            log.warning(
+                '%s: an update does not fit into the %s of a device, also with %s: use more '
+                'devices, a smaller batch or shorter completions; '
+                '`python -m grpo_jax.plan` prints what makes it fit',
+                name,
+                gib(memory),
+                chosen.plan,
+            )
     _keep(setup, name, chosen)
-    return chosen
+    return chosen.plan
+
+
+def _warn_of_memory(name: str, settled: Settled, memory: float) -> None:
+    """Says that a resumed run, which computes as before, may need more memory than there is."""
+    if settled.needed is not None and settled.needed > memory:
+        log.warning(
+            '%s: updates are computed as before, with %s, which needed %s of a device, and these '
+            'have %s: resume on devices with more memory, or on more of them',
+            name,
+            settled.plan,
+            gib(settled.needed),
+            gib(memory),
+        )
+
+
+def _varied(plans: list[ComputePlan], fixed: Collection[str]) -> list[ComputePlan]:
+    """The plans that differ in more than what is fixed."""
+    unchanged = {option: getattr(plans[0], option) for option in fixed}
+    return list(dict.fromkeys(plan._replace(**unchanged) for plan in plans))
 
 
 def _first_that_fits(
-    plans: Iterator[ComputePlan], call: Callable[[Compute], Call], memory: int
-) -> ComputePlan:
+    plans: list[ComputePlan], call: Callable[[ComputePlan], Call], memory: float
+) -> Settled:
     """The first plan whose program fits, or the last one."""
-    plan = next(plans)
-    for smaller in plans:
-        needed = memory_needed(call(Compute(*plan)))
-        if needed is not None and needed <= memory:
-            break
-        plan = smaller
-    return plan
 
+    def measured(plan: ComputePlan) -> Settled:
+        return Settled(plan, memory_needed(call(plan)))
 
-def _smaller(
-    plan: ComputePlan, shape: tuple[int, int, int, int], setup: Setup
-) -> Iterator[ComputePlan]:
-    """Yields the plan, and the same with a medium and the smallest microbatch."""
-    groups, group_size, *_ = shape
-    slices = sharding.slices_of(groups, group_size, setup.mesh)
-    least = sharding.data_devices(setup.mesh) // slices
-    sizes = [n for n in range(least, plan.microbatch, least) if groups % n == 0]
-    yield plan
-    medium = [n for n in sizes if n * 4 <= plan.microbatch]
-    for size in dict.fromkeys([*medium[-1:], *sizes[:1]]):
-        yield plan._replace(microbatch=size)
+    def fits(settled: Settled) -> bool:
+        return settled.needed is not None and settled.needed <= memory
+
+    found = measured(plans[0])
+    if fits(found) or len(plans) == 1:
+        return found
+    best, low, high = None, 1, len(plans) - 1
+    while low < high:
+        middle = (low + high) // 2
+        found = measured(plans[middle])
+        if fits(found):
+            best, high = found, middle
+        else:
+            low = middle + 1
+    return best if best is not None and best.plan == plans[low] else measured(plans[low])
 
 
 def _is_possible(
     plan: ComputePlan, compute: Compute, shape: tuple[int, int, int, int], setup: Setup
 ) -> bool:
-    """Whether the options allow a plan, and the mesh its microbatch."""
+    """Whether the options allow a plan, and the mesh its microbatch and its rows."""
     for name, value in plan._asdict().items():
         if getattr(compute, name) not in (None, value):
             return False
     try:
         sharding.check_batch(shape[0], plan.microbatch, setup.mesh, group_size=shape[1])
+        check_rows(plan.rows, plan.microbatch * shape[1], setup.mesh)
     except ValueError:
         return False
     return True
@@ -107,10 +164,10 @@ def _read(setup: Setup) -> dict[str, dict[str, Any]]:
     return plans
 
 
-def _keep(setup: Setup, name: str, plan: ComputePlan) -> None:
-    """Writes the plan into the run's folder, if there is one."""
+def _keep(setup: Setup, name: str, settled: Settled) -> None:
+    """Writes the plan and what it needs into the run's folder, if there is one."""
     if is_described() or not hosts.is_first() or not setup.workdir.is_dir():
         return
-    plans = _read(setup) | {name: plan._asdict()}
+    kept = {'plan': settled.plan._asdict(), 'needed': settled.needed}
     with replaced(setup.workdir / FILE) as file:
-        file.write(json.dumps(plans, indent=2) + '\n')
+        file.write(json.dumps(_read(setup) | {name: kept}, indent=2) + '\n')

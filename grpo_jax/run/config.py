@@ -41,6 +41,8 @@ def set_value(config: ConfigDict, path: str, value: Any) -> None:
     parent, _, name = path.rpartition('.')
     section = at(config, parent) if parent else config
     try:
+        if path in FREE and value is None:
+            raise TypeError
         section[name] = value
     except TypeError as error:
         kind = type_name(section.get_type(name), path, value)

@@ -1,12 +1,13 @@
 """Checks of a whole config: its keys, its numbers, and options that have no effect."""
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 
 from ml_collections import ConfigDict
 
 from grpo_jax.run.config import flatten
-from grpo_jax.run.defaults import defaults
+from grpo_jax.run.defaults import at, defaults
 from grpo_jax.run.errors import ConfigError
 from grpo_jax.run.suggestions import DEFAULTS, suggest
 
@@ -14,13 +15,14 @@ _AT_LEAST = {  # lower bounds of the numbers that nothing else checks before tra
     0: (
         'sft.steps', 'grpo.steps', 'grpo.refill', 'reward_model.steps',
         'eval.samples', 'eval.temperature', 'log.completions',
+        'health.skipped_updates', 'health.grad_norm', 'checkpoint.keep_every',
         'sft.optimizer.learning_rate', 'grpo.optimizer.learning_rate',
         'critic.optimizer.learning_rate', 'reward_model.optimizer.learning_rate',
     ),
     1: (
         'data.completion_length', 'sft.batch_size', 'grpo.iterations', 'grpo.batch_size',
         'grpo.group_size', 'reward_model.batch_size', 'reward_model.group_size', 'eval.every',
-        'eval.batch_size', 'checkpoint.every', 'checkpoint.keep',
+        'eval.batch_size', 'checkpoint.every', 'checkpoint.keep', 'health.history',
     ),
 }  # fmt: skip
 # Keys with several numbers; other tuples are of strings.
@@ -46,7 +48,8 @@ def check_steps(config: ConfigDict) -> None:
 
 def check_values(config: ConfigDict) -> None:
     """Raises ConfigError for numbers out of range, and for items of the wrong type."""
-    problems = []
+    if problems := _wrong_types(config):
+        raise ConfigError(problems)
     if not 0 <= config.seed < 2**31:  # JAX seeds are int32
         problems.append(f'seed={config.seed} is out of range: make it at least 0 and below 2^31')
     inputs = config.data.reward_inputs
@@ -68,6 +71,29 @@ def check_values(config: ConfigDict) -> None:
         problems += [f'{path} names {x!r}: give values of type {kind.__name__}' for x in wrong]
     if problems:
         raise ConfigError(problems)
+
+
+def _wrong_types(config: ConfigDict) -> list[str]:
+    """The problems of values of other types than the defaults; a config takes None for any key."""
+    values, problems = flatten(config.to_dict()), []
+    for path, (kind, optional) in _kinds().items():
+        value = values[path]
+        fits = isinstance(value, kind) and isinstance(value, bool) == (kind is bool)
+        if not fits and not (value is None and optional):
+            problems.append(f'{path}={value!r:.80}: give a value of type {kind.__name__}')
+    return problems
+
+
+@functools.cache
+def _kinds() -> dict[str, tuple[type, bool]]:
+    """The type of each key, and whether it can be None."""
+    base, kinds = defaults(), {}
+    for path, default in flatten(base).items():
+        parent, _, name = path.rpartition('.')
+        section = at(base, parent) if parent else base
+        kind = section.get_type(name)
+        kinds[path] = dict if issubclass(kind, ConfigDict) else kind, default is None
+    return kinds
 
 
 def differing_defaults(

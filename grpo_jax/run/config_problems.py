@@ -14,7 +14,7 @@ from grpo_jax.run import loggers
 from grpo_jax.run.config_checks import check_steps, check_values
 from grpo_jax.run.errors import naming, problems_of
 from grpo_jax.run.evaluation import evaluation_options
-from grpo_jax.run.graders import check_kinds
+from grpo_jax.run.graders import calls_of, check_kinds
 from grpo_jax.run.mesh import make_mesh
 from grpo_jax.run.methods import algorithm_of, check_group, compute_of, sampling_of
 from grpo_jax.run.problems import check_evaluation_batch
@@ -88,6 +88,7 @@ def _checks_of_stages(
         yield optimizer('sft', config.sft.steps)
     if not config.grpo.steps:
         return
+    yield lambda c: calls_of(c, {})
     yield compute_of
     yield sampling_of
     yield batch('grpo', 'compute.microbatch')
@@ -116,7 +117,8 @@ def _check_rewards(finder: Finder) -> None:
     for name, value in dict(finder.config.grpo.rewards).items():
         try:
             with naming('grpo.rewards'):
-                rewards.build({name: value})
+                functions, _ = rewards.build({name: value})
+                calls_of(finder.config, functions)
         except ValueError as error:
             finder.add(problems_of(error))
             finder.remove('grpo.rewards', [name])

@@ -36,8 +36,9 @@ def algorithm_fields() -> dict[str, Any]:
 
 
 def compute_fields() -> dict[str, Any]:
-    """Defaults of `grpo.compute`: all None, so chosen from shapes and platform."""
+    """Defaults of `grpo.compute`: all None, so chosen from shapes, platform and memory."""
     types = typing.get_type_hints(Compute)
+    del types['remat']  # that of `model`, for all stages
     return {name: placeholder(typing.get_args(t)[0]) for name, t in types.items()}
 
 
@@ -55,7 +56,8 @@ def optimizer_fields(learning_rate: float = 1e-6) -> dict[str, Any]:
         'eps': 1e-8,  # adamw: added to the root of the second moment
         'weight_decay': 0.0,  # adamw: decay of matrices; norm scales and biases are not decayed
         'clip_norm': 1.0,  # largest global norm of the gradient; 0: no clipping
-        'moments': '',  # store moments in 'float32' or 'bfloat16'; empty: the parameters' dtype
+        # Store moments in 'float32', 'bfloat16' or 'float8'; empty: in the parameters' dtype.
+        'moments': '',
     }  # see `optimizer.make_optimizer`
 
 
@@ -69,6 +71,9 @@ def defaults() -> ConfigDict:
         'head_dim': 32,
         'mlp_width': 512,
         'rope_scaling': {},
+        # Recompute each layer in the backward pass instead of storing it; None: where layers do not
+        # fit, and on devices that do not report their memory, such as CPUs.
+        'remat': placeholder(bool),
         'lora': _fields(Lora),
     }
     del model['vocab_size'], model['token_ranges']  # the tokenizer's
@@ -89,6 +94,9 @@ def defaults() -> ConfigDict:
         # Sample with a copy of the parameters on each device along fsdp, made once per rollout;
         # None: where it takes at most 30 % of a device's memory.
         'gather': placeholder(bool),
+        # Keep the moments of policy and critic in the host's memory (`pinned_host`), and copy them
+        # to the devices for the update of the parameters, and back.
+        'offload_moments': False,
     }
     config.data = {
         'name': 'arithmetic',  # name of the data set, see `data.load`
@@ -141,6 +149,17 @@ def defaults() -> ConfigDict:
         'sampling': Sampling()._asdict(),  # see `types.Sampling`
         'rewards': {},  # function -> weight, or weight and options; see `rewards.build`
         'step_rewards': {},  # the same with one step function, for supervision='process'
+        'reward_calls': {  # a reward's entry `call` in `rewards` replaces these, see `CallOptions`
+            'timeout': 1800.0,  # seconds until a call has failed; 0: no deadline
+            'retries': 0,  # how often a call that failed is repeated
+            # After them: 'stop' the run with a checkpoint, or 'none': those completions have no
+            # reward and are counted in `rewards/<name>/failed`.
+            'on_error': 'stop',
+            'max_failed': 0.25,  # with 'none': the run stops if a larger share of a step fails
+            'per': 'group',  # what fails alone: a 'group', or a 'completion' (see docs/rewards.md)
+            'isolated': False,  # call functions of your own in processes, which may crash
+            'memory': 8.0,  # GiB of such a process
+        },
         'optimizer': optimizer_fields(),
     }
     config.grpo = grpo
@@ -175,7 +194,18 @@ def defaults() -> ConfigDict:
     config.checkpoint = {
         'every': 50,  # steps between checkpoints
         'keep': 2,  # how many of the newest checkpoints are kept
+        'keep_every': 0,  # also keep those of all multiples of this number of steps; 0: none
+        # Also keep the one with the largest value of a metric, such as 'eval/accuracy', or with '-'
+        # before its name the smallest; empty: none.
+        'best': '',
     }
+    config.health = {  # stops a run whose numbers have gone wrong, and keeps the batch
+        # Stop after this many updates in a row with a gradient that is not finite; 0: never.
+        'skipped_updates': 10,
+        # Stop at a gradient norm this many times the median of the steps before it; 0: never.
+        'grad_norm': 0.0,
+        'history': 50,  # steps that the median is over
+    }  # see `run.health`
     config.lock()
     for path in FREE:
         at(config, path).unlock()

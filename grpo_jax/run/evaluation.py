@@ -74,6 +74,7 @@ def answer_problems(
     temperature: float = 1.0,
     rank: Ranker | None = None,
     reward: Rewarder | None = None,
+    call: rewards.CallOptions | None = None,
 ) -> Answers:
     """Sample one greedy completion of every problem, and `samples` at `temperature`.
 
@@ -95,6 +96,7 @@ def answer_problems(
         texts of, for rm@k (best of k).
       reward: returns the rewards of the first groups of a rollout, `(rollout, groups)`, which are
         the metric without `correct`. The groups after them fill up a batch, with copies.
+      call: how `correct` is called; its deadline is that of `extract` too.
 
     Returns:
       Answers with the values `eval/accuracy` (without `correct` it is `eval/reward`),
@@ -105,7 +107,8 @@ def answer_problems(
     Raises:
       ValueError: neither `correct` nor `reward`.
     """
-    grade = reward if correct is None else _grader_of(correct, problems)
+    call = call or rewards.CallOptions()
+    grade = reward if correct is None else _grader_of(correct, problems, call)
     if grade is None:
         raise ValueError('nothing grades the answers: give correct or reward')
 
@@ -116,7 +119,9 @@ def answer_problems(
         return _complete(sample, problems, grade, batch_size, rank)
 
     def answers_in(completions: list[str]) -> list[str | None]:
-        return [] if extract is None else rewards.extract_answers(extract, completions)
+        if extract is None:
+            return []
+        return rewards.extract_answers(extract, completions, timeout=call.timeout)
 
     greedy = complete(1, 0.0)
     total, right = greedy.total[:, 0], greedy.total[:, 0] >= 1
@@ -223,16 +228,21 @@ def _estimates_at_k(
     return values
 
 
-def _grader_of(correct: rewards.RewardFunction, problems: Problems) -> Rewarder:
-    """Return a function that grades a rollout by the reward function `correct` alone."""
+def _grader_of(
+    correct: rewards.RewardFunction, problems: Problems, call: rewards.CallOptions
+) -> Rewarder:
+    """Return a function that grades a rollout by the reward function `correct` alone.
+
+    Completions on which it fails are not right.
+    """
 
     def grade(rollout: Rollout, groups: int) -> RolloutRewards:
         host, functions = on_host(rollout, groups), {'correct': correct}
 
         def grade_share(share: Int[np.ndarray, ' M']) -> tuple[GradedTexts, None]:
-            return grade_texts(
-                select_groups(host, share), problems, functions, {'correct': 1.0}
-            ), None
+            selected, weights = select_groups(host, share), {'correct': 1.0}
+            calls = {'correct': call}
+            return grade_texts(selected, problems, functions, weights, calls=calls), None
 
         texts, _ = grade_in_shares(host, problems, grade_share, functions=functions)
         return RolloutRewards(texts, texts.scores.total.reshape(host.ended.shape), None, None)
@@ -257,7 +267,7 @@ def _complete(
         host: Any = hosts.fetch((rollout.ended, rollout.mask))
         ended, mask = (x[:count] for x in host)
         parts.append(
-            _Completions(texts.prompts, texts.completions, total, ended, mask.sum(-1), scores)
+            _Completions(texts.prompts, list(texts.completions), total, ended, mask.sum(-1), scores)
         )
     return _Completions(
         [text for part in parts for text in part.prompts],

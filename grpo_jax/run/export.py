@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import pathlib
-import shutil
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,6 +20,7 @@ from grpo_jax.run import hosts
 from grpo_jax.run.checkpoint import find_checkpoint
 from grpo_jax.run.config_checks import check_values
 from grpo_jax.run.errors import ConfigError
+from grpo_jax.run.output_file import new_folder
 from grpo_jax.run.parameters import merged, newest_policy
 from grpo_jax.run.repairs import Finder
 from grpo_jax.run.setup import Setup, prepare_policy
@@ -118,9 +118,8 @@ def _describe(setup: Setup, fields: dict[str, Any], folder: pathlib.Path) -> Non
     """Writes everything but the weights: config, generation config and tokenizer."""
     generation = folder / 'generation_config.json'
     own = setup.source is None or bool(setup.config.tokenizer)
-    for path in hf.description_files(setup.source) if setup.source else ():
-        if not own or path.name == generation.name:
-            shutil.copyfile(path, folder / path.name)
+    if setup.source:
+        hf.copy_description(setup.source, folder, generation.name if own else '*')
     (folder / 'config.json').write_text(json.dumps(fields, indent=2, sort_keys=True) + '\n')
     if own:
         _save_tokenizer(setup, folder)
@@ -157,21 +156,8 @@ def _save_tokenizer(setup: Setup, folder: pathlib.Path) -> None:
 @contextlib.contextmanager
 def _folder(output: str) -> Iterator[pathlib.Path]:
     """A folder to write into, which is moved to `output` if nothing fails."""
-    target = pathlib.Path(output).absolute()
-    partial = target.with_name(f'{target.name}.partial')
-    hosts.from_first(lambda: _make(partial), 'making the folder')
     if not hosts.is_first():
-        yield partial
+        yield pathlib.Path(output)  # nothing is written
         return
-    try:
-        yield partial
-        if target.exists():
-            target.rmdir()
-        partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _make(partial: pathlib.Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with new_folder(pathlib.Path(output)) as folder:
+        yield folder

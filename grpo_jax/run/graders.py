@@ -4,17 +4,20 @@ import functools
 import logging
 from collections.abc import Mapping
 
+import jax
 from ml_collections import ConfigDict
 
 from grpo_jax import data, rewards
 from grpo_jax.algorithm import reward_model
 from grpo_jax.algorithm.config import Algorithm
+from grpo_jax.engine.calls import Call
 from grpo_jax.run.evaluation import Ranker
 from grpo_jax.run.grading import Grader
 from grpo_jax.run.methods import algorithm_of
 from grpo_jax.run.parameters import newest_reward_params
 from grpo_jax.run.problems import Problems
 from grpo_jax.run.setup import Setup
+from grpo_jax.types import Params, Rollout
 
 log = logging.getLogger('grpo_jax')
 
@@ -30,11 +33,26 @@ def make_grader(setup: Setup, problems: Problems, algorithm: Algorithm) -> Grade
     Raises:
       ValueError: rewards that do not match the algorithm or each other.
     """
-    c, scorer = setup.config.reward_model, None
-    if setup.reward_model is not None:
-        scorer = reward_model.make_scorer(setup.reward_model, setup.mesh, kind=c.kind)
     functions, weights, steps = reward_functions(setup.config, problems, algorithm)
-    return Grader(problems, functions, weights, steps, scorer, c.weight)
+    config = setup.config
+    return Grader(
+        problems, functions, weights, steps, _make_scorer(setup), config.reward_model.weight,
+        calls=calls_of(config, functions, steps), max_failed=config.grpo.reward_calls.max_failed,
+    )  # fmt: skip
+
+
+def _make_scorer(setup: Setup) -> reward_model.Scorer | None:
+    """Make the function that scores a rollout by the reward model, if there is one."""
+    if setup.reward_model is None:
+        return None
+    kind = setup.config.reward_model.kind
+    program = reward_model.make_scorer(setup.reward_model, setup.mesh, kind=kind)
+
+    def score(params: Params, rollout: Rollout) -> jax.Array:
+        scores: jax.Array = Call(program, (params, rollout), name='reward model').run()
+        return scores
+
+    return score
 
 
 def reward_functions(
@@ -64,6 +82,39 @@ def reward_functions(
         arguments = ('prompts', 'completions')
         rewards.check_arguments({name: function}, columns, arguments=arguments, kind='step rewards')
     return functions, weights, steps
+
+
+def calls_of(
+    config: ConfigDict,
+    functions: Mapping[str, rewards.RewardFunction],
+    steps: tuple[str, rewards.RewardFunction, float] | None = None,
+) -> dict[str, rewards.CallOptions]:
+    """Return how reward functions, and a step function, are called.
+
+    Args:
+      config: its `grpo.reward_calls` are defaults.
+      functions: by their names in `grpo.rewards`; of others, all options are defaults.
+      steps: name, function and weight of the step function, whose failures are errors.
+
+    Raises:
+      ValueError: unknown options, or wrong values.
+    """
+    options = dict(config.grpo.reward_calls)
+    if not 0 <= (share := options.pop('max_failed')) <= 1:
+        raise ValueError(f'grpo.reward_calls.max_failed={share}: give a share, from 0 to 1')
+    spec = {name: config.grpo.rewards.get(name, 1.0) for name in functions}
+    calls = rewards.call_options(spec, functions, options)
+    if steps is not None:
+        name, function, _ = steps
+        spec = {name: config.grpo.step_rewards.get(name, 1.0)}
+        called = rewards.call_options(spec, {name: function}, options | {'on_error': 'stop'})
+        if called[name].on_error != 'stop':
+            raise ValueError(
+                f"grpo.step_rewards.{name}.call.on_error='none': a step function that fails stops "
+                "the run, so leave it at 'stop'"
+            )
+        calls |= called
+    return calls
 
 
 def check_functions(

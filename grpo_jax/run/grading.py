@@ -44,6 +44,8 @@ class Grader:
       scorer: the reward model, from `reward_model.make_scorer`.
       score_weight: weight of its scores.
       trainer_state: for functions that name it.
+      calls: how functions and the step function are called, by name.
+      max_failed: the largest share of a batch's completions on which a function may fail.
     """
 
     problems: Problems
@@ -53,6 +55,8 @@ class Grader:
     scorer: Callable[[Params, Rollout], Any] | None = None
     score_weight: float = 0.0
     trainer_state: rewards.TrainerState = START
+    calls: Mapping[str, rewards.CallOptions] = dataclasses.field(default_factory=dict)
+    max_failed: float = 1.0
 
     def grade_early(self, partial_rollouts: Iterable[Rollout]) -> list[GradedGroups]:
         """Call the reward functions on each group as soon as all its completions have ended.
@@ -111,6 +115,7 @@ class Grader:
             functions=self.functions,
             has_steps=self.step_rewards is not None,
         )
+        rewards.check_failures(texts.scores.failures, self._most_failed(host))
         total = texts.scores.total.reshape(host.tokens.shape[:2])
         scores = None if scored is None else hosts.fetch(scored)[:groups]
         if steps is None and scores is None:
@@ -179,7 +184,10 @@ class Grader:
         name, function, weight = self.step_rewards
         index, group_size = np.asarray(rollout.prompts.index), rollout.tokens.shape[1]
         columns = data.columns(self.problems.rows, index, group_size)
-        steps_of = rewards.score_steps(name, function, texts.prompts, texts.completions, columns)
+        steps_of = rewards.score_steps(
+            name, function, texts.prompts, texts.completions, columns,
+            call=self.calls.get(name), group_size=group_size,
+        )  # fmt: skip
         tokens, mask = flat_tokens(rollout)
         ends = [[step.end for step in steps] for steps in steps_of]
         positions_of = char_to_token(
@@ -218,8 +226,18 @@ class Grader:
     def _grade_groups(self, host: Rollout, groups: Int[np.ndarray, ' M']) -> GradedTexts:
         selected = select_groups(host, groups)
         return grade_texts(
-            selected, self.problems, self.functions, self.weights, self.trainer_state
+            selected,
+            self.problems,
+            self.functions,
+            self.weights,
+            self.trainer_state,
+            calls=self.calls,
+            most_failed=self._most_failed(host),
         )
+
+    def _most_failed(self, host: Rollout) -> int:
+        """Return the number of completions of a rollout on which a function may fail."""
+        return int(self.max_failed * host.ended.size)
 
 
 def _float32(values: Float[np.ndarray, '*S']) -> Float[np.ndarray, '*S']:
@@ -254,7 +272,7 @@ def _without_missing(
     if missing.all():
         raise rewards.RewardError(
             f'none of the {total.size} completions of a batch has a reward, because all reward '
-            'functions returned None: add one that applies to these rows'
+            'functions returned None or failed: add one that applies to these rows'
         )
     sums, counts = np.nansum(total, 1, np.float64), (~missing).sum(1)
     means = (sums / np.maximum(counts, 1)).astype(np.float32)

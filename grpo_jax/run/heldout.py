@@ -12,14 +12,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from grpo_jax.rewards import TrainerState
+from grpo_jax.rewards import TrainerState, name_in
 from grpo_jax.run import compiled, evaluation, hosts
 from grpo_jax.run.checkpoint import OF_RUN, find_checkpoint
 from grpo_jax.run.config_checks import differing_defaults
 from grpo_jax.run.config_problems import check_evaluation_options
 from grpo_jax.run.errors import ConfigError
 from grpo_jax.run.evaluation import Answers, Evaluation, spread
-from grpo_jax.run.graders import check_functions, make_grader, make_ranker
+from grpo_jax.run.graders import calls_of, check_functions, make_grader, make_ranker
 from grpo_jax.run.methods import algorithm_of
 from grpo_jax.run.output_file import replaced
 from grpo_jax.run.parameters import newest_policy, newest_reward_params
@@ -52,7 +52,7 @@ def make_evaluator(
     """
     if heldout is None:
         return None
-    options = evaluation.evaluation_options(setup.config.eval)
+    options = _options(setup.config)
     reward = None
     if options['correct'] is not None:
         check_functions({'eval.correct': options['correct']}, heldout, alone=True)
@@ -152,7 +152,7 @@ def _prepare(
     if setup is not None:
         finder.config = setup.config
         problems = finder.run(lambda c: _held_out(setup, c), unless=OF_TOKENS)
-    options = finder.run(lambda c: evaluation.evaluation_options(c.eval))
+    options = finder.run(_options)
     rows = finder.run(lambda c: heldout_rows(c, workdir)) if problems is None else None
     checked = untokenized(rows) if rows else problems
     if options is not None and options['correct'] is not None and checked is not None:
@@ -161,6 +161,14 @@ def _prepare(
     if setup is None or problems is None or options is None:
         return None
     return setup, problems, options
+
+
+def _options(config: ConfigDict) -> dict[str, Any]:
+    """Return keyword arguments of `answer_problems` from a config."""
+    options = evaluation.evaluation_options(config.eval)
+    name = name_in(config.grpo.rewards, config.eval.correct)
+    correct = {} if options['correct'] is None else {name: options['correct']}
+    return options | {'call': calls_of(config, correct).get(name)}
 
 
 def _held_out(setup: Setup, config: ConfigDict) -> Problems:
@@ -186,7 +194,8 @@ def _make_reward(setup: Setup, problems: Problems) -> Callable[..., RolloutRewar
         if graded.skipped is not None:
             log.warning(
                 '%d held-out completions have no reward, because all reward functions returned '
-                'None; they count as the mean of their group, or 0', graded.skipped.sum(),
+                'None or one failed; they count as the mean of their group, or 0',
+                graded.skipped.sum(),
             )  # fmt: skip
         return graded
 

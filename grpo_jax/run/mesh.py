@@ -58,7 +58,10 @@ def make_mesh(config: ConfigDict) -> Mesh:
             f'mesh.fsdp={c.fsdp} x mesh.tensor={c.tensor} uses {fsdp * tensor} of the {count} '
             f'devices of {processes} processes: set mesh.fsdp=-1 to use all'
         )
-    return sharding.make_mesh(fsdp=fsdp, completions=completions, tensor=tensor, devices=devices)
+    mesh = sharding.make_mesh(fsdp=fsdp, completions=completions, tensor=tensor, devices=devices)
+    if c.offload_moments:
+        sharding.check_host_memory(mesh, 'mesh.offload_moments')
+    return mesh
 
 
 def splittable_group(config: ConfigDict) -> int:

@@ -14,7 +14,7 @@ from grpo_jax.algorithm.preferences import PAIRWISE
 from grpo_jax.algorithm.presets import CONVENTIONS, PRESETS
 from grpo_jax.engine.compute import Compute
 from grpo_jax.engine.decode import WEIGHTS
-from grpo_jax.engine.token_sampling import check_sampling
+from grpo_jax.engine.token_sampling import check_sampling, without_inactive
 from grpo_jax.run.config_checks import differing_defaults
 from grpo_jax.run.defaults import algorithm_fields, optimizer_fields
 from grpo_jax.run.errors import renamed
@@ -141,13 +141,13 @@ def compute_of(config: ConfigDict) -> Compute:
       ValueError: an option out of its range.
     """
     try:
-        return Compute(**config.grpo.compute)
+        return Compute(**config.grpo.compute, remat=config.model.remat)
     except ValueError as error:
         raise ValueError(f'grpo.compute.{error}') from error
 
 
 def sampling_of(config: ConfigDict) -> Sampling:
-    """Returns how completions are sampled in training.
+    """Returns how completions are sampled in training, without filters that keep all tokens.
 
     Raises:
       ValueError: an option out of its range.
@@ -155,7 +155,7 @@ def sampling_of(config: ConfigDict) -> Sampling:
     sampling = Sampling(**config.grpo.sampling)
     with renamed({'sampling ': 'grpo.sampling.'}):
         check_sampling(sampling)
-    return sampling
+    return without_inactive(sampling)
 
 
 def check_group(config: ConfigDict, algorithm: Algorithm) -> None:

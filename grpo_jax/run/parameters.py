@@ -8,6 +8,8 @@ import jax
 from grpo_jax import models, sharding
 from grpo_jax.models import hf
 from grpo_jax.run import checkpoint, saved_config
+from grpo_jax.run.finite import check_finite
+from grpo_jax.run.intact import read_newest
 from grpo_jax.run.layout import stage_order
 from grpo_jax.run.setup import Setup, prepare_policy
 from grpo_jax.run.start import Start
@@ -81,33 +83,29 @@ class Policy(NamedTuple):
 
 
 def newest_policy(setup: Setup, name: str = '') -> Policy:
-    """Reads a checkpoint of a run onto the mesh.
+    """Reads a checkpoint of a run onto the mesh; a damaged one is passed over if it is not named.
 
     Args:
       setup: the run.
       name: 'STAGE/STEP', STAGE or STEP, see `checkpoint.find_checkpoint`; empty: the newest.
 
     Raises:
-      ValueError: there is no such checkpoint.
+      ValueError: there is no such checkpoint, or it is damaged.
     """
     base, adapters = models.split_adapters(_shapes(setup.model))
-    stage, step = checkpoint.find_checkpoint(setup.workdir, ('sft', 'grpo'), name)
-    name = f'{stage}/{step}'
-    with checkpoint.open_manager(setup.workdir / 'checkpoints' / stage, keep=1) as manager:
-        newest = checkpoint.restore_params(manager, adapters or base, setup.mesh, step)
+    stage, name, newest = _read(setup, ('sft', 'grpo'), name, adapters or base)
+    check_finite(newest, name)
     if not adapters:
         return Policy(name, newest, {}, pretrained=False)
     params = initial_params(setup)
-    earlier = [
-        folder
-        for folder in (setup.workdir / 'checkpoints').glob('*')
-        if folder.name.partition('-')[0] != 'reward'
-        and stage_order(folder.name) < stage_order(stage)
-    ]
+    earlier = {
+        other: steps[-1]
+        for other, steps in checkpoint.steps_of_stages(setup.workdir).items()
+        if other.partition('-')[0] != 'reward' and stage_order(other) < stage_order(stage)
+    }
     # Each stage started with the adapters of the stage before merged into its base.
-    for folder in sorted(earlier, key=lambda path: stage_order(path.name)):
-        with checkpoint.open_manager(folder, keep=1) as manager:
-            last = checkpoint.restore_params(manager, adapters, setup.mesh)
+    for other, step in earlier.items():
+        _, _, last = _read(setup, ('sft', 'grpo'), f'{other}/{step}', adapters)
         params = merged(setup, params, last)
     unchanged = bool(setup.config.pretrained) and not setup.config.start and not earlier
     return Policy(name, params, newest, pretrained=unchanged)
@@ -126,8 +124,22 @@ def newest_reward_params(setup: Setup) -> Params | None:
         return None
     if not setup.config.reward_model.steps:
         return initial_reward_params(setup)
-    with checkpoint.newest_manager(setup.workdir, ('reward',)) as manager:
-        return checkpoint.restore_params(manager, _shapes(setup.reward_model), setup.mesh)
+    _, name, params = _read(setup, ('reward',), '', _shapes(setup.reward_model))
+    check_finite(params, name)
+    return params
+
+
+def _read(
+    setup: Setup, kinds: tuple[str, ...], name: str, shapes: Params
+) -> tuple[str, str, Params]:
+    """The stage, the name 'stage/step' and the parameters of a checkpoint, see `read_newest`."""
+
+    def read(stage: str, step: int) -> tuple[str, str, Params]:
+        with checkpoint.open_to_read(setup.workdir / 'checkpoints' / stage) as manager:
+            params = checkpoint.restore_params(manager, shapes, setup.mesh, step)
+        return stage, f'{stage}/{step}', params
+
+    return read_newest(setup.workdir, kinds, name, read, ('params',))
 
 
 def check_start(setup: Setup) -> None:

@@ -13,6 +13,7 @@ from grpo_jax import data, sharding
 from grpo_jax.algorithm.presets import SFT
 from grpo_jax.algorithm.sample import last_block
 from grpo_jax.engine.compute import Compute
+from grpo_jax.engine.token_sampling import without_inactive
 from grpo_jax.run import abstract
 from grpo_jax.run.collector import RolloutCollector
 from grpo_jax.run.graders import make_grader
@@ -65,6 +66,7 @@ def sft_stage(setup: Setup, training: Problems, heldout: Problems | None = None)
             setup.tokenizer,
             completion_template=config.data.demonstration,
             completion_length=config.data.completion_length,
+            hidden=setup.hidden,
             **prompting(config, setup.workdir),
         )
     for ids in (table.prompts.used_ids(), table.tokens[table.mask]):
@@ -98,9 +100,9 @@ def sft_stage(setup: Setup, training: Problems, heldout: Problems | None = None)
         'sft',
         lambda: (abstract.rollout(shape), rewards),
         SFT,
-        Compute(microbatch=c.microbatch),
+        Compute(microbatch=c.microbatch, remat=config.model.remat),
         *make_optimizer(config, 'sft', c.steps),
-        Sampling(),
+        without_inactive(Sampling()),
     )
 
     def step(state: TrainState, initial: StageParams, batch: CollectedBatch) -> Any:

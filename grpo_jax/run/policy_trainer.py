@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -13,7 +14,9 @@ from grpo_jax import models, sharding
 from grpo_jax.algorithm.checks import shape_of
 from grpo_jax.algorithm.config import Algorithm
 from grpo_jax.algorithm.critic import Critic
-from grpo_jax.algorithm.program import Step, init_state, make_train_step
+from grpo_jax.algorithm.explanation import TokenTerms, make_explain
+from grpo_jax.algorithm.program import MOMENTS, Step, init_state, make_train_step
+from grpo_jax.engine.calls import Call
 from grpo_jax.engine.compute import Compute, ComputePlan
 from grpo_jax.run import abstract
 from grpo_jax.run.compute_plans import settle
@@ -22,7 +25,7 @@ from grpo_jax.run.parameters import initial_adapters
 from grpo_jax.run.problems import Problems
 from grpo_jax.run.rollouts import CollectedBatch, Position
 from grpo_jax.run.setup import Setup
-from grpo_jax.run.stages import Call, Stage, StageParams, make_optimizer
+from grpo_jax.run.stages import Stage, StageParams, make_optimizer
 from grpo_jax.types import Params, Rollout, Sampling, TrainState
 
 
@@ -80,17 +83,26 @@ class PolicyTrainer:
             algorithm=self.algorithm,
             plan=lambda: self.plan,
             update=self.update_call,
+            explain=self.explain,
         )
 
     @functools.cached_property
     def plan(self) -> ComputePlan:
         """How updates are computed."""
-        shape = shape_of(self.batch()[0])
-        return settle(self.setup, self.name, self.compute, shape, self.update_call)
+        algorithm, shape = self.algorithm, shape_of(self.batch()[0])
+        whole_groups = algorithm.pairwise or not isinstance(algorithm.loss, str)
+        return settle(
+            self.setup, self.name, self.compute, shape, self.update_call,
+            fixed=('rows',) if whole_groups else (),
+        )  # fmt: skip
 
     @property
     def _lora(self) -> bool:
         return bool(self.setup.model.config.lora.rank)
+
+    @property
+    def _offload_moments(self) -> bool:
+        return bool(self.setup.config.mesh.offload_moments)
 
     @property
     def _fixed_reference(self) -> bool:
@@ -99,16 +111,17 @@ class PolicyTrainer:
 
     @functools.cached_property
     def _program(self) -> Step:
-        return self._program_of(Compute(*self.plan))
+        return self._program_of(self.plan)
 
-    def _program_of(self, compute: Compute) -> Step:
+    def _program_of(self, plan: ComputePlan) -> Step:
         return make_train_step(
             self.setup.model,
             self.optimizer,
             self.algorithm,
             self.setup.mesh,
-            compute=compute,
+            compute=Compute(*plan),
             critic=self.critic,
+            offload_moments=self._offload_moments,
         )
 
     def start(self, initial: StageParams) -> TrainState:
@@ -126,24 +139,64 @@ class PolicyTrainer:
             critic=critic,
             value_params=values,
             moving_reference=self.algorithm.moves_reference,
+            offload_moments=self._offload_moments,
         )
 
     def step(
         self, state: TrainState, initial: StageParams, batch: CollectedBatch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         """Do one training step."""
+        frozen, rollout, rewards, algorithm = self._arguments(initial, batch)
+        state, metrics = self._call(state, frozen, rollout, rewards, algorithm).run()
+        if self.controls_entropy:
+            metrics |= {'entropy_bonus': algorithm.entropy_bonus}
+        return state, metrics
+
+    def explain(
+        self, state: TrainState, initial: StageParams, batch: CollectedBatch, update: int = 0
+    ) -> TokenTerms:
+        """Return what an inner update of the step does with each token; the state stays.
+
+        Args:
+          state: before the step.
+          initial: the parameters that the stage started with.
+          batch: of the step.
+          update: number of the inner update, from 0.
+        """
+        frozen, rollout, rewards, algorithm = self._arguments(initial, batch)
+        run = make_explain(
+            self.setup.model,
+            self.algorithm,
+            self.setup.mesh,
+            compute=Compute(*self.plan),
+            critic=self.critic,
+        )
+        updated = None
+        if update:
+            before, now = (
+                dataclasses.replace(a, inner_updates=update) for a in (self.algorithm, algorithm)
+            )
+            trainer = dataclasses.replace(self, algorithm=before)
+            copied = jax.tree.map(jnp.copy, state)
+            call = trainer._call(copied, frozen, rollout, rewards, now, plan=self.plan)
+            updated = call.run()[0].params
+        return run(state, frozen, rollout, rewards, self.sampling, algorithm, updated=updated)
+
+    def _arguments(
+        self, initial: StageParams, batch: CollectedBatch
+    ) -> tuple[Params | None, Rollout, Any, Algorithm]:
+        """Return what `_call` takes after the state."""
         rollout, rewards = sharding.put_rollout(batch.rollout, batch.rewards, self.setup.mesh)
         frozen = initial.policy if self._lora or self._fixed_reference else None
-        if not self.controls_entropy:
-            return self._program(state, frozen, rollout, rewards, self.sampling, self.algorithm)
-        entropy = batch.position.entropy
-        bonus: Any = self.algorithm.entropy_bonus if entropy is None else entropy.bonus
-        bonus = np.asarray(bonus, np.float32)  # an array, so that a bonus of 0 has the same program
-        algorithm = dataclasses.replace(self.algorithm, entropy_bonus=bonus)
-        state, metrics = self._program(state, frozen, rollout, rewards, self.sampling, algorithm)
-        return state, metrics | {'entropy_bonus': bonus}
+        algorithm = self.algorithm
+        if self.controls_entropy:
+            entropy = batch.position.entropy
+            bonus: Any = algorithm.entropy_bonus if entropy is None else entropy.bonus
+            bonus = np.asarray(bonus, np.float32)  # an array: a bonus of 0 has the same program
+            algorithm = dataclasses.replace(algorithm, entropy_bonus=bonus)
+        return frozen, rollout, rewards, algorithm
 
-    def update_call(self, compute: Compute | None = None) -> Call:
+    def update_call(self, plan: ComputePlan | None = None) -> Call:
         """Return the abstract call of the update program; None: as `plan` says."""
         setup = self.setup
         fresh = functools.partial(
@@ -153,7 +206,8 @@ class PolicyTrainer:
             critic=self.critic,
             moving_reference=self.algorithm.moves_reference,
         )
-        state = sharding.placed(jax.eval_shape(fresh, abstract.key()), setup.mesh)
+        host = MOMENTS if self._offload_moments else ()
+        state = sharding.placed(jax.eval_shape(fresh, abstract.key()), setup.mesh, host=host)
         frozen = None
         if self._lora or self._fixed_reference:
             base = models.Transformer(setup.model.config.base)
@@ -162,8 +216,19 @@ class PolicyTrainer:
         if self.controls_entropy:
             algorithm = dataclasses.replace(algorithm, entropy_bonus=np.zeros((), np.float32))
         batch = abstract.on_mesh(setup, *self.batch())
-        program = self._program if compute is None else self._program_of(compute)
-        return Call(program, (state, frozen, *batch, self.sampling, algorithm))
+        return self._call(state, frozen, *batch, algorithm, plan=plan)
+
+    def _call(
+        self, state: Any, frozen: Any, rollout: Any, rewards: Any, algorithm: Algorithm, *,
+        plan: ComputePlan | None = None,
+    ) -> Call:  # fmt: skip
+        """Return a call of the update program; None: as `self.plan` says."""
+        program = self._program if plan is None else self._program_of(plan)
+        return Call(
+            program, (state, frozen, rollout, rewards, self.sampling, algorithm),
+            name=f'update of {" x ".join(map(str, rollout.tokens.shape))} tokens',
+            closed_over=(self.setup.model.config, plan or self.plan),
+        )  # fmt: skip
 
     def policy(self, state: TrainState, initial: StageParams) -> Params:
         """Return the parameters that sample and are evaluated."""

@@ -19,6 +19,7 @@ from grpo_jax.run.config_problems import check_options
 from grpo_jax.run.errors import ConfigError, problems_of
 from grpo_jax.run.evaluation import evaluation_options
 from grpo_jax.run.graders import check_functions, reward_functions
+from grpo_jax.run.inputs import digest_inputs
 from grpo_jax.run.methods import algorithm_of
 from grpo_jax.run.parameters import check_start
 from grpo_jax.run.policy_stages import grpo_stage, sft_stage
@@ -119,7 +120,9 @@ def _prepare(finder: Finder, workdir: pathlib.Path) -> Prepared | None:
         stages = [_run(finder, setup, make) for make in makers]
     made = [stage for stage in stages if stage is not None]
     if setup is not None and training is not None and len(made) == len(stages):
-        return Prepared(setup, made)
+        others = None if heldout is None else heldout.split
+        inputs = digest_inputs(finder.config, setup.tokenizer, training.split, others)
+        return Prepared(dataclasses.replace(setup, inputs=inputs), made)
     _check_rows(finder, workdir, training, heldout)
     return None
 

@@ -27,6 +27,7 @@ class Problems(NamedTuple):
     stops: tuple[str, ...]  # strings that end a completion
     hidden: frozenset[int] | None = None  # ids that are not part of a text; None: special tokens
     conversations: list[data.Conversation] | None = None  # the prompts as messages, if they are
+    split: data.Rows = ()  # all rows of the split, with those that are left out of `rows`
 
 
 def load_rows(config: ConfigDict, workdir: pathlib.Path, split: str) -> data.Rows:
@@ -83,27 +84,28 @@ def heldout_problems(setup: Setup) -> Problems | None:
             config.data.heldout_split,
         )
         return None
-    return _problems(setup, rows, config.data.heldout_split, 0)
+    return _problems(setup, rows, config.data.heldout_split, 0)._replace(split=rows)
 
 
 def check_evaluation_batch(config: ConfigDict, mesh: Mesh) -> None:
-    """Checks that the batch of an evaluation divides over the mesh.
+    """Checks that the batch of an evaluation, if there is one, divides over the mesh.
 
     Raises:
       ValueError: it does not.
     """
     size = config.eval.batch_size
-    sharding.check_batch(size, size, mesh, of='eval.batch_size')
+    if config.data.heldout_split:
+        sharding.check_batch(size, size, mesh, of='eval.batch_size')
 
 
 def training_problems(setup: Setup, heldout: Problems | None) -> Problems:
     """The training problems without those that are held out; logs how many were dropped."""
     config = setup.config
-    rows: data.Rows = list(load_rows(config, setup.workdir, config.data.train_split))  # read once
-    leaked = 0
+    split: data.Rows = list(load_rows(config, setup.workdir, config.data.train_split))  # read once
+    rows, leaked = split, 0
     if heldout is not None:
-        rows, leaked = data.without_leaks(rows, heldout.rows)
-    return _problems(setup, rows, config.data.train_split, leaked)
+        rows, leaked = data.without_leaks(split, heldout.rows)
+    return _problems(setup, rows, config.data.train_split, leaked)._replace(split=split)
 
 
 def heldout_rows(config: ConfigDict, workdir: pathlib.Path) -> data.Rows | None:
@@ -162,7 +164,7 @@ def check_demonstration(config: ConfigDict, rows: data.Rows) -> None:
 def _problems(setup: Setup, rows: data.Rows, split: str, leaked: int) -> Problems:
     with naming_template('data.prompt'):
         options = prompting(setup.config, setup.workdir)
-        table = data.tokenize_prompts(rows, setup.tokenizer, **options)
+        table = data.tokenize_prompts(rows, setup.tokenizer, hidden=setup.hidden, **options)
     if table.dropped or leaked:
         log.warning('%s: %s', split, table.summary(leaked))
     data.check_token_ids(table.used_ids(), setup.tokenizer, setup.model.config.vocab_size)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from grpo_jax.algorithm.advantages import OF_GROUP
 from grpo_jax.rewards import RewardError
+from grpo_jax.run.health import Health
 from grpo_jax.run.report import Records
 from grpo_jax.run.rollouts import CollectedBatch
 from grpo_jax.run.stages import Stage
@@ -72,15 +73,25 @@ class Progress:
       records: the files to write to.
       bar: the progress bar, which shows some of the metrics.
       skipped: optimizer updates that were skipped before the first step.
+      health: checks the metrics of each step after they are written; None: nothing does.
     """
 
-    def __init__(self, stage: Stage, records: Records, bar: tqdm, skipped: int) -> None:
+    def __init__(
+        self,
+        stage: Stage,
+        records: Records,
+        bar: tqdm,
+        skipped: int,
+        health: Health | None = None,
+    ) -> None:
         self.stage, self.records, self.bar, self.skipped = stage, records, bar, skipped
+        self.health = health
         self.rates: Any = None
         if stage.schedule:  # in one program, before the devices are busy
             counts = np.arange(stage.steps * stage.updates, dtype=np.int32)
             self.rates = jax.device_get(jax.jit(jax.vmap(stage.schedule))(counts))
         self.newest: dict[str, float] | None = None  # the last fetched metrics of the update
+        self.last: dict[str, float] | None = None  # the last that were written, of the host too
         self.waiting: collections.deque[Any] = collections.deque()
         self.partly_written = False  # whether the first waiting step is
         # With another baseline than the group's, equal rewards have a gradient.
@@ -94,14 +105,19 @@ class Progress:
 
     def add(self, step: int, metrics: dict[str, jax.Array], batch: CollectedBatch) -> None:
         """Adds a step that was dispatched, to be written later."""
-        # Do not keep the rollout: the devices need its memory.
+        # Do not keep all of the rollout: the devices need its memory.
         self.waiting.append((step, metrics, batch.metrics, batch.completions))
+        if self.health is not None:
+            self.health.keep(step, batch)
 
     def write(self, *, keep: int = 0) -> None:
         """Waits for all steps but the last `keep` and writes their metrics and completions.
 
         After an error or an interrupt it can be called again: rows that were written in part are
         replaced.
+
+        Raises:
+          UnhealthyError: the numbers of a step have gone wrong, see `health`.
         """
         while len(self.waiting) > keep:
             step, device_metrics, host_metrics, completions = self.waiting[0]
@@ -113,12 +129,15 @@ class Progress:
             self.newest = dict(values)
             metrics = self._complete(step, values, host_metrics)
             self.records.metrics(step, metrics)
+            self.last = metrics
             self.records.completions(step, completions)
             self.waiting.popleft()
             self.partly_written = False
             if self.equal_groups is not None:
                 self.equal_groups.add(step, metrics)
             self._show(metrics)
+            if self.health is not None:
+                self.health.check(step, metrics)
 
     def _complete(
         self, step: int, metrics: dict[str, float], host_metrics: dict[str, float]

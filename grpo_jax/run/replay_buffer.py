@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import zipfile
 from typing import TypeVar
 
 import jax
@@ -53,18 +54,40 @@ class ReplayBuffer:
         rng = np.random.default_rng((self.seed, self.iteration, step))
         mixed = [leaf.copy() for leaf in leaves]
         earlier = sorted(
-            path for i in range(1, self.iteration) for path in (self.folder / str(i)).glob('*.npz')
+            path
+            for i in range(1, self.iteration)
+            for path in (self.folder / str(i)).glob('*.npz')
+            if path.stem.isdigit()  # not a file of another's
         )
         for group in size - 1 - np.arange(count):
-            with np.load(earlier[rng.integers(len(earlier))]) as arrays:
-                replayed = rng.integers(len(arrays['arr_0']))
-                for i, leaf in enumerate(mixed):
-                    leaf[group] = arrays[f'arr_{i}'][replayed]
+            arrays = _read(earlier[rng.integers(len(earlier))])
+            replayed = rng.integers(len(arrays[0]))
+            for leaf, array in zip(mixed, arrays, strict=True):
+                leaf[group] = array[replayed]
         return jax.tree.unflatten(structure, mixed)
 
     def _write(self, step: int, leaves: list[np.ndarray]) -> None:
         folder = self.folder / str(self.iteration)
         folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / 'partial.npz'
-        np.savez(partial, *leaves)
-        os.replace(partial, folder / f'{step}.npz')
+        partial = folder / f'{step}.partial'
+        try:
+            with partial.open('wb') as file:
+                np.savez(file, *leaves)
+            os.replace(partial, folder / f'{step}.npz')
+        finally:
+            partial.unlink(missing_ok=True)
+
+
+def _read(path: pathlib.Path) -> list[np.ndarray]:
+    """The arrays of a file, whose checksums are checked.
+
+    Raises:
+      ValueError: it is damaged; names it.
+    """
+    try:
+        with np.load(path) as arrays:
+            return [arrays[f'arr_{i}'] for i in range(len(arrays))]
+    except (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f'{path} is damaged ({error}): restore it, or begin the run in another --workdir'
+        ) from error

@@ -4,14 +4,15 @@ Lines of the `.jsonl` files hold the stage and the step. A resumed run first rem
 its checkpoint, so that the files of an interrupted run equal those of an uninterrupted one.
 """
 
-import functools
-import json
 import math
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, TextIO
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
 
+from grpo_jax.run import json_lines, signals
+from grpo_jax.run.curves import Curves
+from grpo_jax.run.json_lines import Appender, Line, unreadable
 from grpo_jax.run.layout import stage_order
 
 
@@ -32,18 +33,11 @@ class Records:
         step: int,
         log: Callable[[int, Mapping[str, float]], None] | None = None,
     ) -> None:
-        self.workdir, self.stage, self.step, self.log = workdir, stage, step, log
-        self.files: dict[str, TextIO] = {}
+        self.workdir, self.stage, self.log = workdir, stage, log
+        self.files: dict[str, Appender] = {}
         for name in ('metrics', 'completions', 'heldout'):
             self._open(name, step)
-
-    @functools.cached_property
-    def events(self) -> Any:
-        """The event writer, created on first use: with PyTorch installed, its import is slow."""
-        from tensorboardX import SummaryWriter
-
-        folder = str(self.workdir / 'tensorboard' / self.stage)
-        return SummaryWriter(folder, purge_step=self.step, flush_secs=10)
+        self.curves = Curves(workdir / 'tensorboard' / stage, step)
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one line, and a point per curve. A value that is not finite is written as null."""
@@ -72,27 +66,33 @@ class Records:
         for name in ('metrics', 'completions'):
             self.files[name].close()
             self._open(name, step)
+        self.curves.remove_from(step)
+
+    def sync(self) -> None:
+        """Waits until what has been written would survive the machine, as a checkpoint does."""
+        for file in self.files.values():
+            file.sync()
 
     def _open(self, name: str, step: int) -> None:
         path = self.workdir / f'{name}.jsonl'
         remove_lines(path, self.stage, step)
-        self.files[name] = path.open('a', buffering=1)
+        self.files[name] = Appender(path)
 
     def close(self) -> None:
         for file in self.files.values():
             file.close()
-        if 'events' in vars(self):
-            self.events.close()
+        self.curves.close()
 
     def _curves(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self.events.add_scalar(name, value, step)
+        with signals.delayed():
+            self.curves.add(step, values)
         if self.log is not None:
             self.log(step, values)
 
     def _line(self, name: str, step: int, row: Mapping[str, Any]) -> None:
-        line = json.dumps({'stage': self.stage, 'step': step, **row}, ensure_ascii=False)
-        self.files[name].write(line + '\n')
+        row = {'stage': self.stage, 'step': step, **row}
+        with signals.delayed():
+            self.files[name].write(json_lines.line(row))
 
 
 class NoRecords(Records):
@@ -113,14 +113,16 @@ class NoRecords(Records):
     def remove_from(self, step: int) -> None:
         pass
 
+    def sync(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
 
 def read(path: pathlib.Path, stage: str) -> list[dict[str, Any]]:
     """The rows of one stage, oldest first."""
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [row for row in rows if row['stage'] == stage]
+    return [line.row for line in _lines(path) if line.row['stage'] == stage]
 
 
 def read_policy(path: pathlib.Path, steps: int) -> list[dict[str, Any]]:
@@ -132,7 +134,7 @@ def read_policy(path: pathlib.Path, steps: int) -> list[dict[str, Any]]:
       path: one of the `.jsonl` files.
       steps: number of steps of an iteration.
     """
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [line.row for line in _lines(path)]
     policy_rows = [row for row in rows if row['stage'].startswith('grpo')]
     for row in policy_rows:
         row['step'] += (stage_order(row['stage'])[0] - 1) * steps
@@ -144,24 +146,38 @@ def has_heldout(workdir: pathlib.Path, stage: str, step: int) -> bool:
     path = workdir / 'heldout.jsonl'
     if not path.exists():
         return False
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith('\n')]
-    return any((row['stage'], row['step']) == (stage, step) for row in map(json.loads, lines))
+    rows = (line.row for line in _lines(path))
+    return any((row['stage'], row['step']) == (stage, step) for row in rows)
 
 
 def remove_lines(path: pathlib.Path, stage: str, step: int) -> None:
-    """Removes lines of this stage from `step` on, of later stages, and an incomplete last line."""
+    """Removes lines of this stage from `step` on, of later stages, and a torn last line."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines(keepends=True):
-        if not line.endswith('\n'):
-            break
-        row = json.loads(line)
-        if (stage_order(row['stage']), row['step']) < (stage_order(stage), step):
-            kept.append(line)
-    partial = path.with_suffix('.partial')
-    partial.write_text(''.join(kept))
-    os.replace(partial, path)
+    partial, end = path.with_suffix('.partial'), (stage_order(stage), step)
+    try:
+        with partial.open('wb') as file:
+            for line in _lines(path):
+                if (stage_order(line.row['stage']), line.row['step']) < end:
+                    file.write(line.text)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _lines(path: pathlib.Path) -> Iterator[Line]:
+    """Yields the lines of a file of records.
+
+    Raises:
+      ValueError: a line is no record; names the file and the line.
+    """
+    for line in json_lines.read(path):
+        try:
+            stage_order(line.row['stage'])
+            line.row['step'] < 0  # noqa: B015  # a number
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise unreadable(path, line.number, 'has no stage and step of a run') from error
+        yield line
 
 
 def plot(workdir: pathlib.Path, steps: int) -> pathlib.Path:

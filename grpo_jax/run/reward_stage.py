@@ -15,10 +15,11 @@ from grpo_jax.algorithm import reward_model
 from grpo_jax.algorithm.program import init_state
 from grpo_jax.algorithm.sample import last_block
 from grpo_jax.data.batching import BatchSequence
+from grpo_jax.engine.calls import Call
 from grpo_jax.engine.compute import Compute, ComputePlan
 from grpo_jax.run import abstract, hosts
 from grpo_jax.run.compute_plans import settle
-from grpo_jax.run.graders import check_functions, correctness
+from grpo_jax.run.graders import calls_of, check_functions, correctness
 from grpo_jax.run.grading import Grader
 from grpo_jax.run.methods import algorithm_of
 from grpo_jax.run.problems import Problems
@@ -26,7 +27,6 @@ from grpo_jax.run.replay_buffer import ReplayBuffer
 from grpo_jax.run.rollouts import CollectedBatch, Position
 from grpo_jax.run.setup import Setup
 from grpo_jax.run.stages import (
-    Call,
     Stage,
     StageParams,
     check_batch_size,
@@ -124,7 +124,8 @@ def _label_grader(setup: Setup, training: Problems) -> Grader:
         name, function, _ = rewards.build_steps(config.grpo.step_rewards)
         steps = name, function, 1.0
     check_functions(functions, training, alone=True)
-    return Grader(training, functions, weights, steps)
+    calls = calls_of(config, functions, steps)
+    return Grader(training, functions, weights, steps, calls=calls)
 
 
 @jax.jit
@@ -155,18 +156,20 @@ class _RewardTraining:
     def plan(self) -> ComputePlan:
         """How updates are computed."""
         c, name = self.setup.config.reward_model, stage_name('reward', self.iteration)
-        compute = Compute(microbatch=c.microbatch)
-        return settle(self.setup, name, compute, self.shape, self.update_call)
+        compute = Compute(microbatch=c.microbatch, remat=self.setup.config.model.remat)
+        return settle(
+            self.setup, name, compute, self.shape, self.update_call,
+            fixed=('logprob_chunk', 'rows'),
+        )  # fmt: skip
 
     @functools.cached_property
     def _program(self) -> reward_model.Step:
-        return self._program_of(self.plan.microbatch)
+        return self._program_of(self.plan)
 
-    def _program_of(self, microbatch: int | None) -> reward_model.Step:
+    def _program_of(self, plan: ComputePlan) -> reward_model.Step:
         loss, mesh = self.setup.config.reward_model.loss, self.setup.mesh
-        return reward_model.make_step(
-            self._model, self.optimizer, loss, mesh, microbatch=microbatch
-        )
+        model, microbatch = plan.configure(self._model), plan.microbatch
+        return reward_model.make_step(model, self.optimizer, loss, mesh, microbatch=microbatch)
 
     def start(self, initial: StageParams) -> TrainState:
         params = initial.reward
@@ -174,7 +177,7 @@ class _RewardTraining:
             params = models.scalar_params(initial.policy, self._model.config)
         return init_state(self._model, self.optimizer, params, self.setup.mesh)
 
-    def update_call(self, compute: Compute | None = None) -> Call:
+    def update_call(self, plan: ComputePlan | None = None) -> Call:
         """Return the abstract call of the update program; None: as `plan` says."""
         shape = self.shape
         fresh = functools.partial(init_state, self._model, self.optimizer)
@@ -189,8 +192,16 @@ class _RewardTraining:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), batch
         )
         arrays = labels if isinstance(labels, tuple) else (labels,)
-        program = self._program if compute is None else self._program_of(compute.microbatch)
-        return Call(program, (state, rollout, *arrays))
+        return self._call(state, rollout, *arrays, plan=plan)
+
+    def _call(
+        self, state: Any, rollout: Any, *labels: Any, plan: ComputePlan | None = None
+    ) -> Call:
+        """Return a call of the update program; None: as `self.plan` says."""
+        program = self._program if plan is None else self._program_of(plan)
+        name = f'update of the reward model, {" x ".join(map(str, rollout.tokens.shape))} tokens'
+        closed_over = self._model.config, plan or self.plan
+        return Call(program, (state, rollout, *labels), name=name, closed_over=closed_over)
 
     def sample(self, position: Position, policy: Params, initial: StageParams) -> list[Rollout]:
         config = self.setup.config
@@ -228,7 +239,7 @@ class _RewardTraining:
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         rollout, labels = sharding.put_groups((batch.rollout, batch.rewards), self.setup.mesh)
         arrays = tuple(labels) if isinstance(labels, StepRewards) else (labels,)
-        state, metrics = self._program(state, rollout, *arrays)
+        state, metrics = self._call(state, rollout, *arrays).run()
         tokens = _count(rollout.prompts.length, rollout.mask)
         metrics = {f'reward_model/{name}': value for name, value in metrics.items()}
         metrics['skipped_updates'] = metrics.pop('reward_model/skipped_updates')

@@ -46,9 +46,13 @@ def from_json(text: str, *, quiet: bool = False) -> ConfigDict:
     """
     try:
         values = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'not valid JSON: {error}') from error
+    if not isinstance(values, dict):
+        raise ValueError(f'holds {type(values).__name__}, not a JSON object')
     schema = values.pop('schema', 1)
+    if type(schema) is not int or schema < 1:
+        raise ValueError(f'schema={schema!r:.80} is no number of a schema')
     if schema > SCHEMA:
         raise ValueError(
             f'schema={schema} was written by a later version of grpo_jax, and this one reads up to '
@@ -127,7 +131,15 @@ def with_saved_choices(config: ConfigDict, saved: ConfigDict) -> ConfigDict:
 
 
 def _move_keys_of_schema_1(values: dict[str, Any]) -> None:
-    grpo, reward_model = values['grpo'], values['reward_model']
+    try:
+        _move_keys(values['grpo'], values['reward_model'])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f'it has no schema, and is not of the form that earlier versions wrote: {error}'
+        ) from error
+
+
+def _move_keys(grpo: dict[str, Any], reward_model: dict[str, Any]) -> None:
     algorithm = grpo['algorithm'] | grpo.pop('objective')
     names = [name for name in compute_fields() if name in algorithm]
     grpo['compute'] = {name: algorithm.pop(name) for name in names}

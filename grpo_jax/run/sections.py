@@ -91,7 +91,7 @@ class Section(ConfigDict):
                 value = Section.of(path, value)
             try:
                 super().__setitem__(key, value)
-            except TypeError:
+            except (TypeError, OverflowError):
                 remedy = f'give a value of type {type_name(self.get_type(key), path, value)}'
                 _report(TypeError(f'config key {path!r} is {value!r}: {remedy}'))
 

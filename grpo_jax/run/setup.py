@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +13,14 @@ from grpo_jax import models, plugins, sharding
 from grpo_jax.algorithm.checks import check_routers
 from grpo_jax.algorithm.sample import sample
 from grpo_jax.data import check_token_ids, get_format, load_tokenizer, stop_ids, stop_table
-from grpo_jax.engine.token_sampling import check_record
+from grpo_jax.engine.token_sampling import check_record, without_inactive
 from grpo_jax.models import hf
 from grpo_jax.run.config_checks import check_values
 from grpo_jax.run.defaults import defaults
 from grpo_jax.run.errors import renamed
+from grpo_jax.run.inputs import Inputs
 from grpo_jax.run.mesh import check_model, is_described, make_mesh
+from grpo_jax.run.output_file import new_folder
 from grpo_jax.run.start import Start
 from grpo_jax.run.tokenization import bind_chat_template, end_ids, hidden_ids, vocabulary
 from grpo_jax.types import Params, Prompts, Sampling
@@ -46,6 +47,7 @@ class Setup:
     sampler: Sampler
     source: pathlib.Path | None  # folder of the pretrained checkpoint, or of its copied description
     reward_model: models.Transformer | None = None
+    inputs: Inputs | None = None  # digests of what training reads
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
@@ -134,12 +136,8 @@ def keep_description(setup: Setup) -> None:
     target = setup.workdir / 'pretrained'
     if setup.source is None or setup.source == target:
         return
-    partial = setup.workdir / 'pretrained.partial'
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    for path in hf.description_files(setup.source):
-        shutil.copyfile(path, partial / path.name)
-    partial.rename(target)
+    with new_folder(target) as partial:
+        hf.copy_description(setup.source, partial)
 
 
 def _model_config(
@@ -148,7 +146,8 @@ def _model_config(
     with renamed({'lora target ': 'model.lora.targets: target ', 'lora ': 'model.lora.'}):
         lora = models.Lora(**config.model.lora)
     scaling = dict(**config.model.rope_scaling)
-    options = {**config.model, 'rope_scaling': scaling, 'lora': lora}
+    remat = config.model.remat is not False  # None is decided for each stage
+    options = {**config.model, 'rope_scaling': scaling, 'lora': lora, 'remat': remat}
     if source is None:
         with renamed({'model ': 'model.', 'lora ': 'model.lora.'}):
             return models.ModelConfig(**vocabulary(tokenizer, ends), **options)
@@ -209,13 +208,16 @@ def _make_sampler(
         stops = sharding.put(table, sharding.replicated(mesh))
     base = models.Transformer(model.config.base)
 
-    def sampler(params: Params, prompts: Prompts, draw: Any = sample, **rest: Any) -> Any:
+    def sampler(
+        params: Params, prompts: Prompts, *, sampling: Sampling, draw: Any = sample, **rest: Any
+    ) -> Any:
         adapted = models.split_adapters(params)[1]  # the initial policy of a stage has none
         return draw(
             model if adapted else base,
             params,
             sharding.put_groups(prompts, mesh),
             seed=config.seed,
+            sampling=without_inactive(sampling),
             eos_ids=ends,
             max_tokens=config.data.completion_length,
             stops=stops,

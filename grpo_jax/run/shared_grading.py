@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from grpo_jax import rewards
 from grpo_jax.run import hosts
-from grpo_jax.run.graded_texts import GradedTexts, decode
+from grpo_jax.run.graded_texts import DecodedWhenRead, GradedTexts, decode_prompts
 from grpo_jax.run.problems import Problems
 from grpo_jax.types import Rollout, StepRewards
 
@@ -75,7 +75,7 @@ def grade_in_shares(
         np.zeros((0, size), np.float32), np.zeros((0, size, len(functions)), np.float32), of_steps
     )
     numbers, notes = in_shares(batch, compute, empty)
-    prompts, completions = decode(host, problems)
+    prompts, completions = decode_prompts(host, problems), DecodedWhenRead(host, problems)
     counts = [size * len(share) for share in hosts.shares(batch)]
     scores = _scores(numbers, functions, notes, counts)
     return GradedTexts(prompts, completions, scores), numbers.steps
@@ -134,9 +134,11 @@ def _padded(x: np.ndarray, size: int) -> np.ndarray:
 def _note(scores: rewards.Scores) -> str:
     """What the scores of a share hold beside numbers of completions; usually nothing."""
     logs = {'metrics': scores.logs.metrics, 'extra': scores.logs.extra}
-    if not scores.timeouts and not any(logs.values()):
+    if not scores.timeouts and not any(logs.values()) and not scores.failures:
         return ''
-    return json.dumps({'timeouts': scores.timeouts, 'logs': logs})
+    return json.dumps({
+        'timeouts': scores.timeouts, 'logs': logs, 'failures': dict(scores.failures),
+    })  # fmt: skip
 
 
 def _scores(
@@ -145,11 +147,17 @@ def _scores(
     texts: list[str],
     counts: list[int],
 ) -> rewards.Scores:
-    notes: list[Any] = [json.loads(text) if text else {'timeouts': 0, 'logs': {}} for text in texts]
+    empty = {'timeouts': 0, 'logs': {}, 'failures': {}}
+    notes: list[Any] = [json.loads(text) if text else empty for text in texts]
+    failures = [
+        {name: rewards.Failures(*failed) for name, failed in note['failures'].items()}
+        for note in notes
+    ]
     parts = zip(notes, counts, strict=True)
     return rewards.Scores(
         total=numbers.total.reshape(-1),
         parts={name: numbers.parts[..., i].reshape(-1) for i, name in enumerate(functions)},
         timeouts=sum(note['timeouts'] for note in notes),
         logs=rewards.join_logs([(rewards.Logs(**note['logs']), count) for note, count in parts]),
+        failures=rewards.join_failures(failures),
     )

@@ -2,10 +2,8 @@
 
 import contextlib
 import logging
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from typing import NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -13,7 +11,8 @@ from tqdm import tqdm
 
 from grpo_jax.algorithm.sample import last_block
 from grpo_jax.rewards import RewardError
-from grpo_jax.run import checkpoint, compiled, hosts, report
+from grpo_jax.run import checkpoint, compiled, hosts, report, signals
+from grpo_jax.run.health import Health, UnhealthyError
 from grpo_jax.run.progress import Progress
 from grpo_jax.run.rollouts import CollectedBatch, Position
 from grpo_jax.run.setup import Setup
@@ -44,6 +43,8 @@ class StageLoop:
       initial: the parameters that the stage started with.
       snapshot: where to start.
       log: also gets the metrics of steps and evaluations, (step, metrics).
+      repeats: whether the records of these steps have been written, with those of later stages.
+      best: see `checkpoint.open_manager`.
     """
 
     def __init__(
@@ -54,10 +55,14 @@ class StageLoop:
         initial: StageParams,
         snapshot: Snapshot,
         log: Callable[[int, Mapping[str, float]], None] | None = None,
+        *,
+        repeats: bool = False,
+        best: str = '',
     ) -> None:
         self.setup, self.stage, self.manager = setup, stage, manager
         self.initial, self.snapshot, self.log = initial, snapshot, log
-        self.start = snapshot.position.step
+        self.start, self.repeats, self.best = snapshot.position.step, repeats, best
+        self.evaluated, self.evaluation = -1, dict[str, float]()  # the last step, its metrics
 
     def run(self) -> Snapshot:
         """Runs all steps that are left, and the evaluation after the last one.
@@ -67,26 +72,28 @@ class StageLoop:
         """
         stage, start = self.stage, self.start
         with contextlib.ExitStack() as stack:
-            records = self._open_records()
+            self.records = records = self._open_records()
             stack.callback(records.close)
-            stack.enter_context(hosts.stopping_between_steps())
+            stack.enter_context(signals.handled())
             stack.callback(self.manager.wait_until_finished)
             bar = stack.enter_context(_progress_bar(stage, start))
             self.compilations = stack.enter_context(compiled.left_out(bar))
-            self.progress = Progress(stage, records, bar, int(self.snapshot.state.skipped))
+            health = Health(self.setup.config, self.setup.workdir, stage.name, stage.updates, start)
+            skipped = int(self.snapshot.state.skipped)
+            self.progress = Progress(stage, records, bar, skipped, health)
             try:
                 while self.snapshot.position.step < stage.steps:
                     self._step(records)
-                if stage.heldout:
-                    policy = stage.policy(self.snapshot.state, self.initial)
-                    records.heldout(stage.steps, stage.heldout(policy, self.initial))
+                self._evaluate()
             except BaseException as error:
                 self._save_after_failure(error)
+                if isinstance(error, hosts.Stopped):
+                    error.args = (self._describe_stop(error),)
                 raise
         return self.snapshot
 
     def _open_records(self) -> report.Records:
-        if not hosts.is_first():
+        if self.repeats or not hosts.is_first():
             return report.NoRecords()
         return report.Records(self.setup.workdir, self.stage.name, self.start, self.log)
 
@@ -95,15 +102,12 @@ class StageLoop:
         stage, progress, initial = self.stage, self.progress, self.initial
         state, position, sampled = self.snapshot
         # Only SFT grades nothing, for which the processes wait for each other in every step.
-        if hosts.stop_requested(behind=2 if stage.ahead else 1):
-            raise hosts.in_all_processes(
-                hosts.Stopped(f'{stage.name}: stopped after step {position.step} by a signal')
-            )
+        signals.check()
+        if number := hosts.stop_requested(behind=2 if stage.ahead else 1):
+            raise hosts.in_all_processes(hosts.Stopped(number))
         policy = stage.policy(state, initial)
-        if stage.heldout and position.step % stage.eval_every == 0:
-            progress.write()
-            records.heldout(position.step, stage.heldout(policy, initial))
-            progress.restart()
+        if position.step % stage.eval_every == 0:
+            self._evaluate()
         first = position.step == self.start
         with self._announced('the sampler', first):
             if sampled is None:
@@ -121,8 +125,22 @@ class StageLoop:
         step = position.step + 1
         if step % self.setup.config.checkpoint.every == 0 or step == stage.steps:
             progress.write()
+            if 'eval/' in self.best and (step % stage.eval_every == 0 or step == stage.steps):
+                self._evaluate()
             self._save()
             progress.restart()
+
+    def _evaluate(self) -> None:
+        """Evaluates the policy, if there are held-out problems, unless it has been already."""
+        stage, step = self.stage, self.snapshot.position.step
+        if stage.heldout is None or self.repeats or self.evaluated == step:
+            return
+        self.progress.write()
+        policy = stage.policy(self.snapshot.state, self.initial)
+        found = stage.heldout(policy, self.initial)
+        self.records.heldout(step, found)
+        self.evaluated, self.evaluation = step, found.metrics
+        self.progress.restart()
 
     def _update(self, batch: CollectedBatch, sampled: Iterable[Rollout] | None) -> None:
         """Dispatches the update, which donates the buffers of the old state."""
@@ -134,7 +152,7 @@ class StageLoop:
         step = self.snapshot.position.step
         # The update donates the old state, so an interrupt must not lose the new one. The first
         # update can be interrupted: it may compile for minutes, and there is nothing to lose yet.
-        delay = _delayed_interrupt() if step > self.start else contextlib.nullcontext()
+        delay = signals.delayed() if step > self.start else contextlib.nullcontext()
         with delay:
             state, metrics = self.stage.step(self.snapshot.state, self.initial, batch)
             self.progress.add(step, metrics, batch)
@@ -166,7 +184,13 @@ class StageLoop:
         state, position, sampled = self.snapshot
         # Samples that are not stale can be drawn again.
         rollout = last_block(sampled) if self.stage.stale and sampled is not None else None
-        checkpoint.save(self.manager, position.step, state, rollout, position.to_json())
+        self.records.sync()
+        arguments = [self.manager, position.step, state, rollout, position.to_json()]
+        if self.best:
+            evaluation = self.evaluation if self.evaluated == position.step else {}
+            arguments.append((self.progress.last or {}) | evaluation)
+        with signals.delayed():
+            checkpoint.save(*arguments)
 
     def _save_after_failure(self, error: BaseException) -> None:
         """Writes the metrics of finished steps and saves the newest state, if possible.
@@ -182,6 +206,8 @@ class StageLoop:
             return
         try:
             self.progress.write()
+            if isinstance(error, UnhealthyError) and error.poisoned:
+                return
             if step == self.start or self.manager.latest_step() == step:
                 return
             leaves = jax.tree.leaves(self.snapshot.state)
@@ -198,22 +224,18 @@ class StageLoop:
                 self.stage.name, step, type(another).__name__, another,
             )  # fmt: skip
 
-
-@contextlib.contextmanager
-def _delayed_interrupt() -> Iterator[None]:
-    """Delays a KeyboardInterrupt until the block has ended."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    received: list[Any] = []
-    signal.signal(signal.SIGINT, lambda *arguments: received.append(arguments))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if received:
-            handler(*received[0])
+    def _describe_stop(self, stopped: hosts.Stopped) -> str:
+        """What is saved after a signal, and what to do; waits until it is written."""
+        self.manager.wait_until_finished()
+        saved, step = self.manager.latest_step(), self.snapshot.position.step
+        text = f'{self.stage.name}: stopped after step {step} by {stopped.name}'
+        if not saved:
+            return f'{text}; none is saved, and the same command begins the stage again'
+        which = 'its state' if saved == step else f'the state after step {saved}'
+        return (
+            f'{text}; {which} is saved in {self.setup.workdir}, and the same command goes on from '
+            'there'
+        )
 
 
 def _progress_bar(stage: Stage, start: int) -> tqdm:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import optax
@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 from grpo_jax import sharding
 from grpo_jax.algorithm import optimizer as optimizers
 from grpo_jax.algorithm.config import Algorithm
+from grpo_jax.algorithm.explanation import TokenTerms
+from grpo_jax.engine.calls import Call
 from grpo_jax.engine.compute import ComputePlan
 from grpo_jax.run.evaluation import Evaluation
 from grpo_jax.run.mesh import splittable_group
@@ -26,14 +28,6 @@ class StageParams(NamedTuple):
     adapters: Params = None  # of the policy, if they are not yet merged into it
     reward: Params = None  # of the reward model
     values: Params = None  # of the critic
-
-
-class Call(NamedTuple):
-    """A call of a compiled program, with ShapeDtypeStructs in place of arrays."""
-
-    program: Any  # made by `jax.jit`
-    arguments: tuple[Any, ...]
-    options: dict[str, Any] = {}  # noqa: RUF012  # keyword arguments
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +57,9 @@ class Stage:
       plan: returns how its updates are computed.
       shape: (B, G, P, T) of the batches that it samples, or that it trains on without sampling.
       rows: how many rows of the data set it uses.
-      update: the call of its update program, for `plan`.
+      update: the abstract call of its update program, with a plan instead of the settled one.
+      explain: what a step does with each token, (state, initial, batch, inner update) -> terms;
+        None: the stage trains no policy.
       ahead: whether step k + 1 is sampled before the update of step k.
       stale: whether that sampling depends on the policy, which the update changes.
       follow: changes a position by the metric `entropy` of its last step, (position, entropy) ->
@@ -88,7 +84,8 @@ class Stage:
     plan: Callable[[], ComputePlan] | None = None
     shape: tuple[int, int, int, int] = (1, 1, 1, 1)
     rows: str = ''
-    update: Callable[[], Call] | None = None
+    update: Callable[[ComputePlan | None], Call] | None = None
+    explain: Callable[..., TokenTerms] | None = None
     ahead: bool = False
     stale: bool = False
     follow: Callable[[Position, float], Position] | None = None

@@ -10,6 +10,10 @@ from ml_collections import ConfigDict
 
 from grpo_jax import data
 from grpo_jax.models import hf
+from grpo_jax.rewards.deadlines import CannotInterrupt, DeadlineExceeded, call_within
+
+# Seconds that the chat template may take, and for each conversation in addition.
+_TEMPLATE_SECONDS, _CONVERSATION_SECONDS = 30.0, 0.1
 
 
 def bind_chat_template(config: ConfigDict, tokenizer: Any) -> ConfigDict:
@@ -21,6 +25,7 @@ def bind_chat_template(config: ConfigDict, tokenizer: Any) -> ConfigDict:
     Raises:
       ValueError: variables without a chat template, or a date that is none.
     """
+    _limit_time(tokenizer)
     settings = config.data
     variables = settings.chat_template_kwargs.to_dict()
     if not settings.chat:
@@ -37,6 +42,22 @@ def bind_chat_template(config: ConfigDict, tokenizer: Any) -> ConfigDict:
         raise ValueError(f"data.date={config.data.date!r}: write it as '2026-01-31'") from error
     data.bind_template(tokenizer, variables, date)
     return config
+
+
+def _limit_time(tokenizer: Any) -> None:
+    """Gives the chat template a deadline: a checkpoint may bring one that never ends."""
+    render = tokenizer.apply_chat_template
+
+    def render_in_time(conversations: Any, *arguments: Any, **options: Any) -> Any:
+        seconds = _TEMPLATE_SECONDS + _CONVERSATION_SECONDS * len(conversations)
+        try:
+            return call_within(
+                seconds, 'the chat template', lambda: render(conversations, *arguments, **options)
+            )
+        except (DeadlineExceeded, CannotInterrupt) as error:
+            raise ValueError(f'the chat template: {error}; use another tokenizer') from error
+
+    tokenizer.apply_chat_template = render_in_time
 
 
 def vocabulary(

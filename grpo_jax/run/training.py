@@ -1,21 +1,32 @@
 """A training run: its stages one after the other."""
 
+import contextlib
 import json
 import os
+import pathlib
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from grpo_jax.run import checkpoint, compiled, hosts, loggers, report, saved_config
+from grpo_jax.run import checkpoint, compiled, hosts, loggers, report, saved_config, signals
+from grpo_jax.run.checksums import has_checksums
 from grpo_jax.run.config import module_folders
+from grpo_jax.run.environment import keep_environment
+from grpo_jax.run.inputs import Inputs, check_inputs, keep_inputs
+from grpo_jax.run.intact import UNREADABLE, folder_of, newest_intact, set_aside
+from grpo_jax.run.layout import stage_order
+from grpo_jax.run.lock import held
 from grpo_jax.run.loggers import Loggers
 from grpo_jax.run.parameters import initial_params, initial_reward_params, merged
+from grpo_jax.run.plan.listed import warned_of_others
 from grpo_jax.run.preparation import prepare_run
 from grpo_jax.run.rollouts import Position
 from grpo_jax.run.setup import Setup, keep_description
 from grpo_jax.run.stage_loop import Snapshot, StageLoop
 from grpo_jax.run.stages import Stage, StageParams
+from grpo_jax.types import TrainState
 
 Log = Callable[[int, Mapping[str, float]], None]
 
@@ -29,7 +40,8 @@ def train(
       config: from a config file, with every key of `config.defaults()`.
       workdir: the run's folder.
       extend: continue the run in the folder for more steps.
-      override: continue it with other steps, learning rates, or keys of eval, log and checkpoint.
+      override: continue it with other steps, learning rates, or keys of eval, log, checkpoint and
+        health, and with other data, another tokenizer or other code of rewards.
 
     Returns:
       The metrics of the last held-out evaluation; empty without one.
@@ -37,6 +49,9 @@ def train(
     Raises:
       ConfigError: all that the user has to fix in the config, the data and the workdir. Raised
         before training.
+      lock.LockedError: another process trains in the workdir.
+      hosts.Stopped: SIGINT, SIGTERM or SIGHUP was received. A checkpoint of the finished steps is
+        saved.
       rewards.RewardError: a reward function failed. A checkpoint of the finished steps is saved.
     """
     if not config.module_folders:  # not from a config file
@@ -44,9 +59,21 @@ def train(
         config.module_folders = module_folders(os.getcwd())
     shared = json.loads(saved_config.to_json(config)) | {'module_folders': None}  # may be elsewhere
     hosts.same(shared, 'the config')
+    with contextlib.ExitStack() as stack:
+        lock = held(pathlib.Path(workdir).absolute())
+        hosts.from_first(lambda: stack.enter_context(lock), 'locking the workdir')
+        stack.enter_context(signals.handled())
+        return _train(config, workdir, extend=extend, override=override)
+
+
+def _train(config: ConfigDict, workdir: str, *, extend: bool, override: bool) -> dict[str, float]:
+    """`train` in a folder that this run has locked."""
     with hosts.together('checking the config'):
         setup, stages = prepare_run(config, workdir, extend=extend, override=override)
-    path = setup.workdir
+        path, inputs = setup.workdir, cast(Inputs, setup.inputs)
+        if any(checkpoint.steps_of_stages(path).values()):
+            check_inputs(inputs, path, override=override)
+    hosts.same(dict(inputs.digests), 'the data, the tokenizer or the code of rewards')
     hosts.check_shared(path)
     hosts.from_first(lambda: checkpoint.remove_failed_try(path, setup.config), 'cleaning up')
     if setup.config.start and not any(checkpoint.steps_of_stages(path).values()):
@@ -55,25 +82,34 @@ def train(
         compiled.kept_in(path / 'cache'),
         compiled.trimmed(),
         compiled.counted() as count,
+        warned_of_others(path),
         loggers.opened(setup.config, path) as everywhere,
     ):
         params = StageParams(initial_params(setup), reward=initial_reward_params(setup))
         hosts.from_first(lambda: _claim(setup), 'writing the config')
         position, offset = Position(), 0
         for stage in stages:
-            if params.adapters is not None:
-                policy = merged(setup, params.policy, params.adapters)
-                params = params._replace(policy=policy, adapters=None)
+            params, position = at_start(setup, params, position)
             log = _log_of_stage(everywhere, stage, offset)
-            position = position._replace(step=0, tokens=0)
             params, position = _run_stage(setup, stage, params, position, log)
             offset += stage.steps
     hosts.say(str(count))
     return hosts.from_first(lambda: _report(setup), 'the report')
 
 
+def at_start(setup: Setup, params: StageParams, position: Position) -> tuple[StageParams, Position]:
+    """The parameters and the position that a stage starts with, from those the last one left."""
+    if params.adapters is not None:
+        policy = merged(setup, params.policy, params.adapters)
+        params = params._replace(policy=policy, adapters=None)
+    return params, position._replace(step=0, tokens=0)
+
+
 def _claim(setup: Setup) -> None:
-    checkpoint.claim_workdir(setup.workdir, setup.config)
+    path, steps = setup.workdir, checkpoint.steps_of_stages(setup.workdir)
+    checkpoint.claim_workdir(path, setup.config)
+    keep_inputs(cast(Inputs, setup.inputs), path, steps)
+    keep_environment(setup.mesh, path, steps)
     keep_description(setup)
 
 
@@ -120,31 +156,84 @@ def _run_stage(
     Returns:
       The parameters and the position for the next stage.
     """
-    folder = setup.workdir / 'checkpoints' / stage.name
-    with checkpoint.open_manager(folder, keep=setup.config.checkpoint.keep) as manager:
-        snapshot = Snapshot(stage.start(initial), position)
-        start = manager.latest_step() or 0
-        if start:
-            state = checkpoint.restore(manager, snapshot.state, setup.mesh)
-            position = _restore_position(setup, stage, manager)
-            rollout = checkpoint.restore_samples(manager, setup.mesh)
-            snapshot = Snapshot(state, position, None if rollout is None else [rollout])
-            hosts.say(f'{stage.name}: resumed at step {start} of {stage.steps}')
-        evaluated = stage.heldout is None or hosts.from_first(
+    folder, keeping = setup.workdir / 'checkpoints' / stage.name, setup.config.checkpoint
+    snapshot = _newest(setup, stage, Snapshot(stage.start(initial), position))
+    repeats = _has_later_stage(setup, stage)
+    evaluated = (
+        stage.heldout is None
+        or repeats
+        or hosts.from_first(
             lambda: report.has_heldout(setup.workdir, stage.name, stage.steps), 'the evaluations'
         )
-        if start < stage.steps or not evaluated:
-            snapshot = StageLoop(setup, stage, manager, initial, snapshot, log).run()
+    )
+    if snapshot.position.step < stage.steps or not evaluated:
+        best = keeping.best
+        with checkpoint.open_manager(
+            folder, keep=keeping.keep, keep_every=keeping.keep_every, best=best
+        ) as manager:
+            snapshot = StageLoop(
+                setup, stage, manager, initial, snapshot, log, repeats=repeats, best=best
+            ).run()
     return stage.finish(initial, snapshot.state), snapshot.position
 
 
-def _restore_position(setup: Setup, stage: Stage, manager: ocp.CheckpointManager) -> Position:
-    """The position of the newest checkpoint."""
-    saved = checkpoint.restore_position(manager)
+def _has_later_stage(setup: Setup, stage: Stage) -> bool:
+    """Whether a later stage has begun: then only parameters that were lost are computed again."""
+    steps = checkpoint.steps_of_stages(setup.workdir)
+    later = [name for name in steps if stage_order(name) > stage_order(stage.name)]
+    return any(steps[name] for name in later)
+
+
+def _newest(setup: Setup, stage: Stage, initial: Snapshot) -> Snapshot:
+    """The newest intact checkpoint of a stage; without any, its start."""
+    folder = setup.workdir / 'checkpoints' / stage.name
+    while True:
+        step = hosts.from_first(
+            lambda: newest_intact(setup.workdir, stage.name), 'choosing a checkpoint'
+        )
+        if step is None:
+            return initial
+        try:
+            with checkpoint.open_to_read(folder) as manager:
+                snapshot = restored(setup, stage, manager, initial.state, step)
+        except UNREADABLE as error:
+            last = len(checkpoint.steps_of_stages(setup.workdir)[stage.name]) == 1
+            checked = has_checksums(folder_of(setup.workdir, stage.name, step))
+            if hosts.count() > 1 or checked or last:
+                raise
+            problem = f'{type(error).__name__}: {error}'
+            set_aside(setup.workdir, stage.name, step, problem)
+            continue
+        hosts.say(f'{stage.name}: resumed at step {step} of {stage.steps}')
+        return snapshot
+
+
+def restored(
+    setup: Setup, stage: Stage, manager: ocp.CheckpointManager, abstract: TrainState, step: int
+) -> Snapshot:
+    """The snapshot that a checkpoint of a stage holds.
+
+    Args:
+      setup: the run.
+      stage: the stage.
+      manager: of its checkpoints.
+      abstract: arrays or ShapeDtypeStructs of the state.
+      step: which checkpoint.
+    """
+    state = checkpoint.restore(manager, abstract, setup.mesh, step)
+    position = _restore_position(setup, stage, manager, step)
+    rollout = checkpoint.restore_samples(manager, setup.mesh, step)
+    return Snapshot(state, position, None if rollout is None else [rollout])
+
+
+def _restore_position(
+    setup: Setup, stage: Stage, manager: ocp.CheckpointManager, step: int
+) -> Position:
+    saved = checkpoint.restore_position(manager, step)
     if saved is not None:
         return Position.from_json(saved)
     # An earlier version saved no position, and used 1 + refill batches in each step.
     kind, _, iteration = stage.name.partition('-')
-    c, step = setup.config.grpo, manager.latest_step() or 0
+    c = setup.config.grpo
     steps = (int(iteration or 1) - 1) * c.steps + (step if kind == 'grpo' else 0)
     return Position(step, steps * (1 + c.refill))

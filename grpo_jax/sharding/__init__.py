@@ -32,12 +32,24 @@ from grpo_jax.sharding.mesh import (
     mesh_sizes,
     use,
 )
-from grpo_jax.sharding.parameters import TABLE, not_split, placed, shardings, whole_over_data
+from grpo_jax.sharding.parameters import (
+    HOST,
+    TABLE,
+    back_on_host,
+    by_axes,
+    check_host_memory,
+    not_split,
+    on_device,
+    placed,
+    shardings,
+    whole_over_data,
+)
 
 __all__ = [
-    'AXES', 'CHIPS', 'DATA', 'TABLE', 'Chip', 'anchor', 'check_batch', 'check_heads', 'chip_of',
-    'choose_completions', 'data_devices', 'groups', 'join_groups', 'make_mesh', 'memory_of',
-    'mesh_sizes', 'not_split', 'on_each_data_device', 'placed', 'put', 'put_groups', 'put_rollout',
+    'AXES', 'CHIPS', 'DATA', 'HOST', 'TABLE', 'Chip', 'anchor', 'back_on_host', 'by_axes',
+    'check_batch', 'check_heads', 'check_host_memory', 'chip_of', 'choose_completions',
+    'data_devices', 'groups', 'join_groups', 'make_mesh', 'memory_of', 'mesh_sizes', 'not_split',
+    'on_device', 'on_each_data_device', 'placed', 'put', 'put_groups', 'put_rollout',
     'replicated', 'rollout_shardings', 'shardings', 'slices_of', 'split_groups', 'use',
     'whole_groups', 'whole_over_data',
 ]  # fmt: skip

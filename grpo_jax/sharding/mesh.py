@@ -1,6 +1,7 @@
 """The device mesh and its sizes."""
 
 import contextlib
+import contextvars
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -12,6 +13,8 @@ from jax.sharding import AbstractMesh, AxisType, Mesh
 
 AXES = ('groups', 'completions', 'tensor')
 DATA = ('groups', 'completions')  # `fsdp` in the table of parameters
+
+_splits_params = contextvars.ContextVar('splits_params', default=False)
 
 
 def make_mesh(
@@ -114,13 +117,28 @@ def check_heads(heads: int, kv_heads: int, mesh: Mesh | None) -> None:
 
 
 @contextlib.contextmanager
-def use(mesh: Mesh | None) -> Iterator[None]:
-    """A context in which functions are traced for the mesh (None: one device); see `anchor`."""
+def use(mesh: Mesh | None, *, splits_params: bool = False) -> Iterator[None]:
+    """A context in which functions are traced for the mesh (None: one device); see `anchor`.
+
+    Args:
+      mesh: the devices.
+      splits_params: parameters are split over the data axes, as by `shardings`, and `by_axes` has
+        an effect.
+    """
     if mesh is None:
         yield
-    else:
+        return
+    token = _splits_params.set(splits_params)
+    try:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             yield
+    finally:
+        _splits_params.reset(token)
+
+
+def splits_params() -> bool:
+    """Whether functions are traced in `use(mesh, splits_params=True)`."""
+    return _splits_params.get()
 
 
 def data_devices(mesh: Mesh | AbstractMesh | None) -> int:

@@ -1,11 +1,14 @@
 """The table by which parameters, moments and other trees like them are split over the mesh."""
 
+from collections.abc import Collection
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from grpo_jax.sharding.mesh import DATA, devices_of
+from grpo_jax.sharding.mesh import DATA, devices_of, splits_params
+
+HOST = 'pinned_host'  # JAX's name of the host's memory that devices can read
 
 # Parameter name -> how its last axes are split; leading (stacked layer) axes are not. Names that
 # are not listed (norm scales, counters) are replicated.
@@ -59,28 +62,77 @@ def _spec(path: tuple[Any, ...], shape: tuple[int, ...], mesh: Mesh) -> Partitio
     return PartitionSpec(*(_fitted(axis, size, mesh) for axis, size in axes))
 
 
-def shardings(tree: Any, mesh: Mesh) -> Any:
+def shardings(tree: Any, mesh: Mesh, *, host: Collection[str] = ()) -> Any:
     """A NamedSharding for each leaf of parameters, optimizer state or a whole TrainState.
 
     A leaf is looked up by the last dictionary key on its path, so Adam's moments are sharded like
     the parameters they belong to.
 
     Args:
-      tree: arrays or ShapeDtypeStructs.
+      tree: arrays or ShapeDtypeStructs. What lies in the host's memory stays there.
       mesh: from `make_mesh`.
+      host: fields of the tree whose arrays are kept in the host's memory, but for scalars.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: NamedSharding(mesh, _spec(path, leaf.shape, mesh)), tree
-    )
+
+    def sharding(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        named = any(getattr(key, 'name', None) in host for key in path)
+        stays = getattr(getattr(leaf, 'sharding', None), 'memory_kind', None) == HOST
+        kind = HOST if leaf.ndim and (named or stays) else None
+        return NamedSharding(mesh, _spec(path, leaf.shape, mesh), memory_kind=kind)
+
+    return jax.tree_util.tree_map_with_path(sharding, tree)
 
 
-def placed(tree: Any, mesh: Mesh) -> Any:
+def placed(tree: Any, mesh: Mesh, *, host: Collection[str] = ()) -> Any:
     """ShapeDtypeStructs of arrays or shapes, with their `shardings`."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         tree,
-        shardings(tree, mesh),
+        shardings(tree, mesh, host=host),
     )
+
+
+def check_host_memory(mesh: Mesh | None, name: str) -> None:
+    """Checks that arrays can be kept in the host's memory.
+
+    Args:
+      mesh: the devices; None: JAX's default device.
+      name: of the option that asks for it, for the error message.
+
+    Raises:
+      ValueError: the devices cannot read it, or there is no mesh.
+    """
+    if mesh is None:
+        raise ValueError(f'{name}=True needs a mesh: pass one, such as that of make_mesh()')
+    device = mesh.devices.flat[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if HOST not in kinds:
+        raise ValueError(
+            f'{name}=True, and {device.device_kind} devices have no memory of kind {HOST!r} '
+            f'(they have {", ".join(kinds)}): store moments in fewer bytes, by '
+            "optimizer.moments='bfloat16' or 'float8'"
+        )
+
+
+def on_device(tree: Any) -> Any:
+    """The arrays of a program, those in the host's memory copied to the devices."""
+    return _moved(tree, tree, jax.memory.Space.Device)
+
+
+def back_on_host(tree: Any, before: Any) -> Any:
+    """The arrays of a program, copied to the host's memory where those of `before` lie there."""
+    return _moved(tree, before, jax.memory.Space.Host)
+
+
+def _moved(tree: Any, before: Any, space: Any) -> Any:
+    def move(x: Any, old: Any) -> Any:
+        return jax.device_put(x, space) if _lies_on_host(old) else x
+
+    return jax.tree.map(move, tree, before)
+
+
+def _lies_on_host(x: Any) -> bool:
+    return bool(jax.typeof(x).memory_space == jax.memory.Space.Host)
 
 
 def whole_over_data(tree: Any, mesh: Mesh) -> Any:
@@ -91,6 +143,33 @@ def whole_over_data(tree: Any, mesh: Mesh) -> Any:
         return NamedSharding(mesh, PartitionSpec(*split))
 
     return jax.tree_util.tree_map_with_path(spec, tree)
+
+
+def by_axes(x: Any, name: str = '') -> Any:
+    """Parameters that are gathered, and whose gradients are summed, over one data axis at a time.
+
+    They are constrained to be split over `groups` alone of the data axes. Over both at once, the
+    compiler of TPUs makes an all-reduce of the whole array out of a gather, and out of the sum of
+    a gradient that is then split: more bytes to send, and several times the compilation.
+
+    Args:
+      x: a tree of parameters, or one layer's parameter of this name, a cast of it, or its gradient.
+        Returned unchanged unless parameters are split over both data axes of the mesh in use.
+      name: in the table.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not splits_params() or any(mesh.shape[axis] == 1 for axis in DATA):
+        return x
+
+    def constrained(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        axes = _axes_of((jax.tree_util.DictKey(name), *path), leaf.shape)
+        split = [_fitted(axis, size, mesh) for axis, size in zip(axes, leaf.shape, strict=True)]
+        if DATA not in split:
+            return leaf
+        where = PartitionSpec(*(DATA[0] if part == DATA else part for part in split))
+        return jax.lax.with_sharding_constraint(leaf, where)
+
+    return jax.tree_util.tree_map_with_path(constrained, x)
 
 
 def not_split(tree: Any, mesh: Mesh) -> list[str]:
@@ -117,7 +196,7 @@ def not_split(tree: Any, mesh: Mesh) -> list[str]:
     return list(found)
 
 
-def _fitted(axis: str | None, size: int, mesh: Mesh) -> str | tuple[str, ...] | None:
+def _fitted(axis: str | None, size: int, mesh: Mesh | AbstractMesh) -> str | tuple[str, ...] | None:
     """The mesh axes that split an array's axis of this size: the most devices that divide it."""
     if axis is None:
         return None

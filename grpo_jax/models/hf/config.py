@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -37,6 +38,8 @@ _SOURCES = {
 }  # fmt: skip
 
 _LONGEST = 120  # characters of a value in an error message
+_SIZES = [f for o, f in COMMON_FIELDS.items() if o not in ('tied_head', 'norm_eps')]
+_LARGEST, _MOST_LAYERS = 2**31 - 1, 10_000
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -59,7 +62,20 @@ def model_config(raw: Json, **computed: Any) -> ModelConfig:
     """
     raw = text_part(raw)
     family = family_of(raw)
+    _check_sizes(raw)
     hf_config = _parse(raw)
+    try:
+        made = _convert(raw, hf_config, family, computed)
+    except (TypeError, KeyError, AttributeError, IndexError, ArithmeticError) as error:
+        raise ValueError(_wrong_value(raw, error)) from error
+    for name, value in vars(made).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(_wrong_value(raw, ValueError(f'{name} is {value}')))
+    return made
+
+
+def _convert(raw: Json, hf_config: Any, family: Family, computed: Json) -> ModelConfig:
+    """The `ModelConfig` of a config object of transformers."""
     fields = hf_config.to_dict()
     _check_fields(raw, fields, family)
     scorer = family.scorer in (raw.get('architectures') or [])
@@ -109,12 +125,27 @@ def _parse(raw: Json) -> Any:
     try:
         return CONFIG_MAPPING[raw['model_type']].from_dict(dict(raw))
     except Exception as error:  # of many types, some of them from other libraries
-        missing = f'{error} is missing' if isinstance(error, KeyError) else str(error)
-        reason = ' '.join(missing.split())
-        raise ValueError(
-            f'config.json of a {raw["model_type"]} checkpoint has a wrong value: {reason[:300]}; '
-            'copy it again, or correct it'
-        ) from error
+        raise ValueError(_wrong_value(raw, error)) from error
+
+
+def _wrong_value(raw: Json, error: Exception) -> str:
+    missing = f'{error} is missing' if isinstance(error, KeyError) else str(error)
+    reason = ' '.join(missing.split())
+    return (
+        f'config.json of a {raw["model_type"]} checkpoint has a wrong value: {reason[:300]}; '
+        'copy it again, or correct it'
+    )
+
+
+def _check_sizes(raw: Json) -> None:
+    """Refuses sizes that are no numbers or too large; transformers would make lists of them."""
+    for name in _SIZES:
+        value, most = raw.get(name), _MOST_LAYERS if name == 'num_hidden_layers' else _LARGEST
+        if value is not None and not (type(value) is int and 0 < value <= most):
+            raise ValueError(
+                f'config.json of a {raw["model_type"]} checkpoint has a wrong value: {name!r} is '
+                f'{value!r:.80}, but a size is a whole number from 1 to {most}'
+            )
 
 
 def _default(option: str) -> Any:

@@ -155,6 +155,7 @@ def text_part(raw: Json) -> Json:
     Raises:
       ValueError: the part is missing.
     """
+    _check_names(raw)
     kind = TEXT_PARTS.get(raw.get('model_type', ''))
     if kind is None:
         return raw
@@ -165,6 +166,17 @@ def text_part(raw: Json) -> Json:
         )
     shared = {name: raw[name] for name in _SHARED_FIELDS if raw.get(name) is not None}
     return {**text, **shared, 'model_type': kind, 'architectures': [FAMILIES[kind].architecture]}
+
+
+def _check_names(raw: Json) -> None:
+    """Refuses a `model_type` that is no text, and `architectures` that are no texts."""
+    kind, architectures = raw.get('model_type', ''), raw.get('architectures') or []
+    named = isinstance(architectures, list) and all(isinstance(x, str) for x in architectures)
+    if not isinstance(kind, str) or not named:
+        raise ValueError(
+            f'config.json has model_type={kind!r:.80} and architectures={architectures!r:.80}, '
+            'which are no names: copy it again'
+        )
 
 
 # Fields that are stated for the whole of a model with images.
@@ -180,6 +192,7 @@ def family_of(raw: Json) -> Family:
     Raises:
       ValueError: its architecture is not supported.
     """
+    _check_names(raw)
     family = FAMILIES.get(raw.get('model_type', ''))
     architectures = raw.get('architectures') or []
     if family is None or (

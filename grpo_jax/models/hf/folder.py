@@ -5,13 +5,18 @@ arrays, and because its memory map would keep in memory what has been read.
 """
 
 import json
+import logging
 import math
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, safe_open
+
+log = logging.getLogger('grpo_jax')
 
 DTYPES = {
     'F64': np.dtype('float64'),
@@ -104,7 +109,38 @@ def _check_no_adapter(folder: pathlib.Path) -> None:
 def description_files(folder: pathlib.Path) -> list[pathlib.Path]:
     """The files of a checkpoint without its weights: configs and tokenizer."""
     kinds = ('.json', '.jinja', '.model', '.txt')
-    return sorted(path for path in folder.iterdir() if path.suffix in kinds and path.name != INDEX)
+    paths = (path for path in folder.iterdir() if path.is_file() and path.suffix in kinds)
+    return sorted(path for path in paths if path.name != INDEX)
+
+
+def copy_description(folder: pathlib.Path, target: pathlib.Path, names: str = '*') -> None:
+    """Copies the files of `description_files`, with their permissions.
+
+    A link to a file elsewhere is left out, with a warning: the copy would give away what it leads
+    to. Links into the cache of the Hugging Face hub are followed.
+
+    Args:
+      folder: of a checkpoint.
+      target: an existing folder.
+      names: a pattern of the names of files.
+    """
+    for path in description_files(folder):
+        if not path.match(names):
+            continue
+        if _is_inside(path, folder):
+            shutil.copy(path, target / path.name)
+        else:
+            log.warning(
+                '%s is a link to a file outside of its folder, which is not copied: replace the '
+                'link by the file if it belongs to the checkpoint', path,
+            )  # fmt: skip
+
+
+def _is_inside(path: pathlib.Path, folder: pathlib.Path) -> bool:
+    """Whether a file is in its folder, or in the blobs of the repository in the hub's cache."""
+    real, home = path.resolve(), folder.resolve()
+    blobs = home.parent.parent / 'blobs' if home.parent.name == 'snapshots' else home
+    return real.parent in (home, blobs)
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -114,8 +150,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
       ValueError: the file holds something else.
     """
     try:
-        value = json.loads(path.read_text())
-    except ValueError as error:
+        value = json.loads(path.read_text(encoding='utf-8'))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f'{path} is not valid JSON: {error}') from error
     if not isinstance(value, dict):
         raise ValueError(f'{path} holds {type(value).__name__}, not a JSON object')
@@ -132,6 +168,12 @@ def _files(folder: pathlib.Path) -> list[pathlib.Path]:
     weight_map = read_json(index).get('weight_map')
     if not isinstance(weight_map, dict):
         raise ValueError(f'{index} holds no weight_map: copy it again')
+    for name in weight_map.values():
+        if not isinstance(name, str) or name in ('', '.', '..') or {'/', '\\', '\0'} & {*name}:
+            raise ValueError(
+                f'{index} names the file {name!r:.80}, which is not in its folder: copy the '
+                'checkpoint again, from where you trust it'
+            )
     files = {folder / name for name in weight_map.values()}
     missing = sorted(path.name for path in files if not path.is_file())
     if missing:
@@ -150,8 +192,7 @@ def list_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
     for path in _files(folder):
         start, header = _header(path)
         for name, entry in header.items():
-            begin, end = entry['data_offsets']
-            stored = StoredTensor(path, start + begin, entry['dtype'], tuple(entry['shape']))
+            stored, begin, end = _stored(path, start, name, entry)
             if name in tensors:
                 raise ValueError(
                     f'{name} is in {tensors[name].file} and in {path}: leave the files of one '
@@ -167,6 +208,7 @@ def list_tensors(folder: pathlib.Path) -> dict[str, StoredTensor]:
                     f'{stored.dtype} needs {stored.bytes}; copy it again'
                 )
             tensors[name] = stored
+        _check_layout(path)
     return tensors
 
 
@@ -181,6 +223,34 @@ def text_tensors(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]
     return renamed
 
 
+def _stored(path: pathlib.Path, start: int, name: str, entry: Any) -> tuple[StoredTensor, int, int]:
+    """The tensor that an entry of a header describes, and the offsets of its data."""
+    fields = entry if isinstance(entry, dict) else {}
+    described: Any = (fields.get(key) for key in ('dtype', 'shape', 'data_offsets'))
+    dtype, shape, offsets = described
+    typed = isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets)
+    if not typed or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise ValueError(
+            f'{path}: the entry of {name!r:.80} is damaged: {entry!r:.80}; copy it again'
+        )
+    return StoredTensor(path, start + offsets[0], dtype, tuple(shape)), *offsets
+
+
+def _are_sizes(values: Any) -> bool:
+    return isinstance(values, list) and all(
+        isinstance(x, int) and not isinstance(x, bool) and 0 <= x < 2**63 for x in values
+    )
+
+
+def _check_layout(path: pathlib.Path) -> None:
+    """Refuses what the safetensors library does, such as data that overlap or have gaps."""
+    try:
+        with safe_open(path, framework='numpy'):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f'{path} is damaged ({error}): copy it again') from error
+
+
 def _header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
     """The offset of the data in a safetensors file, and the entries of its tensors."""
     with path.open('rb') as file:
@@ -188,7 +258,7 @@ def _header(path: pathlib.Path) -> tuple[int, dict[str, Any]]:
         text = file.read(size) if size < path.stat().st_size else b''
     try:
         header = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
         raise ValueError(

@@ -7,8 +7,8 @@ each completion, in order.
 from collections.abc import Sequence
 
 from grpo_jax.rewards.builtin.arithmetic import check_steps
+from grpo_jax.rewards.checks import StepReward
 from grpo_jax.rewards.messages import on_texts
-from grpo_jax.rewards.scoring import StepReward
 
 
 @on_texts

@@ -14,6 +14,7 @@ from grpo_jax.run.hosts.agreement import (
     in_all_processes,
     is_in_all_processes,
     raise_in_all,
+    request_stop,
     same,
     stop_requested,
     together,
@@ -27,14 +28,13 @@ from grpo_jax.run.hosts.starting import (
     start,
     start_from,
     stopped_by_signal,
-    stopping_between_steps,
 )
 from grpo_jax.run.hosts.state import ProcessesError, count, index, is_first, say
 
 __all__ = [
     'OPTIONS', 'ProcessesError', 'Start', 'Stopped', 'check_shared', 'count', 'detected',
     'ending_together', 'exchange', 'fetch', 'from_first', 'gather', 'in_all_processes', 'index',
-    'is_first', 'is_in_all_processes', 'raise_in_all', 'replicate', 'same', 'say', 'select',
-    'share', 'shares', 'start', 'start_from', 'stop_requested', 'stopped_by_signal',
-    'stopping_between_steps', 'together',
+    'is_first', 'is_in_all_processes', 'raise_in_all', 'replicate', 'request_stop', 'same', 'say',
+    'select', 'share', 'shares', 'start', 'start_from', 'stop_requested', 'stopped_by_signal',
+    'together',
 ]  # fmt: skip

@@ -4,7 +4,7 @@ import contextlib
 import itertools
 import json
 import os
-import threading
+import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,12 +19,20 @@ T = TypeVar('T')
 
 _rounds = itertools.count()
 _boundaries = itertools.count()
-_stop = threading.Event()
+_stop: list[int] = []  # signals
 _STOP = 'grpo_jax/stop'
 
 
 class Stopped(KeyboardInterrupt):
-    """SIGINT or SIGTERM was sent to one of several processes, and all stop after the same step."""
+    """A signal stops the run.
+
+    Attributes:
+      number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        self.number, self.name = number, signal.Signals(number).name
+        super().__init__(f'stopped by {self.name}; the same command goes on from what is saved')
 
 
 def exchange(text: str, what: str) -> list[str]:
@@ -185,13 +193,15 @@ def _written(path: Any) -> str:
     return text
 
 
-def request_stop() -> None:
+def request_stop(number: int) -> None:
     """Asks for all processes to stop, see `stop_requested`; may be called by a signal handler."""
-    _stop.set()
+    _stop.append(number)
 
 
-def stop_requested(*, behind: int) -> bool:
-    """Whether all processes stop here; call it between two steps, equally often in all of them.
+def stop_requested(*, behind: int) -> int:
+    """The signal by which all processes stop here, or 0.
+
+    Call it between two steps, equally often in all of them.
 
     The first process chooses the boundary, one that no process can have passed by then, so that
     nothing waits for the others.
@@ -200,15 +210,16 @@ def stop_requested(*, behind: int) -> bool:
       behind: how many steps the first process can be behind another one at most.
     """
     if count() == 1:
-        return False
+        return 0
     boundary, service = next(_boundaries), client()
-    if _stop.is_set():
-        service.key_value_set(f'{_STOP}/wanted', 'yes', allow_overwrite=True)
+    if _stop:
+        service.key_value_set(f'{_STOP}/wanted', str(_stop[0]), allow_overwrite=True)
     chosen = _value_of(f'{_STOP}/boundary')
-    if is_first() and not chosen and _value_of(f'{_STOP}/wanted'):
-        chosen = str(boundary + behind)
+    if is_first() and not chosen and (wanted := _value_of(f'{_STOP}/wanted')):
+        chosen = f'{boundary + behind} {wanted}'
         service.key_value_set(f'{_STOP}/boundary', chosen)
-    return chosen == str(boundary)
+    here, _, number = chosen.partition(' ')
+    return int(number) if here == str(boundary) else 0
 
 
 def _value_of(key: str) -> str:

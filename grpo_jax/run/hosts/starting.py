@@ -5,9 +5,7 @@ import contextlib
 import logging
 import os
 import re
-import signal
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator
@@ -16,8 +14,8 @@ from typing import Any, NamedTuple
 import jax
 
 from grpo_jax.run.errors import problems_of
-from grpo_jax.run.hosts.agreement import Stopped, is_in_all_processes, request_stop
-from grpo_jax.run.hosts.state import ProcessesError, count, index
+from grpo_jax.run.hosts.agreement import Stopped, is_in_all_processes
+from grpo_jax.run.hosts.state import ProcessesError, index
 
 MEETING = 300  # seconds in which all processes have to start
 _HEARTBEAT = 40  # seconds after which JAX ends the others if a process hangs
@@ -113,7 +111,7 @@ def start(options: Start | None = None, *, timeout: float = MEETING) -> None:
         )
     except roll_call.RollCallError as error:
         raise ProcessesError(str(error)) from error
-    # Its handler of SIGTERM would compete with that of `stopping_between_steps`.
+    # Its handler of SIGTERM would compete with that of `signals.handled`.
     jax.config.update('jax_enable_preemption_service', False)
     jax.distributed.initialize(
         options.coordinator,
@@ -127,31 +125,6 @@ def start(options: Start | None = None, *, timeout: float = MEETING) -> None:
     if options.process_id:
         # The first process warns of what all of them see.
         logging.getLogger('grpo_jax').setLevel(logging.ERROR)
-
-
-@contextlib.contextmanager
-def stopping_between_steps() -> Iterator[None]:
-    """Handles SIGINT and SIGTERM in the block by `request_stop` if there are several processes.
-
-    A second one ends this process at once, and the others with it.
-    """
-    if count() == 1 or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(number: int, _: Any) -> None:
-        print('all processes stop after the step', file=sys.stderr, flush=True)
-        signal.signal(number, before[signal.Signals(number)])
-        request_stop()
-
-    try:
-        for number in before:
-            signal.signal(number, handle)
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextlib.contextmanager
@@ -170,8 +143,10 @@ def ending_together() -> Iterator[None]:
                 5
             )  # if the reason is that another process ended, the roll call ends this one
         if isinstance(error, ValueError | OSError):
+            from grpo_jax.rewards.output import printable  # slow, and needed here alone
+
             for problem in problems_of(error):
-                print('error:', ' '.join(problem.split()), file=sys.stderr)
+                print('error:', printable(' '.join(problem.split())), file=sys.stderr)
         else:
             traceback.print_exception(error)
         if _roll_call is not None:
@@ -183,9 +158,9 @@ def ending_together() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stopped_by_signal() -> Iterator[None]:
-    """Ends the program as SIGTERM would, with a line, if all processes stop in the block."""
+    """Ends the program with a line and the status of a signal, such as 143, if one stops it."""
     try:
         yield
     except Stopped as stopped:
         print(stopped, file=sys.stderr, flush=True)
-        sys.exit(128 + signal.SIGTERM)
+        sys.exit(128 + stopped.number)

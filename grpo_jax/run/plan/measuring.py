@@ -1,42 +1,53 @@
 """Compiles programs ahead of time, and reads their memory and work off the result."""
 
+import contextlib
+import contextvars
 import dataclasses
 import math
 import re
+import threading
 import time
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 
+from grpo_jax import sharding
+from grpo_jax.engine.calls import Call
 from grpo_jax.run.plan.costs import Costs, Speed, costs_of
+from grpo_jax.run.plan.estimate import estimate
 from grpo_jax.run.plan.hlo import parse
 from grpo_jax.run.plan.programs import Program
+from grpo_jax.run.plan.scratch import scratch_bytes
 from grpo_jax.run.plan.topology import Topology
-from grpo_jax.run.stages import Call
 
 # The compiler names either all memory of a program, or that of its temporaries.
 _TOO_LARGE = re.compile(r'Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm')
 _TEMPORARIES = re.compile(r'required for HLO temporaries \(([\d.]+)([KMGT])\)')
+T = TypeVar('T')
+
 _POWERS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """A compiled program.
+    """A program that was compiled, or whose arrays alone are too large.
 
     Attributes:
       program: what was compiled.
       memory: bytes of a device by what they are for: parts of the state, 'batch and caches' of
         other arguments, 'results' that take no argument's place, and 'temporaries'.
       costs: its work.
-      seconds: of compilation.
-      too_large: whether the compiler gave up, since it needs more memory than the device has.
+      seconds: of its compilation, or that of the same program before.
+      too_large: whether the compiler gave up, since it needs more memory than the device has, or
+        was not asked, since the arrays alone do.
     """
 
     program: Program
     memory: dict[str, float]
-    costs: Costs
-    seconds: float
+    costs: Costs = Costs()  # noqa: RUF009
+    seconds: float = 0.0
     too_large: bool = False
 
     @property
@@ -45,36 +56,121 @@ class Measured:
         return sum(self.memory.values())
 
 
-class Compiler:
-    """Compiles programs for a topology; remembers what it has compiled."""
+class Compiled(NamedTuple):
+    """What the compiler says of a program.
 
-    def __init__(self, topology: Topology) -> None:
+    Attributes:
+      arguments: bytes.
+      results: bytes that take no argument's place.
+      temporaries: bytes, with the program's code and, on CPUs, what products copy.
+      costs: its work.
+      shardings: of its results.
+      seconds: of compilation.
+    """
+
+    arguments: float
+    results: float
+    temporaries: float
+    costs: Costs
+    shardings: Any
+    seconds: float
+
+    @property
+    def needed(self) -> float:
+        """Bytes of a device while it runs."""
+        return self.arguments + self.results + self.temporaries
+
+
+class TooLarge(NamedTuple):
+    """What the compiler says of a program that needs more memory than the device has."""
+
+    needed: float  # bytes
+    seconds: float  # of compilation
+
+
+class Compiler:
+    """Compiles programs for a topology, the same program once. Threads may share it.
+
+    Args:
+      topology: the devices.
+      known: what was compiled, by what tells programs apart; shared by plans of changed configs.
+      progress: called with a line of text for each program that is compiled.
+    """
+
+    def __init__(
+        self,
+        topology: Topology,
+        known: dict[str, Future[Compiled | TooLarge]] | None = None,
+        progress: Callable[[str], None] = lambda line: None,
+    ) -> None:
         chip = topology.chip
         self._speed = None if chip is None else Speed(chip.flops, chip.bandwidth)
-        self._compiled: dict[str, Any] = {}
+        self.topology, self._progress = topology, progress
+        self._known = {} if known is None else known
+        self._measured: dict[str, Future[Measured]] = {}
+        self._results: dict[str, Any] = {}
+        self._lock = threading.Lock()
 
     def measure(self, program: Program) -> Measured:
-        """Compiles a program."""
-        call, start = program.call, time.perf_counter()
+        """Compiles a program, if it is not compiled.
+
+        Raises:
+          TooLargeError: it needs the results of one that does not fit.
+        """
+        return self._once(self._measured, program.name, lambda: self._measure(program))
+
+    def _once(self, done: dict[str, Future[T]], key: str, make: Callable[[], T]) -> T:
+        """What was made for a key, by the thread that asked for it first."""
+        with self._lock:
+            mine, future = key not in done, done.setdefault(key, Future())
+        if mine:
+            try:
+                future.set_result(make())
+            except BaseException as error:  # raised in each thread that waits for it
+                future.set_exception(error)
+        return future.result()
+
+    def _measure(self, program: Program) -> Measured:
+        call = program.call
         parts = {name: bytes_of(tree) for name, tree in program.resident.items()}
         state = {id(leaf) for leaf in jax.tree.leaves(program.resident)}
-        arguments = [leaf for leaf in jax.tree.leaves(call.arguments) if id(leaf) in state]
-        shared = bytes_of(arguments)
-        compiled = _compile(call)
-        seconds = time.perf_counter() - start
+        leaves = jax.tree.leaves(call.arguments)
+        shared = bytes_of([leaf for leaf in leaves if id(leaf) in state])
+        others = {'batch and caches': bytes_of(leaves) - shared}
+        memory = self.topology.memory
+        if memory is not None and sum(parts.values()) + others['batch and caches'] > memory:
+            return Measured(program, parts | others, too_large=True)
+        compiled = self.compiled(call, program.name, program.columns)
         if isinstance(compiled, TooLarge):
             parts['temporaries'] = max(compiled.needed - shared, 0.0)
-            return Measured(program, parts, Costs(), seconds, too_large=True)
-        self._compiled[program.name] = compiled
-        analysis = compiled.memory_analysis()
+            return Measured(program, parts, seconds=compiled.seconds, too_large=True)
         parts |= {
-            'batch and caches': max(float(analysis.argument_size_in_bytes) - shared, 0.0),
-            'results': _result_bytes(analysis),
-            'temporaries': _temporary_bytes(analysis),
+            'batch and caches': max(compiled.arguments - shared, 0.0),
+            'results': compiled.results,
+            'temporaries': compiled.temporaries,
         }
-        trips = max(program.columns, 1)
-        costs = costs_of(parse(compiled.as_text()), trips=trips, speed=self._speed)
-        return Measured(program, parts, costs, seconds)
+        return Measured(program, parts, compiled.costs, compiled.seconds)
+
+    def compiled(self, call: Call, name: str, columns: int = 0) -> Compiled | TooLarge:
+        """What the compiler says of a call; the same as before if it is known."""
+        return self._once(self._known, self._key(call), lambda: self._compile(call, name, columns))
+
+    def _compile(self, call: Call, name: str, columns: int) -> Compiled | TooLarge:
+        trips = max(columns, 1)
+        if self.topology.estimated:
+            found = estimate(call, trips, self._speed or Speed())
+            return Compiled(bytes_of(call.arguments), *found, seconds=0.0)
+        compiled = _compiled(call, trips, self._speed)
+        self._progress(
+            f'{name}: compiled in {compiled.seconds:.0f} s; CPU time until now: '
+            f'{time.process_time():.0f} s'
+        )
+        return compiled
+
+    def _key(self, call: Call) -> str:
+        """What tells a program apart: also the devices, and the shardings of its arguments."""
+        shardings = [str(getattr(x, 'sharding', '')) for x in jax.tree.leaves(call.arguments)]
+        return ' '.join([self.topology.name, call.digest, *shardings])
 
     def results(self, program: Program) -> Any:
         """The results of a program, as abstract arrays with the shardings that it gives them.
@@ -82,63 +178,93 @@ class Compiler:
         Raises:
           TooLargeError: it has none, because it does not fit.
         """
-        if program.name not in self._compiled and self.measure(program).too_large:
+        if self.measure(program).too_large:
             raise TooLargeError(program.name)
-        compiled, call = self._compiled[program.name], program.call
-        shapes = call.program.eval_shape(*call.arguments, **call.options)
+        return self._once(self._results, program.name, lambda: self._results_of(program))
+
+    def _results_of(self, program: Program) -> Any:
+        compiled: Any = self._known[self._key(program.call)].result()
         return jax.tree.map(
             lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-            shapes,
-            compiled.output_shardings,
+            shapes_of(program),
+            compiled.shardings,
         )
+
+
+def shapes_of(program: Program) -> Any:
+    """The results of a program, as abstract arrays without shardings."""
+    call = program.call
+    return call.program.eval_shape(*call.arguments, **call.options)
+
+
+_current: contextvars.ContextVar[Compiler | None]
+_current = contextvars.ContextVar('compiler', default=None)
+
+
+@contextlib.contextmanager
+def used(compiler: Compiler) -> Iterator[None]:
+    """In the block, `memory_needed` asks this compiler, which compiles each program once."""
+    token = _current.set(compiler)
+    try:
+        yield
+    finally:
+        _current.reset(token)
 
 
 class TooLargeError(Exception):
     """A program needs the results of one that does not fit."""
 
 
-class TooLarge(NamedTuple):
-    """What the compiler says of a program that needs more memory than the device has."""
-
-    needed: float  # bytes
-
-
 def memory_needed(call: Call) -> float | None:
     """Bytes of a device that a program needs; None if the compiler finds that it does not fit."""
-    compiled = _compile(call)
-    if isinstance(compiled, TooLarge):
-        return None
-    analysis = compiled.memory_analysis()
-    arguments = float(analysis.argument_size_in_bytes)
-    return arguments + _result_bytes(analysis) + _temporary_bytes(analysis)
+    compiler = _current.get()
+    compiled = _compiled(call, None) if compiler is None else compiler.compiled(call, call.name)
+    return None if isinstance(compiled, TooLarge) else compiled.needed
 
 
-def _compile(call: Call) -> Any:
-    """The compiled program, or `TooLarge`."""
+def _compiled(call: Call, trips: int | None, speed: Speed | None = None) -> Compiled | TooLarge:
+    """What the compiler says of a call; its work by `costs_of`, unless `trips` is None."""
+    start = time.perf_counter()
     lowered = call.program.trace(*call.arguments, **call.options).lower()
     try:
-        return lowered.compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         used, temporaries = (form.search(str(error)) for form in (_TOO_LARGE, _TEMPORARIES))
         named = used or temporaries
         if named is None:
             raise
         needed = float(named[1]) * _POWERS[named[2]]
-        return TooLarge(needed if used else needed + bytes_of(call.arguments))
+        needed += 0 if used else bytes_of(call.arguments)
+        return TooLarge(needed, time.perf_counter() - start)
+    seconds = time.perf_counter() - start
+    analysis, costs, scratch = compiled.memory_analysis(), Costs(), 0.0
+    is_cpu = _platform(compiled) == 'cpu'
+    if trips is not None or is_cpu:
+        module = parse(compiled.as_text())
+        costs = costs_of(module, trips=trips or 1, speed=speed)
+        scratch = scratch_bytes(module) if is_cpu else 0.0
+    temporaries = analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes
+    return Compiled(
+        arguments=float(analysis.argument_size_in_bytes),
+        results=max(float(analysis.output_size_in_bytes - analysis.alias_size_in_bytes), 0.0),
+        temporaries=float(temporaries) + scratch,
+        costs=costs,
+        shardings=compiled.output_shardings,
+        seconds=seconds,
+    )
 
 
-def _result_bytes(analysis: Any) -> float:
-    """Bytes of results that take no argument's place."""
-    return max(float(analysis.output_size_in_bytes - analysis.alias_size_in_bytes), 0.0)
-
-
-def _temporary_bytes(analysis: Any) -> float:
-    return float(analysis.temp_size_in_bytes + analysis.generated_code_size_in_bytes)
+def _platform(compiled: Any) -> str:
+    """The platform of a compiled program."""
+    (device, *_) = jax.tree.leaves(compiled.output_shardings)[0].device_set
+    platform: str = device.platform
+    return platform
 
 
 def bytes_of(tree: Any) -> float:
-    """Bytes of abstract arrays on one device."""
+    """Bytes of abstract arrays on one device, without those in the host's memory."""
     leaves = [leaf for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.ShapeDtypeStruct)]
+    leaves = [x for x in leaves if not x.sharding or x.sharding.memory_kind != sharding.HOST]
     return float(
         sum(
             math.prod(leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape)

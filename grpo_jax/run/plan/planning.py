@@ -1,21 +1,26 @@
 """A plan of a run: its stages with the memory, work and times of their programs."""
 
+import contextvars
 import dataclasses
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from grpo_jax.run import mesh
-from grpo_jax.run.plan.measuring import Compiler, Measured, TooLargeError
+from grpo_jax.run.plan.measuring import Compiler, Measured, TooLargeError, shapes_of, used
 from grpo_jax.run.plan.prediction import StepTime, step_time
-from grpo_jax.run.plan.programs import programs_of
+from grpo_jax.run.plan.programs import Program, programs_of
 from grpo_jax.run.plan.topology import Topology
 from grpo_jax.run.preparation import prepare_run
+from grpo_jax.run.setup import Setup
 from grpo_jax.run.stages import Stage
 
 Report = Callable[[Any], None]
+
+_AT_A_TIME = 2  # programs; more would take more memory than they save time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +30,15 @@ class StagePlan:
     Attributes:
       stage: the stage.
       programs: what was compiled.
-      skipped: names of programs that were not, since one before them does not fit.
+      skipped: kinds of programs that were not, since one before them does not fit.
+      listed: all programs that the stage can dispatch, {digest: name}, see `Call.digest`.
       step: predicted; None where the speed of the devices is unknown.
     """
 
     stage: Stage
     programs: list[Measured]
     skipped: list[str]
+    listed: dict[str, str]
     step: StepTime | None = None
 
 
@@ -53,6 +60,11 @@ class Plan:
     def measured(self) -> list[Measured]:
         """The programs of all stages."""
         return [measured for stage in self.stages for measured in stage.programs]
+
+    @property
+    def listed(self) -> dict[str, str]:
+        """All programs that the run can dispatch, {digest: name}."""
+        return {key: name for stage in self.stages[::-1] for key, name in stage.listed.items()}
 
     @property
     def peak(self) -> Measured:
@@ -78,34 +90,48 @@ def make_plan(
     topology: Topology,
     workdir: str = '',
     *,
-    only: Callable[[str], bool] = lambda name: True,
+    only: Collection[str] = (),
     report: Report = lambda part: None,
+    progress: Callable[[str], None] = lambda line: None,
+    known: dict[str, Any] | None = None,
 ) -> Plan:
-    """Checks a config, and compiles the programs of its run.
+    """Checks a config, and compiles the programs of its run, two at a time.
 
     Args:
       config: with every key of `defaults()`.
       topology: the devices.
       workdir: where data sets are kept; empty: a temporary folder.
-      only: which programs to compile, by name.
+      only: kinds of programs to compile; empty: all, and the others are listed.
       report: called with each stage, before its programs, and each program once it is compiled.
+      progress: called with a line of text for each program that is compiled, at once.
+      known: programs that plans of similar configs have compiled; see `Compiler`.
 
     Raises:
       ConfigError: all that the user has to fix in the config and the data.
     """
     with tempfile.TemporaryDirectory() as folder, mesh.described(topology.devices):
         setup, stages = prepare_run(config, workdir or folder)
-        compiler, plans = Compiler(topology), []
-        for stage in _distinct(stages):
-            report(stage)
-            measured, skipped = _compile_stage(compiler, setup, stage, only, report)
-            step = None
-            if topology.chip is not None and not skipped:
-                step = step_time(
-                    stage, setup.model.config, measured, topology.chip, setup.mesh.size
-                )
-            plans.append(StagePlan(stage, measured, skipped, step))
+        compiler = Compiler(topology, known, progress)
+        with used(compiler):
+            plans = [
+                _plan_stage(compiler, setup, stage, only, report) for stage in _distinct(stages)
+            ]
         return Plan(topology, dict(setup.mesh.shape), plans)
+
+
+def list_programs(setup: Setup, stage: Stage) -> dict[str, str]:
+    """All programs that a stage can dispatch, {digest: name}; none of them is compiled."""
+    known: dict[str, Any] = {}
+
+    def results(program: Program) -> Any:
+        if program.name not in known:
+            known[program.name] = shapes_of(program)
+        return known[program.name]
+
+    listed: dict[str, str] = {}
+    for program in programs_of(setup, stage, results):
+        listed.setdefault(program.call.digest, program.name)
+    return listed
 
 
 def _distinct(stages: list[Stage]) -> list[Stage]:
@@ -116,19 +142,47 @@ def _distinct(stages: list[Stage]) -> list[Stage]:
     return list(kinds.values())
 
 
+def _plan_stage(
+    compiler: Compiler,
+    setup: Setup,
+    stage: Stage,
+    only: Collection[str],
+    report: Report,
+) -> StagePlan:
+    """The plan of a stage."""
+    report(stage)
+    measured, skipped = _compile_stage(compiler, setup, stage, only, report)
+    chip, step = compiler.topology.chip, None
+    if chip is not None and not skipped:
+        step = step_time(stage, setup.model.config, measured, chip, setup.mesh.size)
+        if compiler.topology.estimated:  # from the model's FLOPs themselves
+            step = step._replace(mfu=0.0, mfu_without_overlap=0.0)
+    listed = {} if only else list_programs(setup, stage)
+    return StagePlan(stage, measured, skipped, listed, step)
+
+
 def _compile_stage(
-    compiler: Compiler, setup: Any, stage: Stage, only: Callable[[str], bool], report: Report
+    compiler: Compiler,
+    setup: Setup,
+    stage: Stage,
+    only: Collection[str],
+    report: Report,
 ) -> tuple[list[Measured], list[str]]:
-    """The compiled programs of a stage, and the names of those that need one that does not fit."""
+    """The compiled programs of a stage, and the kinds of those that need one that does not fit."""
     measured: list[Measured] = []
     skipped: list[str] = []
-    for program in programs_of(setup, stage, compiler.results):
-        if not only(program.name):
-            continue
-        try:
-            measured.append(compiler.measure(program))
-        except TooLargeError:
-            skipped.append(program.name)
-        else:
-            report(measured[-1])
+    with ThreadPoolExecutor(_AT_A_TIME) as pool:
+        started = []
+        for program in programs_of(setup, stage, compiler.results):
+            if (not only or program.kind in only) and not program.listed_only:
+                context = contextvars.copy_context()  # with the described devices
+                future = pool.submit(context.run, compiler.measure, program)
+                started.append((program.kind, future))
+        for kind, future in started:
+            try:
+                measured.append(future.result())
+            except TooLargeError:
+                skipped.append(kind)
+            else:
+                report(measured[-1])
     return measured, skipped

@@ -3,8 +3,8 @@
 from typing import NamedTuple
 
 from grpo_jax import models
-from grpo_jax.run.abstract import Shape
 from grpo_jax.run.plan.measuring import Measured
+from grpo_jax.run.plan.model_flops import forward_flops
 from grpo_jax.run.stages import Stage
 from grpo_jax.sharding import Chip
 
@@ -25,6 +25,11 @@ class Times(NamedTuple):
         """Seconds, if collectives run while the rest computes."""
         return max(self.compute, self.links)
 
+    @property
+    def without_overlap(self) -> float:
+        """Seconds, if nothing else runs while collectives do."""
+        return self.compute + self.links
+
 
 class StepTime(NamedTuple):
     """What a training step takes.
@@ -32,10 +37,12 @@ class StepTime(NamedTuple):
     Attributes:
       seconds: of each program, as often as a step runs it.
       mfu: the model's FLOPs of the update in its time, as a share of what the devices can do.
+      mfu_without_overlap: the same, if nothing else runs while collectives do.
     """
 
     seconds: dict[str, float]
     mfu: float
+    mfu_without_overlap: float
 
     @property
     def total(self) -> float:
@@ -60,15 +67,15 @@ def step_time(
       chip: what a device can do.
       devices: how many there are.
     """
-    seconds, mfu = {}, 0.0
+    seconds, mfus = {}, (0.0, 0.0)
     for measured in programs:
         program, times = measured.program, times_of(measured, chip)
         if program.per_step and times.total:
             seconds[program.name] = times.total * program.per_step
         if program.name.endswith(': update') and times.total:
-            work = update_flops(stage, config)
-            mfu = work / (times.total * devices * chip.flops)
-    return StepTime(seconds, mfu)
+            ideal = update_flops(stage, config) / (devices * chip.flops)
+            mfus = ideal / times.total, ideal / times.without_overlap
+    return StepTime(seconds, *mfus)
 
 
 def update_flops(stage: Stage, config: models.ModelConfig) -> float:
@@ -85,19 +92,3 @@ def update_flops(stage: Stage, config: models.ModelConfig) -> float:
     if algorithm.has_critic:
         passes += 1 + 3 * stage.updates
     return gradient + passes * forward
-
-
-def forward_flops(config: models.ModelConfig, shape: Shape) -> float:
-    """The FLOPs of reading B prompts once each, and their completions, with the output logits.
-
-    A product of [m, k] and [k, n] is 2 m k n. Attention is causal; a group's prompt is read once.
-    """
-    c, (groups, group_size, prompt, length) = config, shape
-    tokens = groups * (prompt + group_size * length)
-    attention = c.width * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
-    mlp = 3 * c.width * c.mlp_width * (c.experts_per_token if c.experts else 1)
-    router = c.width * c.experts
-    products = c.layers * (attention + mlp + router) * tokens
-    products += c.width * c.vocab_size * groups * group_size * length
-    pairs = groups * (prompt**2 / 2 + group_size * (length * prompt + length**2 / 2))
-    return 2.0 * products + 4.0 * c.layers * c.heads * c.head_dim * pairs

@@ -9,10 +9,14 @@ import jax
 
 from grpo_jax import models
 from grpo_jax.algorithm import reward_model
+from grpo_jax.engine.calls import Call
+from grpo_jax.engine.compute import Compute, choose
+from grpo_jax.engine.sampler_calls import describe
+from grpo_jax.engine.sampling_params import completed
 from grpo_jax.run import abstract
-from grpo_jax.run.plan.sampling import Sample
+from grpo_jax.run.plan.sampling import Move, Sample
 from grpo_jax.run.setup import Setup
-from grpo_jax.run.stages import Call, Stage
+from grpo_jax.run.stages import Stage
 from grpo_jax.types import Params, Sampling, TrainState
 
 
@@ -21,17 +25,25 @@ class Program:
     """A program of a run.
 
     Attributes:
-      name: such as 'grpo: update'.
+      name: such as 'grpo: update'; of a sampler, with its sizes.
+      kind: the same without sizes; by default the name.
       build: returns its call, and abstract arrays that are on the devices while it runs, by what
         they are; those of its arguments among them are counted once.
       columns: columns that it decodes, the trips of its loop; 0: it decodes none.
-      per_step: how often a training step runs it; 0: only evaluations do.
+      per_step: how often a training step runs it, if all completions are as long as they may be;
+        0: only evaluations do, or for fewer completions.
+      listed_only: it is not compiled, since it needs less memory than another one.
     """
 
     name: str
     build: Callable[[], tuple[Call, dict[str, Any]]]
     columns: int = 0
     per_step: float = 1.0
+    listed_only: bool = False
+    kind: str = ''
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, 'kind', self.kind or self.name)
 
     @functools.cached_property
     def _built(self) -> tuple[Call, dict[str, Any]]:
@@ -48,16 +60,16 @@ class Program:
         return self._built[1]
 
 
-# Compiles a program, and returns abstract arrays of its results with their shardings.
+# The abstract results of a program that was yielded before; compiled ones have shardings.
 Results = Callable[[Program], Any]
 
 
 def programs_of(setup: Setup, stage: Stage, results: Results) -> Iterator[Program]:
     """Yields the programs of a stage, the update first.
 
-    The sampler has a program for each length of its caches and number of completions that are still
-    decoded. Yielded are those of the first block of columns, which reads the prompts, and of the
-    last block with all completions, which needs the most memory.
+    A sampler has a program for each length of its caches and number of completions that are still
+    decoded. Compiled are those of the first block of columns, which reads the prompts, of the
+    last block with all completions, and the largest growth and compaction of the caches.
 
     Args:
       setup: the run.
@@ -65,11 +77,17 @@ def programs_of(setup: Setup, stage: Stage, results: Results) -> Iterator[Progra
       results: called with a program that was yielded before, when one is built that takes its
         results.
     """
-    if stage.update is None:
+    make_update = stage.update
+    if make_update is None:
         return
-    update = stage.update()
+
+    def build_update() -> tuple[Call, dict[str, Any]]:
+        update = make_update(None)  # which may compile programs to settle how it is computed
+        return update, _state_of(setup, stage, update)
+
+    yield Program(f'{stage.name}: update', build_update)
+    update = make_update(choose(Compute(), setup.model.config, stage.shape, setup.mesh))
     resident = _state_of(setup, stage, update)
-    yield Program(f'{stage.name}: update', lambda: (update, resident))
     policy, config = _policy(setup, update), setup.config
     record, weights = tuple(config.grpo.record), config.grpo.weights
     samples = functools.partial(_sampler, setup, policy, resident, results)
@@ -112,22 +130,30 @@ def _sampler(
     def weights() -> tuple[Params, dict[str, Any]]:
         if converted is None:
             return policy, resident
-        params = results(copy)
-        return params, resident | {'weights to sample with': params}
+        made = results(copy)
+        return completed(policy, made), resident | {'weights to sample with': made}
 
     def build_first() -> tuple[Call, dict[str, Any]]:
         params, on_devices = weights()
         return sample.first(params), on_devices
 
-    def build_last() -> tuple[Call, dict[str, Any]]:
+    def build(move: Move) -> tuple[Call, dict[str, Any]]:
         params, on_devices = weights()
-        return sample.last(params, results(first)), on_devices
+        return sample.call(move, params, results(first)), on_devices
 
-    first = Program(f'{name}, prompts and first block', build_first, sample.width, per_step)
+    width = sample.calls.first_width
+    first = Program(f'{name}, prompts and first block', build_first, width, per_step)
     yield first
-    if sample.blocks:
-        times = per_step * sample.blocks
-        yield Program(f'{name}, last block', build_last, sample.last_width, times)
+    largest = {m.kind: m for m in sorted(sample.moves, key=lambda m: (m.size, m.after))}
+    for move in sample.moves:
+        is_largest = move == largest[move.kind]
+        of_block = move.kind == 'block' and is_largest
+        times = per_step * (sample.blocks if of_block else 0)
+        columns = sample.shape[3] - sample.blocks * sample.calls.block if of_block else 0
+        yield Program(
+            f'{name}, {describe(*move)}', functools.partial(build, move), columns, times,
+            listed_only=not is_largest, kind=f'{name}, {move.kind}',
+        )  # fmt: skip
 
 
 def _call(call: Call | None) -> Call:
@@ -140,7 +166,7 @@ def _scorer(setup: Setup, stage: Stage, resident: dict[str, Any]) -> Program:
     assert model is not None
     scorer = reward_model.make_scorer(model, setup.mesh, kind=setup.config.reward_model.kind)
     rollout, _ = abstract.on_mesh(setup, abstract.rollout(stage.shape), None)
-    call = Call(scorer, (resident['reward model'], rollout))
+    call = Call(scorer, (resident['reward model'], rollout), name='reward model')
     return Program(f'{stage.name}: reward model', lambda: (call, resident))
 
 

@@ -1,6 +1,6 @@
 """Changes that make a run fit, each compiled, the cheapest first."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -32,34 +32,48 @@ class Remedy(NamedTuple):
     needed: float  # bytes on a device
 
 
-def find_remedies(config: ConfigDict, plan: Plan, workdir: str = '') -> Iterator[Remedy]:
+def find_remedies(
+    config: ConfigDict,
+    plan: Plan,
+    workdir: str = '',
+    progress: Callable[[str], None] = lambda line: None,
+    known: dict[str, Any] | None = None,
+) -> Iterator[Remedy]:
     """Yields the cheapest changes that make a plan fit, at most three of them.
 
-    Only the programs that do not fit are compiled again. A change that the config's checks refuse
-    is left out.
+    Only the programs that do not fit, or need one that does not, are compiled again. A change that
+    the config's checks refuse is left out.
 
     Args:
       config: of the plan.
       plan: one that does not fit.
       workdir: where data sets are kept.
+      progress: called with a line of text for each change and each program that is compiled.
+      known: what was compiled for the plan, see `make_plan`.
     """
-    failing = {measured.program.name for measured in plan.too_large()}
+    known = {} if known is None else known
+    failing = {measured.program.kind for measured in plan.too_large()}
+    failing |= {kind for stage in plan.stages for kind in stage.skipped}
     found = tried = 0
     for change in _changes(config, plan, failing):
         if found == _WANTED or tried == _TRIED:
             return
         tried += 1
+        progress(f'trying {change}')
         topology = plan.topology
         if change.topology:
             other = find_topology(change.topology)
             topology = other._replace(memory=plan.topology.memory)
         try:
             changed = make_plan(
-                with_values(config, change.values), topology, workdir, only=failing.__contains__
-            )
+                with_values(config, change.values), topology, workdir,
+                only=failing, progress=progress, known=known,
+            )  # fmt: skip
         except (ConfigError, ValueError):
             continue
-        if changed.fits and len(changed.measured) >= len(failing):
+        if not changed.measured or any(stage.skipped for stage in changed.stages):
+            continue
+        if changed.fits:
             found += 1
             yield Remedy(change, changed.peak.total)
 
@@ -73,7 +87,7 @@ def with_values(config: ConfigDict, values: dict[str, Any]) -> ConfigDict:
 
 
 def _changes(config: ConfigDict, plan: Plan, failing: set[str]) -> Iterator[Change]:
-    """Yields changes by what they cost: only time, then memory elsewhere, then more devices."""
+    """Yields changes by what they cost: time, memory elsewhere, another batch, more devices."""
     free = _changes_of_speed(config, plan, failing)
     for key, value in free.items():
         yield Change({key: value})
@@ -87,6 +101,8 @@ def _changes(config: ConfigDict, plan: Plan, failing: set[str]) -> Iterator[Chan
         yield Change(free | {'mesh.fsdp': -1, 'mesh.tensor': tensor})
     if config.model.param_dtype == 'float32':
         yield Change({'model.param_dtype': 'bfloat16'})
+    if any('sampler' in kind for kind in failing) and config.grpo.batch_size > 1:
+        yield Change({'grpo.batch_size': config.grpo.batch_size // 2})
     for larger in _larger(plan.topology):
         yield Change({'mesh.fsdp': -1}, larger)
 
@@ -102,7 +118,7 @@ def _changes_of_speed(config: ConfigDict, plan: Plan, failing: set[str]) -> dict
         least = _least_microbatch(plan, stage.stage.shape)
         if at(config, f'{section}microbatch') != least:
             keys[f'{section}microbatch'] = least
-        if not config.model.remat:
+        if config.model.remat is False:
             keys['model.remat'] = True
         if name == 'grpo' and config.grpo.compute.logprob_chunk != 32:
             keys['grpo.compute.logprob_chunk'] = 32

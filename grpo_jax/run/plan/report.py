@@ -5,7 +5,7 @@ from typing import Any
 from grpo_jax.run.plan.measuring import Measured
 from grpo_jax.run.plan.planning import Plan, StagePlan
 from grpo_jax.run.plan.prediction import times_of
-from grpo_jax.run.plan.topology import Topology
+from grpo_jax.run.plan.topology import Topology, gib
 from grpo_jax.run.stages import Stage
 
 _SI = ((1e15, 'P'), (1e12, 'T'), (1e9, 'G'), (1e6, 'M'), (1e3, 'k'))
@@ -42,7 +42,8 @@ def describe_program(measured: Measured, topology: Topology) -> str:
         work = f'    {si(costs.flops)}FLOP, {si(costs.bytes)}B of memory traffic'
         if topology.chip is not None:
             work += f', at least {seconds(times_of(measured, topology.chip).total)}'
-        lines.append(f'{work}; compiled in {seconds(measured.seconds)}')
+        compiled = f'; compiled in {seconds(measured.seconds)}' if measured.seconds else ''
+        lines.append(work + compiled)
     if costs.collectives:
         kinds = sorted(costs.collectives.items(), key=lambda item: -item[1].bytes)
         listed = ', '.join(f'{x.count:.0f} {kind} ({si(x.bytes)}B)' for kind, x in kinds)
@@ -50,17 +51,29 @@ def describe_program(measured: Measured, topology: Topology) -> str:
     return '\n'.join(lines)
 
 
-def describe_step(plan: StagePlan) -> str:
-    """The predicted time of a stage's steps."""
-    if plan.step is None or not plan.step.seconds:
-        return ''
-    listed = ', '.join(
-        f'{name.partition(": ")[2]} {seconds(time)}' for name, time in plan.step.seconds.items()
-    )
-    return (
-        f'  a step takes at least {seconds(plan.step.total)} ({listed}), if all completions are '
-        f'as long as they may be; update at most {plan.step.mfu:.0%} MFU'
-    )
+def describe_rest(plan: StagePlan) -> str:
+    """A stage's programs that are not compiled, and the predicted time of its steps."""
+    lines = [f'{plan.stage.name}:']
+    others = len(plan.listed) - len(plan.programs) - len(plan.skipped)
+    if others > 0:
+        lines.append(
+            f'  {others} more programs of samplers, for fewer completions or shorter caches, which '
+            'need less memory, are listed but not compiled'
+        )
+    if plan.step is not None and plan.step.seconds:
+        times = plan.step.seconds.items()
+        listed = ', '.join(f'{name.partition(": ")[2]} {seconds(time)}' for name, time in times)
+        line = (
+            f'  a step takes at least {seconds(plan.step.total)} ({listed}), if all completions '
+            'are as long as they may be'
+        )
+        if plan.step.mfu:
+            line += (
+                f'; update at most {plan.step.mfu:.0%} MFU, '
+                f'{plan.step.mfu_without_overlap:.0%} if nothing overlaps with collectives'
+            )
+        lines.append(line)
+    return '\n'.join(lines)
 
 
 def verdict(plan: Plan) -> str:
@@ -99,6 +112,7 @@ def _stage_to_json(plan: StagePlan, topology: Topology) -> dict[str, Any]:
         'not compiled': plan.skipped,
         'step seconds': None if step is None else step.total,
         'update MFU': None if step is None else step.mfu,
+        'update MFU without overlap': None if step is None else step.mfu_without_overlap,
     }
 
 
@@ -118,11 +132,6 @@ def _program_to_json(measured: Measured, topology: Topology) -> dict[str, Any]:
         'runs per step': measured.program.per_step,
         'compile seconds': measured.seconds,
     }
-
-
-def gib(size: float) -> str:
-    """Bytes as text."""
-    return f'{size / 2**30:,.2f} GiB' if size >= 2**28 else f'{size / 2**20:,.2f} MiB'
 
 
 def si(number: float) -> str:

@@ -1,17 +1,39 @@
-"""The sampler's programs, called as `algorithm.sample.sample_blocks` calls them."""
+"""The sampler's programs: all that a rollout can dispatch, by the sizes that completions leave."""
 
 import dataclasses
-from typing import Any
+import functools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
-from grpo_jax import models, sharding
-from grpo_jax.engine import compaction, decode, sampling_params
+from grpo_jax import sharding
+from grpo_jax.engine.calls import Call
+from grpo_jax.engine.compaction import DecodeInputs, Slots, SlotShape, first_shape, smallest_shape
+from grpo_jax.engine.sampler_calls import SamplerCalls
+from grpo_jax.engine.token_sampling import without_inactive
 from grpo_jax.run import abstract
 from grpo_jax.run.setup import Setup, stopping
-from grpo_jax.run.stages import Call
 from grpo_jax.types import Params, Sampling
+
+
+class Move(NamedTuple):
+    """A program that follows the first one.
+
+    Attributes:
+      kind: 'compaction', 'growth' of the caches, or a 'block' of columns.
+      before: the shape of the slots, and the columns of their caches.
+      after: the same of its results.
+    """
+
+    kind: str
+    before: tuple[SlotShape, int]
+    after: tuple[SlotShape, int]
+
+    @property
+    def size(self) -> int:
+        """Cache columns of completions, before and after."""
+        return sum(shape.groups * shape.rows * width for shape, width in (self.before, self.after))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,47 +54,20 @@ class Sample:
     weights: str = 'model'
     record: tuple[str, ...] = ()
 
-    @property
-    def _in_place(self) -> bool:
-        with sharding.use(self.setup.mesh):
-            return models.caches_in_place(self.setup.model.config)
-
-    @property
-    def _block(self) -> int:
-        return decode.block_size(self.shape[3], in_place=self._in_place)
-
-    @property
-    def _model(self) -> models.Transformer:
-        return self.setup.model.clone(unrolled=self._in_place)
+    @functools.cached_property
+    def calls(self) -> SamplerCalls:
+        """The calls, for the platform of the run's mesh."""
+        setup, (_, group_size, _, columns) = self.setup, self.shape
+        with sharding.use(setup.mesh):
+            return SamplerCalls(setup.model, setup.mesh, group_size, columns, record=self.record)
 
     def conversion(self, params: Params) -> Call | None:
         """The call that makes the weights to sample with; None: they are used as they are."""
-        setup = self.setup
-        options = sampling_params.conversion(
-            params, setup.model.config.dtype, self.weights, self._in_place,
-            mesh=setup.mesh, gather=setup.config.mesh.gather,
-        )  # fmt: skip
-        return None if options is None else Call(sampling_params.convert, (params,), options)
-
-    @property
-    def width(self) -> int:
-        """Columns of the first block."""
-        return min(self._block, self.shape[3])
-
-    @property
-    def blocks(self) -> int:
-        """How many blocks follow the first one."""
-        return -(-self.shape[3] // self._block) - 1
-
-    @property
-    def last_width(self) -> int:
-        """Columns of the last block."""
-        return self.shape[3] - self.blocks * self._block
+        return self.calls.weights(params, self.weights, self.setup.config.mesh.gather)
 
     def first(self, params: Params) -> Call:
         """The call that reads the prompts and decodes the first columns."""
-        setup, (groups, group_size, length, columns) = self.setup, self.shape
-        width = self.width
+        setup, groups = self.setup, self.shape[0]
         where = sharding.whole_groups(groups, setup.mesh)
         ends: Any
         ends, table = stopping(setup.config, setup.model, setup.tokenizer, setup.ends, setup.hidden)
@@ -80,36 +75,94 @@ class Sample:
         if table is not None:
             everywhere = sharding.replicated(setup.mesh)
             stops = jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=everywhere)
-        absent: Any = None
-        inputs = compaction.DecodeInputs(
-            params, abstract.prompts(self.shape, where), absent, self.sampling, ends, stops
-        )
-        shape = compaction.first_shape(groups, group_size, setup.mesh)
-        thresholds = compaction.NEVER_COMPACT
-        if width < columns:
-            thresholds = compaction.compaction_thresholds(shape, length, width)
-        options = {
-            'group_size': group_size, 'max_tokens': columns, 'width': width, 'record': self.record,
-            'mesh': setup.mesh,
-        }  # fmt: skip
-        return Call(decode.first_block, (self._model, inputs, 0, 0, thresholds), options)
+        prompts = abstract.prompts(self.shape, where)
+        sampling = without_inactive(self.sampling)
+        return self.calls.first(params, prompts, 0, 0, sampling, ends, stops=stops)
 
-    def last(self, params: Params, results: Any) -> Call:
-        """The call that decodes the last columns of all completions.
+    @property
+    def blocks(self) -> int:
+        """How many blocks follow the first one, if completions are as long as they may be."""
+        return -(-self.shape[3] // self.calls.block) - 1
+
+    @functools.cached_property
+    def moves(self) -> list[Move]:
+        """The programs that can follow the first one.
+
+        Blocks end at the last of their columns, or once so few completions go on that they can be
+        compacted.
+        """
+        groups, group_size, prompt, _ = self.shape
+        calls = self.calls
+        found: dict[Move, None] = {}
+        if calls.first_width == calls.max_tokens:
+            return []
+        reached = [(first_shape(groups, group_size, self.setup.mesh), calls.first_width)]
+        for now, width in reached:  # which grows
+            for columns in sorted({width, calls.next_width(width)}):
+                for shape in sorted(set(_shapes_after(now, prompt, columns))):
+                    if (shape, columns) == (now, width):
+                        continue
+                    plain = shape._replace(apart=False)
+                    if shape != now:
+                        found[Move('compaction', (now, width), (shape, width))] = None
+                    if columns > width:
+                        found[Move('growth', (plain, width), (plain, columns))] = None
+                    block = (plain, columns)
+                    found[Move('block', block, block)] = None
+                    if block not in reached:
+                        reached.append(block)
+        return list(found)
+
+    def call(self, move: Move, params: Params, results: Any) -> Call:
+        """The call of a move.
 
         Args:
+          move: one of `moves`.
           params: the weights.
-          results: of the first block's call, abstract arrays with shardings.
+          results: of the first block's call, abstract arrays.
         """
         inputs, _, slots, state = results
-        grown = jax.tree.map(lambda x: _resized(x, self.shape[3]), slots.cache)
-        slots = slots._replace(cache=grown)
-        arguments = self._model, params, inputs, slots, state, (np.int32(0), np.int32(0))
-        options = {'width': self.shape[3], 'mesh': self.setup.mesh}
-        return Call(decode.next_block, arguments, options)
+        inputs, slots = self._at(inputs, slots, *move.before)
+        if move.kind == 'compaction':
+            return self.calls.compaction(inputs, slots, move.after[0])
+        if move.kind == 'growth':
+            return self.calls.growth(slots, move.after[1])
+        return self.calls.block_to(params, inputs, slots, state, move.after[1])
+
+    def _at(
+        self, inputs: DecodeInputs, slots: Slots, shape: SlotShape, width: int
+    ) -> tuple[DecodeInputs, Slots]:
+        """Inputs and slots of other sizes."""
+        groups = shape.groups * sharding.data_devices(self.setup.mesh)
+        cache = jax.tree.map(lambda x: _resized(x, {1: groups}), inputs.cache)
+        prompts = jax.tree.map(lambda x: _resized(x, {0: groups}), inputs.prompts)
+        sizes = {1: groups, 2: shape.rows, 4: width}
+        grown = jax.tree.map(lambda x: _resized(x, sizes), slots.cache)
+        absent: Any = None
+        slots = jax.tree.map(
+            lambda x: _resized(x, {0: groups, 1: shape.rows}), slots._replace(cache=absent)
+        )
+        return inputs._replace(cache=cache, prompts=prompts), slots._replace(cache=grown)
 
 
-def _resized(x: Any, columns: int) -> Any:
-    """A cache [..., columns, h] of another number of columns."""
-    shape = (*x.shape[:-2], columns, x.shape[-1])
-    return jax.ShapeDtypeStruct(shape, x.dtype, sharding=x.sharding)
+def _shapes_after(now: SlotShape, prompt: int, columns: int) -> Iterator[SlotShape]:
+    """Yields the shapes to which `smallest_shape` may compact, for any number of live slots."""
+    for most in _halvings(now.rows):
+        for total in _halvings(now.groups * now.rows):
+            live = min(total, now.groups * most)
+            if 2 * live > most:
+                yield smallest_shape(most, live, now, prompt, columns)
+
+
+def _halvings(size: int) -> list[int]:
+    """The sizes size, size / 2, size / 4, ..., 1, rounded up."""
+    sizes = [size]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    return sizes
+
+
+def _resized(x: Any, sizes: dict[int, int]) -> Any:
+    """An abstract array with other sizes of some axes."""
+    shape = tuple(sizes.get(axis, size) for axis, size in enumerate(x.shape))
+    return jax.ShapeDtypeStruct(shape, x.dtype, sharding=getattr(x, 'sharding', None))

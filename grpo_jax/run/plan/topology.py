@@ -1,5 +1,6 @@
 """The devices that a plan is made for: those of this machine, or described ones."""
 
+import dataclasses
 import math
 import os
 import re
@@ -16,12 +17,22 @@ _UNITS = {'gib': 2**30, 'gb': 10**9, 'mib': 2**20, 'mb': 10**6}
 _TPUS = ('v4', 'v5e', 'v5p', 'v6e')
 
 
+@dataclasses.dataclass(frozen=True)
+class DescribedGpu:
+    """A GPU as a mesh needs it, to trace programs for it."""
+
+    id: int
+    device_kind: str
+    platform: str = 'gpu'
+    process_index: int = 0
+
+
 class Topology(NamedTuple):
     """Devices, real or described.
 
     Attributes:
       name: as it was asked for.
-      devices: of JAX; those of GPUs that are only described are this machine's CPUs.
+      devices: of JAX, or `DescribedGpu`s, for which nothing can be compiled.
       chip: what a device can do; None if that is unknown.
       memory: bytes that programs may use on a device; None if that is unknown.
       estimated: the devices have no compiler here, so that memory is estimated.
@@ -52,8 +63,8 @@ def find_topology(name: str, memory: str = '') -> Topology:
         if kind in _TPUS:
             found = Topology(name, _tpus(name, kind, shape), chip, chip.memory)
         else:
-            devices = _stand_ins(name, math.prod(shape))
-            found = Topology(name, devices, chip, chip.memory, estimated=True)
+            gpus = [DescribedGpu(i, f'NVIDIA {kind.upper()}') for i in range(math.prod(shape))]
+            found = Topology(name, gpus, chip, chip.memory, estimated=True)
     else:
         raise ValueError(
             f"--topology={name} is unknown: use 'local', or one of {', '.join(CHIPS)} and a shape, "
@@ -104,15 +115,9 @@ def _tpus(name: str, kind: str, shape: tuple[int, ...]) -> Sequence[Any]:
     return devices
 
 
-def _stand_ins(name: str, count: int) -> Sequence[Any]:
-    """CPUs of this process in the place of GPUs, so that a mesh can be made."""
-    devices = jax.devices('cpu')
-    if len(devices) < count:
-        raise ValueError(
-            f'--topology={name}: set the environment variable JAX_NUM_CPU_DEVICES={count}, which '
-            'gives this process that many devices to plan with'
-        )
-    return devices[:count]
+def gib(size: float) -> str:
+    """Bytes as text."""
+    return f'{size / 2**30:,.2f} GiB' if size >= 2**28 else f'{size / 2**20:,.2f} MiB'
 
 
 def _local_memory() -> float | None:

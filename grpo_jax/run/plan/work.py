@@ -23,7 +23,7 @@ def flops_of(computation: Computation, instruction: Instruction) -> float:
     """FLOPs of a matrix product, a convolution or a kernel; those of others count as 0."""
     operands = [computation[name] for name in instruction.operands]
     if instruction.opcode == 'dot':
-        summed = _numbers(instruction.attributes, 'lhs_contracting_dims')
+        summed = numbers(instruction.attributes, 'lhs_contracting_dims')
         lhs = operands[0].arrays[0].shape
         return 2.0 * instruction.arrays[0].size * math.prod(lhs[axis] for axis in summed)
     if instruction.opcode == 'convolution':
@@ -110,7 +110,8 @@ def _is_wide(array: Array) -> bool:
     return len(array.shape) >= 3 and array.dtype in ('bf16', 'f16', 'f32')
 
 
-def _numbers(attributes: str, name: str) -> list[int]:
+def numbers(attributes: str, name: str) -> list[int]:
+    """The numbers of an attribute such as `lhs_contracting_dims={1,2}`."""
     match = re.search(rf'{name}=\{{([\d,]*)\}}', attributes)
     return [int(x) for x in match[1].split(',') if x] if match else []
 
@@ -201,6 +202,9 @@ def _uses(module: Module, inner: Computation, parameter: Instruction) -> Iterato
             yield from _uses(module, inner, user)
         elif user.opcode == 'fusion':
             nested = module.computations[user.called[0]]
+            if nested.root.opcode == 'copy' and 'output_to_operand_aliasing' in user.attributes:
+                yield from _uses(module, inner, user)  # the same bytes in another tiling
+                continue
             for number, name in enumerate(user.operands):
                 if name == parameter.name and number in nested.parameters:
                     yield from _uses(module, nested, nested.parameters[number])

@@ -1,0 +1,134 @@
+"""The calls of the sampler's programs: one description for the sampler and for plans of runs."""
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import Mesh
+
+from grpo_jax import models
+from grpo_jax.engine import decode
+from grpo_jax.engine.calls import Call
+from grpo_jax.engine.compaction import (
+    NEVER_COMPACT,
+    DecodeInputs,
+    DecodeState,
+    Slots,
+    SlotShape,
+    compact,
+    compaction_thresholds,
+    first_shape,
+    shape_of,
+)
+from grpo_jax.engine.sampling_params import conversion
+from grpo_jax.types import Array, Params, Prompts, Sampling
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplerCalls:
+    """Calls of the programs that sample T columns for a batch of prompts, G completions for each.
+
+    Their arguments may be abstract. Results of one call are arguments of the next.
+
+    Attributes:
+      model: the decoder.
+      mesh: the devices, or None.
+      group_size: G.
+      max_tokens: T.
+      block: columns per block; 0: chosen by `decode.block_size`.
+      record: what the rollout holds for the update.
+      unroll: whether each layer has its own copy of its parameters; None: where
+        `models.caches_in_place`.
+    """
+
+    model: models.Transformer
+    mesh: Mesh | None
+    group_size: int
+    max_tokens: int
+    block: int = 0
+    record: tuple[str, ...] = ()
+    unroll: bool | None = None
+
+    def __post_init__(self) -> None:
+        in_place = models.caches_in_place(self.model.config)
+        unroll = in_place if self.unroll is None else self.unroll
+        chosen = self.block or decode.block_size(self.max_tokens, in_place=in_place)
+        object.__setattr__(self, 'block', chosen)
+        object.__setattr__(self, 'unroll', unroll)
+        object.__setattr__(self, 'model', self.model.clone(unrolled=unroll))
+
+    @property
+    def first_width(self) -> int:
+        """Columns of the first block."""
+        return min(self.block, self.max_tokens)
+
+    def next_width(self, width: int) -> int:
+        """Columns up to the end of the block after the one that ends at `width`."""
+        return min(width + self.block, self.max_tokens)
+
+    def weights(self, params: Params, weights: str, gather: bool | None) -> Call | None:
+        """The call of `sampling_params.conversion`, whose arguments these are."""
+        return conversion(
+            params, self.model.config.dtype, weights, bool(self.unroll),
+            mesh=self.mesh, gather=gather,
+        )  # fmt: skip
+
+    def first(
+        self, params: Params, prompts: Prompts, seed: Any, step: Any, sampling: Sampling,
+        eos_ids: Array, *, stops: Array | None,
+    ) -> Call:  # fmt: skip
+        """The call of `decode.first_block`; arguments as in `sample.sample_blocks`."""
+        absent: Any = None
+        inputs = DecodeInputs(params, prompts, absent, sampling, eos_ids, stops)
+        width, length = self.first_width, prompts.tokens.shape[1]
+        shape, thresholds = first_shape(len(prompts.index), self.group_size, self.mesh), None
+        if width < self.max_tokens:
+            thresholds = compaction_thresholds(shape, length, width)
+        options = {
+            'group_size': self.group_size, 'max_tokens': self.max_tokens, 'width': width,
+            'record': self.record, 'mesh': self.mesh,
+        }  # fmt: skip
+        arguments = self.model, inputs, seed, step, thresholds or NEVER_COMPACT
+        name = f'prompts of {length} tokens, and the first {width} columns of {_text(shape)}'
+        return Call(decode.first_block, arguments, options, name)
+
+    def compaction(self, inputs: DecodeInputs, slots: Slots, shape: SlotShape) -> Call:
+        """The call of `compact`."""
+        now, width = shape_of(slots, self.mesh), slots.cache.k.shape[-2]
+        name = describe('compaction', (now, width), (shape, width))
+        return Call(compact, (inputs, slots), {'shape': shape, 'mesh': self.mesh}, name)
+
+    def growth(self, slots: Slots, width: int) -> Call:
+        """The call of `decode.grow_cache`."""
+        now, columns = shape_of(slots, self.mesh), slots.cache.k.shape[-2]
+        name = describe('growth', (now, columns), (now, width))
+        return Call(decode.grow_cache, (slots,), {'width': width}, name)
+
+    def block_to(
+        self, params: Params, inputs: DecodeInputs, slots: Slots, state: DecodeState, width: int
+    ) -> Call:
+        """The call of `decode.next_block`, whose caches have `width` columns."""
+        now, length = shape_of(slots, self.mesh), inputs.cache.k.shape[-2]
+        thresholds = compaction_thresholds(now, length, width)
+        arguments = self.model, params, inputs, slots, state, thresholds
+        name = describe('block', (now, width), (now, width))
+        return Call(decode.next_block, arguments, {'width': width, 'mesh': self.mesh}, name)
+
+
+def describe(kind: str, before: tuple[SlotShape, int], after: tuple[SlotShape, int]) -> str:
+    """The name of a call that follows the first block.
+
+    Args:
+      kind: 'compaction', 'growth' or 'block'.
+      before: completions on a device, and the columns of their caches.
+      after: the same of its results.
+    """
+    (now, width), (shape, columns) = before, after
+    if kind == 'compaction':
+        return f'compaction of {_text(now)} to {_text(shape)}, {width} columns'
+    if kind == 'growth':
+        return f'caches of {_text(now)} from {width} to {columns} columns'
+    return f'block to column {columns} of {_text(shape)}'
+
+
+def _text(shape: SlotShape) -> str:
+    return f'{shape.groups} x {shape.rows} completions'
