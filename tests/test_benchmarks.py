@@ -171,8 +171,8 @@ def test_options_find_their_place():
     pairs = ['loss=cispo', 'beta=0.1', 'microbatch=4', 'remat=True', 'dtype=bfloat16', 'block=8']
     options = parse_options(pairs)
     assert options.algorithm == {'loss': 'cispo', 'beta': 0.1}
-    assert options.compute == {'microbatch': 4}
-    assert options.model == {'remat': True, 'dtype': 'bfloat16'}
+    assert options.compute == {'microbatch': 4, 'remat': True}
+    assert options.model == {'dtype': 'bfloat16'}
     assert options.sample == {'block': 8}
     for wrong in ('width', 'lenght=3'):
         with pytest.raises(ValueError, match=wrong):

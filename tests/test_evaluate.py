@@ -375,7 +375,7 @@ def test_the_command_takes_another_eval_section(finished, monkeypatch, capsys):
     [
         ('', 'is a folder: name a file'),
         ('heldout.jsonl', 'is a file of the run: name another'),
-        ('nowhere/a.jsonl', 'No such file or directory'),
+        ('nowhere/a.jsonl', 'there is no folder'),
     ],
 )
 def test_an_output_that_is_rejected(finished, name, message, monkeypatch, capsys):

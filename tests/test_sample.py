@@ -20,7 +20,7 @@ from grpo_jax import sharding
 from grpo_jax.algorithm import sample as sample_module
 from grpo_jax.algorithm.sample import sample
 from grpo_jax.data import completion_texts, stop_table
-from grpo_jax.engine import compaction, decode
+from grpo_jax.engine import compaction, decode, sampler_calls
 from grpo_jax.engine.decode import block_size
 from grpo_jax.engine.token_sampling import completion_keys
 from grpo_jax.models import Transformer
@@ -252,9 +252,11 @@ def test_blocks_change_no_completion(model, params, prompts, monkeypatch, apart)
         assert set(np.asarray(before.place)[~np.asarray(before.done)]) <= set(places.flat)
         return compacted
 
-    for name in ('smallest_shape', 'compaction_thresholds'):
-        monkeypatch.setattr(sample_module, name, choosing(getattr(compaction, name)))
-    monkeypatch.setattr(sample_module, 'compact', compact)
+    for module, name in (
+        (sample_module, 'smallest_shape'), (sampler_calls, 'compaction_thresholds'),
+    ):  # fmt: skip
+        monkeypatch.setattr(module, name, choosing(getattr(compaction, name)))
+    monkeypatch.setattr(sampler_calls, 'compact', compact)
     most = np.flatnonzero(np.arange(tiny.VOCAB) % 3)  # two of three tokens end a completion
     for seed in range(3):
         settings = {'seed': seed, 'eos_ids': most, 'group_size': 8, 'max_tokens': 9}

@@ -116,8 +116,8 @@ def test_parameters_lie_on_the_mesh(source, tmp_path):
 def test_the_description_is_kept(source, tmp_path):
     config = folders.get_config(source)
     prepared = setup.prepare(config, tmp_path / 'run')
-    (tmp_path / 'run' / 'pretrained.partial').mkdir(parents=True)  # of a copy that was cut off
-    (tmp_path / 'run' / 'pretrained.partial' / 'old.json').touch()
+    (tmp_path / 'run' / '.pretrained.abc').mkdir(parents=True)  # of a copy that was cut off
+    (tmp_path / 'run' / '.pretrained.abc' / 'old.json').touch()
     setup.keep_description(prepared)
     kept = contents(tmp_path / 'run' / 'pretrained')
     expected = contents(source)

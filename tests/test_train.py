@@ -341,7 +341,8 @@ def test_a_run_of_an_earlier_version_is_resumed(tmp_path, finished, caplog):
         printed = runs.train(runs.get_config(), run)
     assert printed.startswith(
         'sft: resumed at step 5 of 5\ngrpo: resumed at step 6 of 8\n'
-        'grpo: microbatch=2, rows=0, packed=False, widths=4, unroll=False, logprob_chunk=4\n'
+        'grpo: microbatch=2, rows=0, packed=False, widths=4, unroll=False, logprob_chunk=4, '
+        'remat=True\n'
     )
     told = [record.message for record in caplog.records if record.name == 'grpo_jax']
     assert told == [

@@ -17,8 +17,9 @@ _LOGITS_ELSEWHERE = 512 * _MIB
 _CHUNK = {'cpu': 128}
 _CHUNK_ELSEWHERE = 256
 _LEAST_CHUNK = 16
-# The compiler of TPUs takes about a minute of a CPU for each width of a model of any depth.
-_WIDTHS, _WIDTHS_ELSEWHERE = {'tpu': 2}, 4
+# The compiler of TPUs takes about a minute of a CPU for each width of a model of any depth, and a
+# microbatch there has so many completions that the longest is rarely short.
+_WIDTHS, _WIDTHS_ELSEWHERE = {'tpu': 1}, 4
 _SHARE = 0.25  # of an accelerator's memory is for activations; parameters and moments take the rest
 _WITHOUT_LIMIT = 4096 * _MIB  # for activations on an accelerator that does not report its memory
 

@@ -1,6 +1,5 @@
 """Send JSON to a service and get JSON back: deadlines, retries and bounded concurrency."""
 
-import asyncio
 import dataclasses
 import importlib
 import json
@@ -65,6 +64,8 @@ class Endpoint:
         Raises:
             EndpointError: one has failed, after all its attempts; the others are cancelled.
         """
+        import asyncio  # only here: it would take a tenth of the time to import this package
+
         http = importlib.import_module('httpx2')  # only here: it takes a tenth of a second
         free = asyncio.Semaphore(self.concurrency)
         key = os.environ.get(self.key_variable, '') if self.key_variable else ''
@@ -84,6 +85,8 @@ class Endpoint:
         return [task.result() for task in tasks]
 
     async def _attempts(self, http: Any, client: Any, body: Mapping[str, object]) -> Any:
+        import asyncio
+
         for attempt in range(self.retries + 1):
             pause = min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE)
             try:

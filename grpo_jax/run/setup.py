@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -136,6 +137,8 @@ def keep_description(setup: Setup) -> None:
     target = setup.workdir / 'pretrained'
     if setup.source is None or setup.source == target:
         return
+    for left_over in setup.workdir.glob('.pretrained.*'):  # of a copy that was cut off
+        shutil.rmtree(left_over)
     with new_folder(target) as partial:
         hf.copy_description(setup.source, partial)
 

@@ -5,11 +5,9 @@ import contextvars
 import dataclasses
 import math
 import re
-import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 
@@ -25,8 +23,6 @@ from grpo_jax.run.plan.topology import Topology
 # The compiler names either all memory of a program, or that of its temporaries.
 _TOO_LARGE = re.compile(r'Used ([\d.]+)([KMGT]) of [\d.]+[KMGT] hbm')
 _TEMPORARIES = re.compile(r'required for HLO temporaries \(([\d.]+)([KMGT])\)')
-T = TypeVar('T')
-
 _POWERS = {'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 
 
@@ -89,7 +85,7 @@ class TooLarge(NamedTuple):
 
 
 class Compiler:
-    """Compiles programs for a topology, the same program once. Threads may share it.
+    """Compiles programs for a topology, the same program once.
 
     Args:
       topology: the devices.
@@ -100,16 +96,15 @@ class Compiler:
     def __init__(
         self,
         topology: Topology,
-        known: dict[str, Future[Compiled | TooLarge]] | None = None,
+        known: dict[str, Compiled | TooLarge] | None = None,
         progress: Callable[[str], None] = lambda line: None,
     ) -> None:
         chip = topology.chip
         self._speed = None if chip is None else Speed(chip.flops, chip.bandwidth)
         self.topology, self._progress = topology, progress
         self._known = {} if known is None else known
-        self._measured: dict[str, Future[Measured]] = {}
+        self._measured: dict[str, Measured] = {}
         self._results: dict[str, Any] = {}
-        self._lock = threading.Lock()
 
     def measure(self, program: Program) -> Measured:
         """Compiles a program, if it is not compiled.
@@ -117,18 +112,9 @@ class Compiler:
         Raises:
           TooLargeError: it needs the results of one that does not fit.
         """
-        return self._once(self._measured, program.name, lambda: self._measure(program))
-
-    def _once(self, done: dict[str, Future[T]], key: str, make: Callable[[], T]) -> T:
-        """What was made for a key, by the thread that asked for it first."""
-        with self._lock:
-            mine, future = key not in done, done.setdefault(key, Future())
-        if mine:
-            try:
-                future.set_result(make())
-            except BaseException as error:  # raised in each thread that waits for it
-                future.set_exception(error)
-        return future.result()
+        if program.name not in self._measured:
+            self._measured[program.name] = self._measure(program)
+        return self._measured[program.name]
 
     def _measure(self, program: Program) -> Measured:
         call = program.call
@@ -153,7 +139,10 @@ class Compiler:
 
     def compiled(self, call: Call, name: str, columns: int = 0) -> Compiled | TooLarge:
         """What the compiler says of a call; the same as before if it is known."""
-        return self._once(self._known, self._key(call), lambda: self._compile(call, name, columns))
+        key = self._key(call)
+        if key not in self._known:
+            self._known[key] = self._compile(call, name, columns)
+        return self._known[key]
 
     def _compile(self, call: Call, name: str, columns: int) -> Compiled | TooLarge:
         trips = max(columns, 1)
@@ -180,15 +169,14 @@ class Compiler:
         """
         if self.measure(program).too_large:
             raise TooLargeError(program.name)
-        return self._once(self._results, program.name, lambda: self._results_of(program))
-
-    def _results_of(self, program: Program) -> Any:
-        compiled: Any = self._known[self._key(program.call)].result()
-        return jax.tree.map(
-            lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-            shapes_of(program),
-            compiled.shardings,
-        )
+        if program.name not in self._results:
+            compiled: Any = self._known[self._key(program.call)]
+            self._results[program.name] = jax.tree.map(
+                lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+                shapes_of(program),
+                compiled.shardings,
+            )
+        return self._results[program.name]
 
 
 def shapes_of(program: Program) -> Any:

@@ -1,10 +1,8 @@
 """A plan of a run: its stages with the memory, work and times of their programs."""
 
-import contextvars
 import dataclasses
 import tempfile
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -19,8 +17,6 @@ from grpo_jax.run.setup import Setup
 from grpo_jax.run.stages import Stage
 
 Report = Callable[[Any], None]
-
-_AT_A_TIME = 2  # programs; more would take more memory than they save time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,18 +167,14 @@ def _compile_stage(
     """The compiled programs of a stage, and the kinds of those that need one that does not fit."""
     measured: list[Measured] = []
     skipped: list[str] = []
-    with ThreadPoolExecutor(_AT_A_TIME) as pool:
-        started = []
-        for program in programs_of(setup, stage, compiler.results):
-            if (not only or program.kind in only) and not program.listed_only:
-                context = contextvars.copy_context()  # with the described devices
-                future = pool.submit(context.run, compiler.measure, program)
-                started.append((program.kind, future))
-        for kind, future in started:
-            try:
-                measured.append(future.result())
-            except TooLargeError:
-                skipped.append(kind)
-            else:
-                report(measured[-1])
+    # One after the other: libtpu crashed while it compiled two at once, and uses all cores for one.
+    for program in programs_of(setup, stage, compiler.results):
+        if (only and program.kind not in only) or program.listed_only:
+            continue
+        try:
+            measured.append(compiler.measure(program))
+        except TooLargeError:
+            skipped.append(program.kind)
+        else:
+            report(measured[-1])
     return measured, skipped
