@@ -12,6 +12,7 @@ import functools
 import re
 import resource
 from collections import Counter
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -59,7 +60,8 @@ def main() -> None:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_utime
             compiled = lowered.compile()
             seconds = resource.getrusage(resource.RUSAGE_SELF).ru_utime - before
-            text, memory = compiled.as_text(), compiled.memory_analysis()
+            text: str = compiled.as_text() or ''
+            memory: Any = compiled.memory_analysis()
             kinds = Counter(re.findall(r' (all-gather|all-reduce|reduce-scatter)\(', text))
             scatters = text.count('calls=%all-reduce-scatter')  # each holds an all-reduce
             kinds += Counter({'reduce-scatter': scatters})

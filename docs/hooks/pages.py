@@ -24,7 +24,8 @@ from grpo_jax.run import comments  # noqa: E402
 
 # Files of the repository that are part of the site.
 INCLUDED = (
-    'CHANGELOG.md', 'benchmarks/RESULTS.md', 'benchmarks/quantized_base.png', 'benchmarks/study.png'
+    'CHANGELOG.md', 'benchmarks/RESULTS.md', 'benchmarks/growth.png',
+    'benchmarks/quantized_base.png', 'benchmarks/study.png',
 )  # fmt: skip
 
 _MARKER = re.compile(r'<!-- (table|source): (.+?) -->')

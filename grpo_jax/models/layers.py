@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Shaped
 from grpo_jax.models import quantization
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.kernels import cpu
+from grpo_jax.models.kernels.selection import target_platform
 from grpo_jax.models.quantization import Quantized, unpack
 from grpo_jax.sharding import by_axes, on_each_data_device
 
@@ -247,7 +248,7 @@ def _sum_of_experts(
     def multiply(name: str, x: Array) -> Array:
         kernel, scale = matrices[name]
         if scale is None:
-            return jax.lax.ragged_dot(x, kernel, sizes)
+            return _expert_product(c)(x, kernel, sizes)
         scale = scale if kernel.dtype == jnp.uint8 else scale[expert, 0]
         return _quantized_product(c)(x, kernel, scale, sizes)
 
@@ -256,6 +257,21 @@ def _sum_of_experts(
     out = multiply('down', hidden)[jnp.argsort(order)]
     out = out.reshape(-1, c.experts_per_token, c.width)
     return (out * weights[..., None]).sum(1)
+
+
+def _expert_product(c: ModelConfig) -> Callable[..., Array]:
+    """The product of rows with the matrices of their experts.
+
+    A kernel cannot be partitioned over the `tensor` axis, nor differentiated again (see
+    `_quantized_product`).
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    partitioned = not mesh.empty and mesh.shape['tensor'] > 1
+    if partitioned or c.attention == 'einsum' or target_platform() != 'tpu':
+        return jax.lax.ragged_dot
+    from grpo_jax.models.kernels import experts  # slow to import
+
+    return experts.multiply
 
 
 def _route(

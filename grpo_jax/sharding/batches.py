@@ -57,7 +57,8 @@ def on_each_data_device(function: Callable[[Any, Any], Any]) -> Callable[[Any, A
             function,
             in_specs=(PartitionSpec(DATA), PartitionSpec()),
             out_specs=PartitionSpec(DATA),
-            axis_names=set(DATA),
+            # Without an axis of size 1 left to the compiler, so that kernels can be called.
+            axis_names={name for name in mesh.axis_names if name in DATA or mesh.shape[name] == 1},
             check_vma=False,
         )
         return mapped(split, shared)
