@@ -26,6 +26,7 @@ def get_config(most):
     return config
 
 
+@pytest.mark.slow
 def test_a_run_with_a_reward_function_that_crashes(tmp_path, caplog):
     message = (
         rf"reward '{NAME}' failed on \d+ completions of a step, and .*max_failed allows 0; .*ended"

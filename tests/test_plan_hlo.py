@@ -221,3 +221,17 @@ def test_a_compiled_program_with_nested_loops():
     arguments = jax.ShapeDtypeStruct((size, size), jnp.float32), jax.ShapeDtypeStruct((), bool)
     text = tiny.jit(program).lower(*arguments).compile().as_text()
     assert costs_of(parse(text)).flops == (3 * (5 + 1) + 2) * 2 * size**3
+
+
+def test_kernels_of_experts():
+    """128 experts [2048, 768], 4096 rows: 2 * 4096 * 2048 * 768 FLOPs each."""
+    lines = [
+        '%n = s32[128]{0} parameter(0)',
+        '%x = bf16[4096,2048]{1,0} parameter(1)',
+        '%w = bf16[128,2048,768]{2,1,0} parameter(2)',
+        '%g = bf16[4096,768]{1,0} parameter(3)',
+        '%ragged-dot-none.1 = bf16[4096,768]{1,0} custom-call(%n, %x, %w)',
+        'ROOT %jit_tgmm___.2 = bf16[128,2048,768]{2,1,0} custom-call(%n, %x, %g)',
+    ]
+    text = '\n  '.join(['HloModule experts\n\nENTRY %main () -> bf16[128,2048,768] {', *lines])
+    assert costs_of(parse(f'{text}\n}}\n')).flops == 2 * 2 * 4096 * 2048 * 768

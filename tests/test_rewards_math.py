@@ -115,7 +115,9 @@ def test_hostile_text_ends(text):
         assert one(reward, '2', answer=text) in (None, 0.0)
 
 
-@pytest.mark.parametrize(('split', 'rows'), [('train', 7473), ('test', 1319)])
+@pytest.mark.parametrize(
+    ('split', 'rows'), [pytest.param('train', 7473, marks=pytest.mark.slow), ('test', 1319)]
+)
 def test_gsm8k_reference_answers(split, rows):
     answers = [row['answer'] for row in real(f'gsm8k/{split}.jsonl')]
     assert len(answers) == rows

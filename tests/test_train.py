@@ -204,6 +204,7 @@ def kill(folder):
     )  # fmt: skip
 
 
+@pytest.mark.slow  # test_kills has a default one
 def test_a_killed_run_goes_on_as_if_nothing_had_happened(finished, tmp_path):
     ended = kill(tmp_path)
     assert ended.returncode == -signal.SIGKILL, ended.stdout + ended.stderr

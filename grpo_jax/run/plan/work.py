@@ -17,6 +17,8 @@ _FREE = {
 _SLICES = {'dynamic-slice', 'slice', 'gather'}
 # Products of queries and keys in the kernels of splash attention: forward, and two backward.
 _KERNEL_PRODUCTS = {'mha_fwd': 2, 'mha_dq': 3, 'mha_dkv': 4}
+# Products of rows with the matrices of their experts, and the gradient of these matrices.
+_EXPERT_KERNELS = ('ragged-dot-none', 'tgmm')
 
 
 def flops_of(computation: Computation, instruction: Instruction) -> float:
@@ -94,9 +96,12 @@ def _valid_pairs(given: int, made: int, window: _Window) -> int:
 
 
 def _custom_flops(instruction: Instruction, operands: list[Instruction]) -> float:
-    """Of attention kernels and of matrix products by a library; others count as 0."""
+    """Of kernels of attention and experts, and of products by a library; others count as 0."""
     if 'matmul' in instruction.attributes and len(operands) > 1:  # oneDNN's, of CPUs
         return 2.0 * instruction.arrays[0].size * operands[0].arrays[0].shape[-1]
+    if any(name in instruction.name for name in _EXPERT_KERNELS):
+        rows, other = (x.arrays[0] for x in operands[-2:])
+        return 2.0 * rows.size * other.shape[-1]
     products = next((n for name, n in _KERNEL_PRODUCTS.items() if name in instruction.name), 0)
     wide = [x.arrays[0] for x in operands if x.arrays and _is_wide(x.arrays[0])]
     if not products or len(wide) < 2:
