@@ -179,7 +179,8 @@ inf = float('inf')
 for number, value in enumerate({values!r}):
     got = same(value)
     assert type(got) is type(value), value
-    assert got == value and repr(got) == repr(value), value
+    # The order of a set depends on the process.
+    assert got == value and (isinstance(value, set) or repr(got) == repr(value)), value
     assert made(number) == value, value
 """
     program = f"inf = float('inf')\ndef same(x): return x\ndef made(n): return {values!r}[n]\n"

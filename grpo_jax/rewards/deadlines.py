@@ -141,6 +141,8 @@ def _interrupted_after(seconds: float, what: str, number: signal.Signals) -> Ite
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         for each, handler in zip(numbers, before, strict=True):
             signal.signal(each, handler)
+        if watcher.ident is not None:  # it was started, and ends at once
+            watcher.join()
 
 
 def message(seconds: float) -> str:
