@@ -21,7 +21,7 @@ from collections.abc import Iterator
 import numpy as np
 from absl import app, flags
 
-from benchmarks import timing
+from benchmarks import parts, timing
 from benchmarks.ours import Ours, parse_options
 from benchmarks.workloads import Shape, Workload
 
@@ -38,20 +38,14 @@ STEPS = flags.DEFINE_integer('steps', 3, 'measured steps of each size')
 
 def main(arguments: list[str]) -> None:
     """Measures the parts that the flags name."""
-    if arguments[1:]:
-        raise app.UsageError(f'unexpected arguments: {arguments[1:]}')
     growths = {'group': group, 'prompt': prompt, 'vocabulary': vocabulary}
-    unknown = [part for part in PARTS.value if part not in growths]
-    if unknown:
-        raise app.UsageError(f'--parts={",".join(unknown)} is unknown: use {", ".join(growths)}')
+    parts.check(arguments, PARTS.value, growths)
     rows: dict[str, list[Row]] = {}
     for part in PARTS.value:
         print(f'\n{part}:\n')
         rows[part] = []
         for row in growths[part]():
-            if not rows[part]:
-                print('| ' + ' | '.join(row) + ' |\n|' + '---|' * len(row))
-            print('| ' + ' | '.join(f'{x:.4g}' for x in row.values()) + ' |', flush=True)
+            parts.print_row(row, first=not rows[part])
             rows[part].append(row)
     if OUTPUT.value:
         pathlib.Path(OUTPUT.value).write_text(json.dumps(rows, indent=2) + '\n')

@@ -22,6 +22,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import ConfigDict
 
+from benchmarks import parts
 from grpo_jax.run import config as grpo_config
 from grpo_jax.run.plan import planning, topology
 
@@ -51,11 +52,7 @@ _PICTURE = flags.DEFINE_string('picture', '', 'PNG file of all parts')
 
 def main(arguments: list[str]) -> None:
     """Compiles the programs of the parts that the flags name."""
-    if arguments[1:]:
-        raise app.UsageError(f'unexpected arguments: {arguments[1:]}')
-    unknown = [part for part in _PARTS.value if part not in PARTS]
-    if unknown:
-        raise app.UsageError(f'--parts={",".join(unknown)} is unknown: use {", ".join(PARTS)}')
+    parts.check(arguments, _PARTS.value, PARTS)
     devices = topology.find_topology(_TOPOLOGY.value)
     devices = devices._replace(devices=devices.devices[:1])
     known: dict[tuple[int, ...], Row] = {}
@@ -69,9 +66,7 @@ def main(arguments: list[str]) -> None:
             if key not in known:
                 known[key] = measure(sizes, devices)
             row: Row = {**sizes, **known[key]}
-            if not rows[part]:
-                print('| ' + ' | '.join(row) + ' |\n|' + '---|' * len(row))
-            print('| ' + ' | '.join(f'{x:.5g}' for x in row.values()) + ' |', flush=True)
+            parts.print_row(row, first=not rows[part], digits=5)
             rows[part].append(row)
     if _OUTPUT.value:
         pathlib.Path(_OUTPUT.value).write_text(json.dumps(rows, indent=2) + '\n')

@@ -28,7 +28,7 @@ from absl import app, flags
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # the configs are not part of the package
 
-from benchmarks import workloads  # noqa: E402
+from benchmarks import parts, workloads  # noqa: E402
 from benchmarks.ours import make_model  # noqa: E402
 from grpo_jax import models  # noqa: E402
 from grpo_jax.algorithm.config import Algorithm  # noqa: E402
@@ -67,18 +67,12 @@ Row = dict[str, str]
 
 def main(arguments: list[str]) -> None:
     """Prints the tables that the flags name."""
-    if arguments[1:]:
-        raise app.UsageError(f'unexpected arguments: {arguments[1:]}')
     tables = {'logits': logits, 'memory': memory, 'learning': learning}
-    unknown = [part for part in PARTS.value if part not in tables]
-    if unknown:
-        raise app.UsageError(f'--parts={",".join(unknown)} is unknown: use {", ".join(tables)}')
+    parts.check(arguments, PARTS.value, tables)
     for part in PARTS.value:
         print(f'\n{part}:\n')
         for number, row in enumerate(tables[part]()):
-            if not number:
-                print('| ' + ' | '.join(row) + ' |\n|' + '---|' * len(row))
-            print('| ' + ' | '.join(row.values()) + ' |', flush=True)
+            parts.print_row(row, first=not number)
 
 
 def logits() -> Iterator[Row]:

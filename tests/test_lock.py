@@ -137,3 +137,4 @@ def test_a_folder_that_cannot_be_made_is_reported_by_the_check_of_the_config(tmp
     (tmp_path / 'file').write_text('')
     with lock.held(tmp_path / 'file' / 'run'):
         pass
+    assert (tmp_path / 'file').read_text() == ''
