@@ -63,6 +63,13 @@ def alive(pid):
         return False
 
 
+def gone(processes, seconds=60.0):
+    end = time.monotonic() + seconds
+    while any(map(alive, processes)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not any(map(alive, processes))
+
+
 def children(pid):
     return [int(child) for child in Path(f'/proc/{pid}/task/{pid}/children').read_text().split()]
 
@@ -133,7 +140,7 @@ def test_a_copy_that_dies_costs_its_result_and_no_start(tmp_path):
         assert len(copies) == 1
     finally:
         workers.close()
-    assert not any(map(alive, started + copies))
+    assert gone(started + copies)  # a killed process takes a moment to end
 
 
 def test_results_are_in_the_order_of_the_trees(scripted):
@@ -171,7 +178,7 @@ def test_no_process_is_left(scripted):
     assert list(map(os.getsid, left)) == left  # interrupts from the keyboard do not reach them
     assert all(map(alive, left))
     scripted.close()
-    assert not any(map(alive, left))
+    assert gone(left)
     assert pids(scripted) == []
     assert scripted.evaluate(['no'], seconds=SECONDS) == [False]  # and it starts again
 
@@ -252,17 +259,10 @@ def start(rest):
     return parent, [int(pid) for pid in parent.stdout.readline().split()]
 
 
-def gone(workers, seconds=60.0):
-    end = time.monotonic() + seconds
-    while any(map(alive, workers)) and time.monotonic() < end:
-        time.sleep(0.05)
-    return not any(map(alive, workers))
-
-
 def test_workers_end_with_their_program():
     parent, workers = start('')
     assert parent.wait(60) == 0
-    assert not any(map(alive, workers))
+    assert gone(workers)
 
 
 def test_workers_end_where_their_program_is_killed_during_a_comparison():
