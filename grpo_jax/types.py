@@ -46,6 +46,13 @@ class Rollout(NamedTuple):
     support: UInt32[Array, 'B G T words'] | None = None
     # Experts of the token before each, from which it was predicted; see `models.routing`.
     routing: UInt[Array, 'B G T L k'] | None = None
+    # Tokens of the policy, where the others of the mask are an environment's; None: all of them.
+    trained: Bool[Array, 'B G T'] | None = None
+
+    @property
+    def policy_mask(self) -> Bool[Array, '*B G T']:
+        """True at the tokens of the policy. Attention reads all of `mask`; losses count these."""
+        return self.mask if self.trained is None else self.trained
 
 
 class StepRewards(NamedTuple):

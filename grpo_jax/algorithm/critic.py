@@ -10,7 +10,7 @@ from jaxtyping import Bool, Float
 
 from grpo_jax import models
 from grpo_jax.algorithm.estimators import total_rewards
-from grpo_jax.types import Array, Batch, Rewards, Scalar, StepRewards
+from grpo_jax.types import Array, Batch, Rewards, Rollout, Scalar, StepRewards
 
 if TYPE_CHECKING:
     from grpo_jax.algorithm.config import Algorithm
@@ -81,18 +81,29 @@ def estimate(
     algorithm: 'Algorithm',
     rewards: Rewards,
     values: Float[Array, 'B G T'],
-    mask: Bool[Array, 'B G T'],
+    rollout: Rollout,
     penalty: Float[Array, 'B G T'] | None,
 ) -> Float[Array, 'B G T']:
     """Advantages f32[B, G, T] by `gae`; a completion's reward is given to its last token.
+
+    An environment's tokens are left out: the policy's last token of a turn is followed by its first
+    one of the next turn.
 
     Args:
       algorithm: gamma and lam.
       rewards: one for each completion or step.
       values: the critic's values before the inner updates.
-      mask: the completion tokens.
+      rollout: the completions.
       penalty: beta * KL of each token, if the KL is part of the reward.
     """
+    mask, order = rollout.policy_mask, None
+    if rollout.trained is not None:
+        rewards = rewards if isinstance(rewards, StepRewards) else total_rewards(rewards)
+        order = jnp.argsort(~mask, axis=-1, stable=True)
+        mask, values, penalty, rewards = jax.tree.map(
+            lambda x: x if x.ndim < 3 else jnp.take_along_axis(x, order, -1),
+            (mask, values, penalty, rewards),
+        )
     if isinstance(rewards, StepRewards):
         per_token = jnp.where(rewards.ends, rewards.values, 0.0)
     else:
@@ -101,7 +112,10 @@ def estimate(
     if penalty is not None:
         per_token = per_token - penalty
     gamma, lam = jnp.asarray(algorithm.gamma), jnp.asarray(algorithm.lam)
-    return jax.vmap(functools.partial(gae, gamma=gamma, lam=lam))(per_token, values, mask)
+    advantages = jax.vmap(functools.partial(gae, gamma=gamma, lam=lam))(per_token, values, mask)
+    if order is None:
+        return advantages
+    return jnp.take_along_axis(advantages, jnp.argsort(order, axis=-1), -1)
 
 
 def loss_fn(
@@ -118,4 +132,4 @@ def group_loss(
     assert group.old_values is not None
     assert group.returns is not None
     per_token = value_loss(values, group.old_values, group.returns, value_clip=algorithm.value_clip)
-    return jnp.where(group.rollout.mask, group.weights * per_token, 0.0).sum()
+    return jnp.where(group.rollout.policy_mask, group.weights * per_token, 0.0).sum()

@@ -138,7 +138,7 @@ def estimate(
         the completion's reward. Where baseline and scale are not those of the group, advantages are
         per token: r - beta * (sum of KL_i, i >= t), as in REINFORCE++ (arXiv 2501.03262).
     """
-    a, mask = algorithm, rollout.mask
+    a, mask = algorithm, rollout.policy_mask
     baseline = 'none' if a.baseline == 'greedy' else a.baseline  # it is subtracted here
     options = {'baseline': baseline, 'scale': a.scale, 'eps': a.advantage_eps}
     if isinstance(rewards, StepRewards):

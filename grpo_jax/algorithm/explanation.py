@@ -83,7 +83,7 @@ def explain(
 def _terms(a: Algorithm, logprobs: Array, entropy: Array | None, batch: Batch) -> TokenTerms:
     def of_group(logprobs: Array, entropy: Array | None, group: Batch) -> tuple[Any, ...]:
         old = losses.arrays_of(a, logprobs, group, entropy)['old_logprobs']
-        level = sequence_level(logprobs, old, group.rollout.mask, a.ratio)
+        level = sequence_level(logprobs, old, group.rollout.policy_mask, a.ratio)
         return old, jnp.exp(level - old), *losses.policy_loss(a, logprobs, group, entropy)
 
     old, ratio, per_token, kl = jax.vmap(of_group)(logprobs, entropy, batch)
@@ -104,7 +104,8 @@ def _terms(a: Algorithm, logprobs: Array, entropy: Array | None, batch: Batch) -
         coefficients, trained, batch.ref_logprobs, kl, entropy, clipped, batch.old_values,
         batch.returns,
     )  # fmt: skip
-    return jax.tree.map(lambda x: jnp.where(batch.rollout.mask, x, jnp.zeros((), x.dtype)), terms)
+    mask = batch.rollout.policy_mask
+    return jax.tree.map(lambda x: jnp.where(mask, x, jnp.zeros((), x.dtype)), terms)
 
 
 def make_explain(

@@ -211,7 +211,7 @@ def arrays_of(
     algorithm: 'Algorithm', logprobs: PerToken, group: Batch, entropy: PerToken | None
 ) -> dict[str, Any]:
     """The arrays of one group that a loss may name in its signature; absent ones are None."""
-    a, old, mask = algorithm, group.old_logprobs, group.rollout.mask
+    a, old, mask = algorithm, group.old_logprobs, group.rollout.policy_mask
     old = jax.lax.stop_gradient(logprobs) if old is None else old
     sampled, weights = group.rollout.logprobs, None
     if a.importance != 'none':
@@ -237,6 +237,6 @@ def gradient_coefficient(
         loss, _ = policy_loss(algorithm, x, group)
         if algorithm.pairwise:
             return loss.mean()  # all its values are equal
-        return jnp.where(group.rollout.mask, loss, 0.0).sum()
+        return jnp.where(group.rollout.policy_mask, loss, 0.0).sum()
 
     return -jax.grad(total)(logprobs)

@@ -26,6 +26,7 @@ def rollout_metrics(rollout: Rollout, rewards: Rewards) -> Terms:
     `reward_std_in_group` is the mean over groups of the population standard deviation. Completions
     without a reward count in neither; a group is one of zero deviation if it has at least two equal
     rewards. Completions that ended by themselves are "terminated"; those cut off at T "clipped".
+    Lengths are those of the policy's tokens; `step_tokens` has an environment's too.
 
     Args:
       rollout: [B, G, T] arrays.
@@ -41,7 +42,8 @@ def rollout_metrics(rollout: Rollout, rewards: Rewards) -> Terms:
     unit = unit_of(total)
     in_group = jax.vmap(standard_deviation)(total, scored)
     comparable = scored.sum(-1) > 1
-    length, ended = rollout.mask.sum(-1), rollout.ended
+    length, ended = rollout.policy_mask.sum(-1), rollout.ended
+    tokens = length if rollout.trained is None else rollout.mask.sum(-1)
     terminated = jnp.where(ended, length, 0)
     shortest = jnp.where(ended, length, rollout.mask.shape[-1]).min()
     return optional | {
@@ -49,7 +51,7 @@ def rollout_metrics(rollout: Rollout, rewards: Rewards) -> Terms:
         'reward_std': standard_deviation(total, scored, ddof=1),
         'reward_std_in_group': in_group.mean(),
         'frac_reward_zero_std': (comparable & (in_group == 0)).mean(),
-        'step_tokens': rollout.prompts.length.sum() + length.sum(),
+        'step_tokens': rollout.prompts.length.sum() + tokens.sum(),
         'completions/mean_length': length.mean(),
         'completions/min_length': length.min(),
         'completions/max_length': length.max(),
@@ -73,7 +75,7 @@ def policy_terms(
 def _group_terms(
     a: 'Algorithm', logprobs: Float[Array, 'G T'], entropy: Array | None, group: Batch
 ) -> Terms:
-    mask, kept = group.rollout.mask, group.rollout.kept
+    mask, kept = group.rollout.policy_mask, group.rollout.kept
     trained = mask if kept is None else mask & kept[:, None]
     loss, kl = losses.policy_loss(a, logprobs, group, entropy)
     arrays = losses.arrays_of(a, logprobs, group, entropy)
@@ -165,7 +167,7 @@ def critic_terms(algorithm: 'Algorithm', values: Float[Array, 'B G T'], batch: B
 
     def of_group(values: Array, group: Batch) -> Terms:
         assert group.returns is not None
-        mask = group.rollout.mask
+        mask = group.rollout.policy_mask
         returns = jnp.where(mask, group.returns, 0.0)
         residual = jnp.where(mask, group.returns - values, 0.0)
         return {

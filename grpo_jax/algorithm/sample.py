@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from grpo_jax import models
 from grpo_jax.engine import decode
 from grpo_jax.engine.compaction import shape_of, smallest_shape
+from grpo_jax.engine.episodes import Exchange, decode_episodes
 from grpo_jax.engine.sampler_calls import SamplerCalls
 from grpo_jax.engine.sampling_params import completed
 from grpo_jax.types import Array, Params, Prompts, Rollout, Sampling
@@ -47,6 +48,7 @@ def sample_blocks(
     record: tuple[str, ...] = (),
     unroll: bool | None = None,
     gather: bool | None = None,
+    exchange: Exchange | None = None,
 ) -> Iterator[Rollout]:
     """Samples `group_size` completions per prompt, yielding the rollout so far after each block.
 
@@ -74,6 +76,8 @@ def sample_blocks(
         of their stack for every token; None: where `models.caches_in_place` (NVIDIA GPUs).
       gather: give each device of the mesh's data axes a copy of the parameters in the model's dtype
         for the rollout, so that no token waits for them; None: where it fits into memory.
+      exchange: gives an environment's replies to completions, see `engine.episodes`; None: a
+        completion is one turn.
 
     Yields:
       A Rollout of [B, G, T] arrays after each block is dispatched; the last one is complete. The
@@ -87,13 +91,17 @@ def sample_blocks(
         model.config, mesh, sampling, weights, record,
         group_size=group_size, max_tokens=max_tokens, block=block,
     )  # fmt: skip
-    calls = SamplerCalls(model, mesh, group_size, max_tokens, block, record, unroll)
+    turns = exchange is not None
+    calls = SamplerCalls(model, mesh, group_size, max_tokens, block, record, unroll, turns)
     converted = calls.weights(params, weights, gather)
     params = params if converted is None else completed(params, converted.run())
     width, prompt = calls.first_width, prompts.tokens.shape[1]
     first = calls.first(params, prompts, seed, step, sampling, eos_ids, stops=stops)
     inputs, routing, slots, state = first.run()
     prompts = prompts._replace(routing=routing)
+    if exchange is not None:
+        yield from decode_episodes(calls, exchange, params, prompts, (inputs, slots, state))
+        return
     yield decode.rollout_so_far(prompts, state, group_size, mesh)
     if width == max_tokens:
         return  # under `jit`, the values read below would not exist

@@ -51,14 +51,14 @@ def step(
     a, rollout = algorithm, batch.rollout
     plan = policy.plan
     microbatches, chunk = microbatches_of(plan, policy.mesh), plan.logprob_chunk
-    tokens, slices = jnp.maximum(rollout.mask.sum(), 1), microbatches.slices(batch)
+    tokens, slices = jnp.maximum(rollout.policy_mask.sum(), 1), microbatches.slices(batch)
     model = _twice_differentiable(policy.model)
     scale = loss_scale(model, rollout.mask)
 
     def divergence(new: Params, part: Rollout) -> Array:
         old, new = policy.full_params(jax.lax.stop_gradient(params)), policy.full_params(new)
         kl = completion_kl(model, old, new, part, policy.sampling, chunk=chunk)
-        return jnp.where(part.mask, kl, 0.0).sum() / tokens
+        return jnp.where(part.policy_mask, kl, 0.0).sum() / tokens
 
     def surrogate(new: Params, part: Batch) -> Array:
         logprobs = completion_logprobs(

@@ -53,7 +53,7 @@ def make_batch(
       rollout: the completions.
       rewards: f32[B, G], or those of each step or of each function.
     """
-    a, mask = algorithm, rollout.mask
+    a, mask = algorithm, rollout.policy_mask
     absent: Any = None  # a field that is not computed, or not yet
     batch = Batch(rollout, advantages=absent, weights=absent)
     old = ref = penalty = values = returns = absent
@@ -71,7 +71,7 @@ def make_batch(
         advantage = estimators.estimate(a, rewards, rollout, penalty)
     else:
         values = value_model.outputs(state.value_params, batch)['values']
-        advantage = critic.estimate(a, rewards, values, mask, penalty)
+        advantage = critic.estimate(a, rewards, values, rollout, penalty)
         returns = advantage + values
     trained = mask if rollout.kept is None else mask & rollout.kept[..., None]
     if a.scale == 'batch':
@@ -107,7 +107,7 @@ def loss_fn(
 
     def group_loss(logprobs: Array, entropy: Array | None, group: Batch) -> Array:
         per_token, _ = losses.policy_loss(algorithm, logprobs, group, entropy)
-        return jnp.where(group.rollout.mask, group.weights * per_token, 0.0).sum()
+        return jnp.where(group.rollout.policy_mask, group.weights * per_token, 0.0).sum()
 
     return jax.vmap(group_loss)(logprobs, entropy, batch).sum()
 

@@ -58,14 +58,16 @@ class Drawn(NamedTuple):
     # If they are recorded, see `types.Rollout`.
     support: UInt32[Array, 'B R n words'] | None
     routing: UInt[Array, 'B R n L k'] | None
+    trained: Bool[Array, 'B R n'] | None = None  # with an environment, see `types.Rollout`
 
 
 class DecodeState(NamedTuple):
     """The state between two blocks of columns."""
 
-    t: Int[Array, '']  # columns drawn so far
+    # Columns so far: of all completions, or with an environment of each.
+    t: Int[Array, ''] | Int[Array, 'B G']
     drawn: Drawn  # of all completions, [B, G, T]
-    ended: Bool[Array, 'B G']
+    ended: Bool[Array, 'B G']  # with an environment: whether the last turn has ended
     live: Int[Array, '2']  # see `count_live`
 
 
@@ -89,9 +91,8 @@ def shape_of(slots: Slots, mesh: Mesh | None) -> SlotShape:
     return SlotShape(groups // data_devices(mesh), size)
 
 
-def count_live(slots: Slots, mesh: Mesh | None) -> Int[Array, '2']:
-    """Slots that have not ended: the most in any group, and the most on any device."""
-    by_group = ~slots.done
+def count_live(by_group: Bool[Array, 'B R'], mesh: Mesh | None) -> Int[Array, '2']:
+    """Slots that draw tokens: the most in any group, and the most on any device."""
     by_device = by_group.reshape(data_devices(mesh), -1)
     return jnp.stack([x.sum(1).max() for x in (by_group, by_device)])
 
@@ -140,10 +141,21 @@ def _halved(size: int, least: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=('shape', 'mesh'))
 def compact(
-    inputs: DecodeInputs, slots: Slots, shape: SlotShape, mesh: Mesh | None
-) -> tuple[DecodeInputs, Slots]:
-    """Reduces the slots to `shape`, keeping all live ones."""
+    inputs: DecodeInputs, slots: Slots, shape: SlotShape, mesh: Mesh | None,
+    over: Bool[Array, 'devices n'] | None = None,
+) -> tuple[DecodeInputs, Slots]:  # fmt: skip
+    """Reduces the slots to `shape`, keeping all that are not done; with `over`, not over.
+
+    Args:
+      inputs: what is constant.
+      slots: before.
+      shape: after.
+      mesh: the devices.
+      over: whether the episode of each completion of a device is over.
+    """
     (groups, size, _), done = shape_of(slots, mesh), slots.done
+    if over is not None:
+        done = take_slots(over, slots.place.reshape(len(over), -1)).reshape(done.shape)
     if shape.apart:
         kept = jnp.argsort(done.reshape(-1, groups * size), axis=1, stable=True)[:, : shape.groups]
     else:

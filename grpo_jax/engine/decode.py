@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, Shaped, UInt
 
 from grpo_jax import sharding
+from grpo_jax.engine import columns
 from grpo_jax.engine.compaction import (
     DecodeInputs,
     DecodeState,
@@ -74,11 +75,11 @@ def block_size(max_tokens: int, *, in_place: bool) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=(
-    'model', 'group_size', 'max_tokens', 'width', 'record', 'mesh'))  # fmt: skip
+    'model', 'group_size', 'max_tokens', 'width', 'record', 'mesh', 'turns'))  # fmt: skip
 def first_block(
     model: Transformer, inputs: DecodeInputs, seed: Int[Array, ''], step: Int[Array, ''],
     thresholds: Thresholds, *, group_size: int, max_tokens: int, width: int,
-    record: tuple[str, ...], mesh: Mesh | None,
+    record: tuple[str, ...], mesh: Mesh | None, turns: bool = False,
 ) -> tuple[DecodeInputs, UInt[Array, 'B P L k'] | None, Slots, DecodeState]:  # fmt: skip
     """Prefills the prompts and decodes columns up to `width`.
 
@@ -93,6 +94,7 @@ def first_block(
       width: columns to decode, at most T.
       record: which of `RECORDS` the rollout holds.
       mesh: the devices.
+      turns: each completion has a column of its own, since an environment replies to its turns.
 
     Returns:
       The inputs with the prompts' cache and without parameters, the routing of the prompts if it is
@@ -104,7 +106,7 @@ def first_block(
     with sharding.use(mesh):
         keys = completion_keys(seed, step, prompts.index, group_size)
         keys, prompts = sharding.split_groups((keys, prompts), slices, mesh)
-        (cache, last), routing = _apply(
+        (cache, last), routing = run_recording(
             record, model, inputs.params, prompts.tokens, prompts.length, method='prefill'
         )
         if routing is not None:
@@ -121,10 +123,11 @@ def first_block(
             cache=_empty_cache(model, keys.shape, width),
         )
         hidden = jnp.broadcast_to(last[:, None], (*keys.shape, last.shape[-1]))
-        slots, column = _draw_column(model, inputs, hidden, jnp.int32(0), slots)
+        t = jnp.zeros(keys.shape, jnp.int32) if turns else jnp.int32(0)
+        slots, column = _draw_column(model, inputs, hidden, t, slots, ~slots.done)
         column = _recorded(column, record, routing)
         drawn = jax.tree.map(lambda x: _padded(x, max_tokens), column)
-        state = DecodeState(jnp.int32(1), drawn, slots.done, count_live(slots, mesh))
+        state = DecodeState(t + 1, drawn, slots.done, count_live(~slots.done, mesh))
         slots, state = _decode_columns(
             model, inputs, slots, state, thresholds, width=width, mesh=mesh
         )
@@ -136,12 +139,14 @@ def first_block(
 @functools.partial(jax.jit, static_argnames=('model', 'width', 'mesh'), donate_argnames='slots')
 def next_block(
     model: Transformer, params: Params, inputs: DecodeInputs, slots: Slots, state: DecodeState,
-    thresholds: Thresholds, *, width: int, mesh: Mesh | None,
+    thresholds: Thresholds, steps: Int[Array, ''] | None = None, *, width: int, mesh: Mesh | None,
 ) -> tuple[Slots, DecodeState]:  # fmt: skip
-    """Continues decoding up to column `width`."""
+    """Continues decoding up to column `width`, and `steps` tokens of each completion at most."""
     with sharding.use(mesh):
         inputs = inputs._replace(params=params)
-        return _decode_columns(model, inputs, slots, state, thresholds, width=width, mesh=mesh)
+        return _decode_columns(
+            model, inputs, slots, state, thresholds, steps, width=width, mesh=mesh
+        )
 
 
 def rollout_so_far(
@@ -164,78 +169,82 @@ def grow_cache(slots: Slots, width: int) -> Slots:
     return slots._replace(cache=jax.tree.map(lambda x: _padded(x, width, axis=-2), slots.cache))
 
 
-_Decoding = tuple[Int[Array, ''], Slots, Drawn]  # columns drawn, the slots and their tokens
+# Columns so far, the slots and their tokens, and how many columns may follow.
+_Decoding = tuple[Int[Array, '*rows'], Slots, Drawn, Int[Array, ''] | None]
 
 
 def _decode_columns(
     model: Transformer, inputs: DecodeInputs, slots: Slots, state: DecodeState,
-    thresholds: Thresholds, *, width: int, mesh: Mesh | None,
+    thresholds: Thresholds, steps: Int[Array, ''] | None = None, *, width: int, mesh: Mesh | None,
 ) -> tuple[Slots, DecodeState]:  # fmt: skip
     """Decodes columns from state.t up to `width`, or until few slots are live.
 
     `thresholds` are those of `compaction.compaction_thresholds`: decoding stops once no group has
-    more live slots than the first, or no device has more than the second.
+    more live slots than the first, or no device has more than the second. It also stops when any
+    live slot needs column `width`, or after `steps` columns.
     """
     place = slots.place.reshape(data_devices(mesh), -1)
     record = tuple(name for name in RECORDS if getattr(state.drawn, name) is not None)
+    last = state.drawn.tokens.shape[2]
 
     def of_slots(x: jax.Array) -> jax.Array:
-        x = take_slots(x[:, :, :width], place)
-        return x.reshape(*slots.done.shape, *x.shape[1:])
+        return take_slots(x, place).reshape(*slots.done.shape, *x.shape[2:])
 
     def advance(carry: _Decoding) -> _Decoding:
-        t, slots, drawn = carry
-        (hidden, new), routing = _apply(
+        t, slots, drawn, steps = carry
+        (hidden, new), routing = run_recording(
             record, model, inputs.params, slots.token, t - 1, inputs.cache,
             inputs.prompts.length, slots.cache, method='decode',
         )  # fmt: skip
-        cache = jax.tree.map(
-            lambda cache, x: jax.lax.dynamic_update_slice_in_dim(cache, x, t - 1, axis=4),
-            slots.cache,
-            new,
-        )
-        slots, column = _draw_column(model, inputs, hidden, t, slots._replace(cache=cache))
+        cache = jax.tree.map(lambda x, y: columns.write_cache(x, y, t - 1), slots.cache, new)
+        live = columns.live(slots.done, t, last)
+        slots, column = _draw_column(model, inputs, hidden, t, slots._replace(cache=cache), live)
         column = _recorded(column, record, routing)
-        drawn = jax.tree.map(
-            lambda x, y: jax.lax.dynamic_update_slice_in_dim(x, y, t, axis=2), drawn, column
-        )
-        return t + 1, slots, drawn
+        drawn = jax.tree.map(lambda x, y: columns.write_tokens(x, y, t, live), drawn, column)
+        t = t + live if t.ndim else t + 1
+        return t, slots, drawn, None if steps is None else steps - 1
 
     def enough_live(carry: _Decoding) -> Bool[Array, '']:
-        t, slots, _ = carry
-        return (t < width) & (count_live(slots, mesh) > jnp.asarray(thresholds)).all()
+        t, slots, _, steps = carry
+        live = columns.live(slots.done, t, last)
+        go_on = columns.furthest(t, live) < width
+        go_on &= (count_live(live, mesh) > jnp.asarray(thresholds)).all()
+        return go_on if steps is None else go_on & (steps > 0)
 
-    drawn = jax.tree.map(of_slots, state.drawn)
-    t, slots, drawn = jax.lax.while_loop(enough_live, advance, (state.t, slots, drawn))
+    drawn = jax.tree.map(lambda x: of_slots(x[:, :, :width]), state.drawn)
+    t = of_slots(state.t) if state.t.ndim else state.t
+    t, slots, drawn, _ = jax.lax.while_loop(enough_live, advance, (t, slots, drawn, steps))
 
     def write(whole: jax.Array, new: jax.Array) -> jax.Array:
         return whole.at[:, :, :width].set(put_slots(whole[:, :, :width], place, new))
 
     drawn = jax.tree.map(write, state.drawn, drawn)
     ended = put_slots(state.ended, place, slots.done)
-    return slots, _in_place(DecodeState(t, drawn, ended, count_live(slots, mesh)), mesh)
+    live = count_live(columns.live(slots.done, t, last), mesh)
+    t = put_slots(state.t, place, t) if t.ndim else t
+    return slots, in_place(DecodeState(t, drawn, ended, live), mesh)
 
 
-def _in_place(state: DecodeState, mesh: Mesh | None) -> DecodeState:
+def in_place(state: DecodeState, mesh: Mesh | None) -> DecodeState:
     """The state with a device's completions on that device, and the counts on all devices."""
     if mesh is None:
         return state
     split, everywhere = sharding.groups(mesh), sharding.replicated(mesh)
     drawn: Any = jax.tree.map(lambda _: split, state.drawn)
-    where = DecodeState(everywhere, drawn, split, everywhere)  # type: ignore[arg-type]
+    t = split if state.t.ndim else everywhere
+    where = DecodeState(t, drawn, split, everywhere)  # type: ignore[arg-type]
     return jax.lax.with_sharding_constraint(state, where)
 
 
 def _draw_column(
-    model: Transformer, inputs: DecodeInputs, hidden: Shaped[Array, 'B R D'], t: Int[Array, ''],
-    slots: Slots,
+    model: Transformer, inputs: DecodeInputs, hidden: Shaped[Array, 'B R D'],
+    t: Int[Array, '*rows'], slots: Slots, live: Bool[Array, 'B R'],
 ) -> tuple[Slots, Drawn]:  # fmt: skip
-    """Draws column t from the hidden states that predict it."""
+    """Draws column t of the live slots from the hidden states that predict it."""
     shape = slots.done.shape
     logits = apply(model, inputs.params, hidden, method='logits')
-    keys = jax.vmap(lambda key: jax.random.fold_in(key, t))(slots.key.reshape(-1))
+    keys = columns.token_keys(slots.key.reshape(-1), t)
     token, logprob, kept = draw(keys, logits.reshape(len(keys), -1), inputs.sampling)
-    live = ~slots.done
     token = jnp.where(live, token.reshape(shape), 0)
     logprob = jnp.where(live, logprob.reshape(shape), 0.0)
     ends = (token[..., None] == inputs.eos_ids).any(-1)
@@ -243,12 +252,19 @@ def _draw_column(
     if inputs.stops is not None:
         stop_state = inputs.stops[stop_state, token].astype(jnp.int32)
         ends |= stop_state == len(inputs.stops) - 1
+    column = Drawn(
+        token[..., None], live[..., None], logprob[..., None], pack(kept).reshape(*shape, 1, -1),
+        routing=None,
+    )  # fmt: skip
+    if t.ndim:  # the reply to a turn is read after its last token
+        column = column._replace(trained=live[..., None])
+        token = jnp.where(live, token, slots.token)
+        stop_state = jnp.where(live, stop_state, slots.stop_state)
     slots = slots._replace(token=token, done=slots.done | (live & ends), stop_state=stop_state)
-    support = pack(kept).reshape(*shape, 1, -1)
-    return slots, Drawn(token[..., None], live[..., None], logprob[..., None], support, None)
+    return slots, column
 
 
-def _apply(
+def run_recording(
     record: tuple[str, ...], model: Transformer, params: Params, *args: Any, method: str
 ) -> tuple[Any, UInt[Array, 'N L k'] | None]:
     """Calls a method, and returns the routing of the tokens that it processes, if recorded."""

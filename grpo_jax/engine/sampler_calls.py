@@ -6,7 +6,7 @@ from typing import Any
 from jax.sharding import Mesh
 
 from grpo_jax import models
-from grpo_jax.engine import decode
+from grpo_jax.engine import decode, forced_tokens
 from grpo_jax.engine.calls import Call
 from grpo_jax.engine.compaction import (
     NEVER_COMPACT,
@@ -38,6 +38,7 @@ class SamplerCalls:
       record: what the rollout holds for the update.
       unroll: whether each layer has its own copy of its parameters; None: where
         `models.caches_in_place`.
+      turns: whether an environment replies, so that each completion has a column of its own.
     """
 
     model: models.Transformer
@@ -47,6 +48,7 @@ class SamplerCalls:
     block: int = 0
     record: tuple[str, ...] = ()
     unroll: bool | None = None
+    turns: bool = False
 
     def __post_init__(self) -> None:
         in_place = models.caches_in_place(self.model.config)
@@ -85,17 +87,20 @@ class SamplerCalls:
             thresholds = compaction_thresholds(shape, length, width)
         options = {
             'group_size': self.group_size, 'max_tokens': self.max_tokens, 'width': width,
-            'record': self.record, 'mesh': self.mesh,
+            'record': self.record, 'mesh': self.mesh, 'turns': self.turns,
         }  # fmt: skip
         arguments = self.model, inputs, seed, step, thresholds or NEVER_COMPACT
         name = f'prompts of {length} tokens, and the first {width} columns of {_text(shape)}'
         return Call(decode.first_block, arguments, options, name)
 
-    def compaction(self, inputs: DecodeInputs, slots: Slots, shape: SlotShape) -> Call:
+    def compaction(
+        self, inputs: DecodeInputs, slots: Slots, shape: SlotShape, over: Any = None
+    ) -> Call:
         """The call of `compact`."""
         now, width = shape_of(slots, self.mesh), slots.cache.k.shape[-2]
         name = describe('compaction', (now, width), (shape, width))
-        return Call(compact, (inputs, slots), {'shape': shape, 'mesh': self.mesh}, name)
+        options = {'shape': shape, 'mesh': self.mesh} | ({} if over is None else {'over': over})
+        return Call(compact, (inputs, slots), options, name)
 
     def growth(self, slots: Slots, width: int) -> Call:
         """The call of `decode.grow_cache`."""
@@ -104,14 +109,35 @@ class SamplerCalls:
         return Call(decode.grow_cache, (slots,), {'width': width}, name)
 
     def block_to(
-        self, params: Params, inputs: DecodeInputs, slots: Slots, state: DecodeState, width: int
-    ) -> Call:
-        """The call of `decode.next_block`, whose caches have `width` columns."""
-        now, length = shape_of(slots, self.mesh), inputs.cache.k.shape[-2]
-        thresholds = compaction_thresholds(now, length, width)
-        arguments = self.model, params, inputs, slots, state, thresholds
+        self, params: Params, inputs: DecodeInputs, slots: Slots, state: DecodeState, width: int,
+        *pause: Any,
+    ) -> Call:  # fmt: skip
+        """The call of `decode.next_block`, whose caches have `width` columns.
+
+        `pause`: thresholds and number of columns after which an environment is asked.
+        """
+        now = shape_of(slots, self.mesh)
+        arguments = self.model, params, inputs, slots, state, *pause
+        if not pause:
+            arguments = *arguments, self.thresholds(inputs, slots, width)
         name = describe('block', (now, width), (now, width))
         return Call(decode.next_block, arguments, {'width': width, 'mesh': self.mesh}, name)
+
+    def thresholds(self, inputs: DecodeInputs, slots: Slots, width: int) -> tuple[int, int]:
+        """The `compaction_thresholds` of a block."""
+        now, length = shape_of(slots, self.mesh), inputs.cache.k.shape[-2]
+        return compaction_thresholds(now, length, width)
+
+    def replies(
+        self, params: Params, inputs: DecodeInputs, slots: Slots, state: DecodeState,
+        replies: tuple[Array, Array], rows: int,
+    ) -> Call:  # fmt: skip
+        """The call of `forced_tokens.force`."""
+        now, width = shape_of(slots, self.mesh), slots.cache.k.shape[-2]
+        arguments = self.model, params, inputs, slots, state, replies
+        length = replies[0].shape[-1]
+        name = f'replies of {length} tokens to {rows} of {_text(now)}, {width} columns'
+        return Call(forced_tokens.force, arguments, {'rows': rows, 'mesh': self.mesh}, name)
 
 
 def describe(kind: str, before: tuple[SlotShape, int], after: tuple[SlotShape, int]) -> str:

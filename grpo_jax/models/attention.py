@@ -28,7 +28,7 @@ class Piece(NamedTuple):
 
     k: Float[Array, '*axes N h']  # [G, K, N, h], or [K, N, h] when shared
     v: Float[Array, '*axes N h']  # like k
-    positions: Int[Array, '*batch N']  # MASKED_POSITION where there is no token
+    positions: Int[Array, '*batch N']  # MASKED_POSITION where there is no token; [G, N]: of rows
     # In packed sequences query s reads only keys whose owner is in read_by[s]. Set both or neither.
     owner: Int[Array, '*batch N'] | None = None
     read_by: Int[Array, '*batch S names'] | None = None
@@ -46,7 +46,7 @@ class DecodeCache(NamedTuple):
 
     layers: LayerCaches
     length: Int[Array, ' B']  # real tokens of the prompts
-    t: Int[Array, '']  # earlier tokens of each row
+    t: Int[Array, ''] | Int[Array, 'B G']  # earlier tokens of each row
 
 
 def concatenate_pieces(shared: Piece, own: Piece) -> Piece:
@@ -69,7 +69,7 @@ def concatenate_pieces(shared: Piece, own: Piece) -> Piece:
 def attend(
     q: Float[Array, 'G S H h'],
     pieces: Sequence[Piece],
-    positions: Int[Array, ' S'],
+    positions: Int[Array, '*G S'],
     *,
     scale: float,
     softcap: float = 0.0,
@@ -82,7 +82,8 @@ def attend(
       q: rotated queries of G rows, S positions each.
       pieces: every query must see at least one of their positions. The last S positions of the last
         piece are those of the queries; no query sees any of them after its own.
-      positions: of the queries; a query sees keys up to its own position.
+      positions: of the queries, [S], or [G, S] where rows differ; a query sees keys up to its own
+        position.
       scale: of the scores.
       softcap: scores are softcap * tanh(score / softcap), unless it is 0 (Gemma 2, arXiv
         2408.00118, section 2).
@@ -118,27 +119,29 @@ def _query_blocks(length: int, *, packed: bool) -> list[slice]:
 def _visible_keys(
     block: slice,
     pieces: Sequence[Piece],
-    positions: Int[Array, ' S'],
+    positions: Int[Array, '*G S'],
     window: Int[Array, ''] | None,
-) -> tuple[Bool[Array, 'block N'], ...]:
+) -> tuple[Bool[Array, '*G block N'], ...]:
     """Which keys the queries of a block read: a mask for each piece, of its first N keys.
 
     The queries' own keys after the block are left out.
     """
     *past, own = pieces
-    stop = len(own.positions) - len(positions) + block.stop
+    stop = own.positions.shape[-1] - positions.shape[-1] + block.stop
     owner = None if own.owner is None else own.owner[:stop]
-    own = own._replace(positions=own.positions[:stop], owner=owner)
+    own = own._replace(positions=own.positions[..., :stop], owner=owner)
     return tuple(_visible(piece, positions, window, block) for piece in (*past, own))
 
 
 def _visible(
-    piece: Piece, positions: Int[Array, ' S'], window: Int[Array, ''] | None, block: slice
-) -> Bool[Array, 'block N']:
-    positions = positions[block]
-    visible = piece.positions <= positions[:, None]
+    piece: Piece, positions: Int[Array, '*G S'], window: Int[Array, ''] | None, block: slice
+) -> Bool[Array, '*G block N']:
+    keys, positions = piece.positions, positions[..., block]
+    if keys.ndim > 1:  # those of each row
+        keys = keys[:, None, :]
+    visible = keys <= positions[..., None]
     if window is not None:
-        visible &= piece.positions > positions[:, None] - window
+        visible &= keys > positions[..., None] - window
     if piece.owner is not None:
         assert piece.read_by is not None
         visible &= (piece.owner[:, None] == piece.read_by[block, None]).any(-1)

@@ -32,12 +32,12 @@ class Owners(NamedTuple):
 class TokenPositions(NamedTuple):
     """Where the new tokens are and what they may read; the same for all layers."""
 
-    positions: Int[Array, 'B S']
-    past: tuple[Int[Array, 'B _'], ...]  # positions of the keys in each earlier piece
+    positions: Int[Array, '*batch S']  # [B, S], or [B, G, S] where rows differ
+    past: tuple[Int[Array, '*_ _'], ...]  # positions of the keys in each earlier piece
     owners: Owners | None  # None: every token may read all keys up to its position
     cache: DecodeCache | None  # what one new token attends to, where caches are read in place
-    cos: Float[Array, 'kinds B S n']  # a layer selects one of the kinds
-    sin: Float[Array, 'kinds B S n']
+    cos: Float[Array, 'kinds *batch S n']  # a layer selects one of the kinds
+    sin: Float[Array, 'kinds *batch S n']
 
 
 class LayerOptions(NamedTuple):
@@ -49,8 +49,8 @@ class LayerOptions(NamedTuple):
 
 
 def rotations(
-    c: ModelConfig, positions: Int[Array, 'B S'], seen: Int[Array, 'B S']
-) -> tuple[Float[Array, '3 B S n'], Float[Array, '3 B S n']]:
+    c: ModelConfig, positions: Int[Array, '*batch S'], seen: Int[Array, '*batch S']
+) -> tuple[Float[Array, '3 *batch S n'], Float[Array, '3 *batch S n']]:
     """Cosines and sines: of most layers, of windowed ones, and of those without positions."""
     most = rope.tables(
         positions, seen, width=c.rope_width, theta=c.rope_theta, scaling=c.rope_scaling
@@ -120,7 +120,10 @@ class Block(nn.Module):
         k = project(self, 'key', x, (c.kv_heads, c.head_dim), bias=bias)
         v = project(self, 'value', x, (c.kv_heads, c.head_dim), bias=bias).swapaxes(2, 3)
         q, k = self._qk_norm('query_norm', q), self._qk_norm('key_norm', k)
-        cos, sin = (table[layer.rotation][:, None] for table in (tokens.cos, tokens.sin))
+        cos, sin = (
+            table[layer.rotation] if tokens.positions.ndim == 3 else table[layer.rotation][:, None]
+            for table in (tokens.cos, tokens.sin)
+        )
         q, k = rope.rotate(q, cos, sin), rope.rotate(k, cos, sin).swapaxes(2, 3)
         if tokens.cache is not None:
             new, number = (k[..., 0, :], v[..., 0, :]), jnp.asarray(layer.number)

@@ -129,7 +129,7 @@ class Transformer(nn.Module):
     def decode(
         self,
         token: Int[Array, 'B G'],
-        t: Int[Array, ''],
+        t: Int[Array, ''] | Int[Array, 'B G'],
         prompt: KeyValues,
         length: Int[Array, ' B'],
         own: KeyValues,
@@ -138,7 +138,7 @@ class Transformer(nn.Module):
 
         Args:
           token: completion token t of each row.
-          t: its position in the completion, from 0.
+          t: its position in the completion, from 0; the same for all rows, or one for each.
           prompt: [L, B, K, P, h] from `prefill`.
           length: real tokens of the prompts.
           own: [L, B, G, K, T, h] keys and values of the rows' tokens before t.
@@ -148,17 +148,41 @@ class Transformer(nn.Module):
           values that the caller writes at t.
         """
         length, t = jnp.asarray(length), jnp.asarray(t)
-        positions = (length + t)[:, None]
+        start = length[:, None] if t.ndim else length
+        positions = (start + t)[..., None]
         run = functools.partial(self._run_layers, token[..., None])
-        if caches_in_place(self.config):
+        if caches_in_place(self.config) and not (t.ndim and self.config.window):
             cache = DecodeCache(LayerCaches((prompt.k, prompt.v), (own.k, own.v)), length, t)
             hidden, column = run((), positions, positions + 1, (), cache=cache)
         else:
-            columns = jnp.arange(own.k.shape[-2])
-            filled = jnp.where(columns < t, length[:, None] + columns, MASKED_POSITION)
+            filled = _own_positions(own, start, t)
             past = (_prompt_positions(prompt, length), filled)
             hidden, column = run((prompt, own), positions, positions + 1, past)
         return hidden[:, :, 0], column
+
+    def extend_cached(
+        self,
+        tokens: Int[Array, 'N F'],
+        t: Int[Array, ' N'],
+        prompt: KeyValues,
+        length: Int[Array, ' N'],
+        own: KeyValues,
+    ) -> KeyValues:
+        """Processes several tokens of each row, after those that its cache holds.
+
+        Args:
+          tokens: completion tokens t, t + 1, ... of each row.
+          t: the position of the first of them in the completion.
+          prompt: [L, N, K, P, h], the prompt of each row.
+          length: real tokens of the prompts.
+          own: [L, N, 1, K, T, h] keys and values of the rows' tokens before t.
+
+        Returns:
+          Keys and values [L, N, 1, K, F, h] of the tokens.
+        """
+        positions = (length + t)[:, None] + jnp.arange(tokens.shape[1])
+        past = _prompt_positions(prompt, length), _own_positions(own, length, t)
+        return self._run_layers(tokens[:, None], (prompt, own), positions, positions + 1, past)[1]
 
     def logits(self, hidden: Float[Array, '*axes D']) -> Float[Array, '*axes V']:
         """f32 logits of the next token from hidden states."""
@@ -203,9 +227,9 @@ class Transformer(nn.Module):
         self,
         tokens: Int[Array, 'B G S'],
         past: tuple[KeyValues, ...],
-        positions: Int[Array, 'B S'],
-        seen: Int[Array, 'B S'],
-        past_positions: tuple[Int[Array, 'B _'], ...],
+        positions: Int[Array, '*batch S'],
+        seen: Int[Array, '*batch S'],
+        past_positions: tuple[Int[Array, '*_ _'], ...],
         *,
         owners: Owners | None = None,
         cache: DecodeCache | None = None,
@@ -215,7 +239,7 @@ class Transformer(nn.Module):
         Args:
           tokens: what to process.
           past: pieces of earlier keys and values of all layers.
-          positions: of the tokens.
+          positions: of the tokens, [B, S], or [B, G, S] where rows differ.
           seen: see `rope.tables`.
           past_positions: of the keys in each piece of `past`.
           owners: see `TokenPositions`.
@@ -254,6 +278,15 @@ def _prompt_positions(prompt: KeyValues, length: Int[Array, ' B']) -> Int[Array,
     """Positions of the prompts' columns; MASKED_POSITION after the prompts' ends."""
     columns = jnp.arange(prompt.k.shape[-2])
     return jnp.where(columns < length[:, None], columns, MASKED_POSITION)
+
+
+def _own_positions(
+    own: KeyValues, start: Int[Array, '*_'], t: Int[Array, '*rows']
+) -> Int[Array, '*batch T']:
+    """Positions of the columns of completions; MASKED_POSITION from column t on."""
+    columns = jnp.arange(own.k.shape[-2])
+    filled = columns < (t[..., None] if t.ndim else t)
+    return jnp.where(filled, start[..., None] + columns, MASKED_POSITION)
 
 
 def init_params(model: Transformer, key: Key[Array, '']) -> Params:

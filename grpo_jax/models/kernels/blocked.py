@@ -2,7 +2,7 @@
 
 A piece's keys and values are [G, K, N, h] or shared by the group, [K, N, h], and its scores are
 f32[G, K, S, R, N] or [K, G, S, R, N]: the natural order of its product. Each block of queries has a
-mask `visible` for every piece, of as many keys as it reads.
+mask `visible` for every piece, [S, N] or [G, S, N], of as many keys as it reads.
 """
 
 import functools
@@ -20,7 +20,7 @@ _MASKED_SCORE = -1e30  # finite, so that a fully masked piece gets weight 0 and 
 _Queries = Float[Array, 'G K S R h']
 _RowSums = Float[Array, 'G K S R']
 _KeysValues = Sequence[tuple[Float[Array, '... _ h'], Float[Array, '... _ h']]]  # of each piece
-_Masks = Sequence[Bool[Array, '_ _']]  # of a block of queries and each piece
+_Masks = Sequence[Bool[Array, '*_ _ _']]  # of a block of queries and each piece
 _Gradients = Sequence[tuple[Float[Array, '... _ h'], Float[Array, '... _ h']]]
 _Residuals = tuple[_Queries, _KeysValues, Sequence[_Masks], _Queries, _RowSums]
 
@@ -45,9 +45,9 @@ def _cut_blocks(
     """Yields each block's queries, the keys and values that they read, and the masks."""
     start = 0
     for masks in visible:
-        stop = start + len(masks[0])
+        stop = start + masks[0].shape[-2]
         read = [
-            (k[..., : mask.shape[1], :], v[..., : mask.shape[1], :])
+            (k[..., : mask.shape[-1], :], v[..., : mask.shape[-1], :])
             for (k, v), mask in zip(keys_values, masks, strict=True)
         ]
         yield q[:, :, start:stop], read, masks
@@ -63,7 +63,7 @@ def _softmax_attention(
 ) -> tuple[_Queries, _RowSums]:
     """`blocked_attention` for one block."""
     scores = [
-        jnp.where(mask[:, None, :], cap_scores(_scores(q, k), softcap), _MASKED_SCORE)
+        jnp.where(_of_scores(mask, k), cap_scores(_scores(q, k), softcap), _MASKED_SCORE)
         for (k, _), mask in zip(keys_values, visible, strict=True)
     ]
     shared = [_is_shared(k) for k, _ in keys_values]
@@ -139,7 +139,7 @@ def _block_gradient(
         scores = _scores(q, k)
         capped = cap_scores(scores, softcap)
         weights = jnp.exp(capped - _swap_rows(log_sum, shared)[..., None])
-        weights = jnp.where(mask[:, None, :], weights, 0.0)
+        weights = jnp.where(_of_scores(mask, k), weights, 0.0)
         grad_scores = _scores(grad_out.astype(v.dtype), v) - _swap_rows(mean, shared)[..., None]
         grad_scores = grad_scores * weights
         if softcap:
@@ -170,6 +170,12 @@ recomputed_attention.defvjp(_attention_forward, _attention_backward)
 
 def _is_shared(k: Array) -> bool:
     return k.ndim == 3
+
+
+def _of_scores(mask: Bool[Array, '*_ S N'], k: Array) -> Bool[Array, '... 1 N']:
+    """A mask in the order of the axes of the scores with these keys."""
+    mask = mask[..., None, :]
+    return mask if mask.ndim == 3 or _is_shared(k) else mask[:, None]
 
 
 def _scores(q: _Queries, k: Float[Array, '... N h']) -> Float[Array, '_ _ S R N']:

@@ -84,7 +84,8 @@ def attend_token(
       new: the token's own keys and values.
       cache: keys and values of all layers before the token.
       layer: which layer of them.
-      window: how many positions the token sees, including its own.
+      window: how many positions the token sees, including its own; where rows have different
+        numbers of earlier tokens, all.
       scale: of the scores.
       softcap: see `attention.attend`.
       interpret: runs on any platform, slowly.
@@ -164,7 +165,9 @@ def _parts_kernel(
     """
     program, head, group = (pl.program_id(axis) for axis in range(3))
     at = layer[()]  # read here: loads in the loop that depended on it could not be prefetched
-    first_visible = t[()] - window[()] + 1  # own column; the prompt's columns come before column 0
+
+    def first_visible(t: Array) -> Array:  # own column; the prompt's columns come before column 0
+        return t - window[()] + 1
 
     def row_part() -> _Part:
         tiles = -(-share // _QUERIES)  # of a row's queries
@@ -172,12 +175,13 @@ def _parts_kernel(
         tile = program // own.parts % tiles
         first = row * share + tile * _QUERIES
         real = jnp.minimum(share - tile * _QUERIES, _QUERIES)
-        start, stop = i * own.size, jnp.minimum((i + 1) * own.size, t[()])
+        filled = t[group, row] if t.shape else t[()]
+        start, stop = i * own.size, jnp.minimum((i + 1) * own.size, filled)
 
         def keys_values(columns: Any) -> Iterable[Ref]:
             return (x.at[at, group, row, head, columns, :] for x in (own_k, own_v))
 
-        start = jnp.maximum(start, first_visible)
+        start = jnp.maximum(start, first_visible(filled))
         return _Part(prompt.parts + i, first, real, keys_values, start, stop)
 
     def prompt_part() -> _Part:
@@ -189,7 +193,8 @@ def _parts_kernel(
         def keys_values(columns: Any) -> Iterable[Ref]:
             return (x.at[at, group, head, columns, :] for x in (prompt_k, prompt_v))
 
-        start = jnp.maximum(start, length[group] + first_visible)
+        if not t.shape:  # where rows differ there is no window
+            start = jnp.maximum(start, length[group] + first_visible(t[()]))
         return _Part(i, first, real, keys_values, start, stop)
 
     def run(part: _Part) -> None:

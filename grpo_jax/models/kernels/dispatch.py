@@ -63,7 +63,8 @@ def attend_token(
     groups, heads = _mesh_axes(mesh, len(q), new[0].shape[2])
     rows, replicated = PartitionSpec(groups, None, heads), PartitionSpec()
     caches = PartitionSpec(None, groups, heads), PartitionSpec(None, groups, None, heads)
-    specs = rows, rows, *caches, PartitionSpec(groups), *[replicated] * 3
+    t = PartitionSpec(groups) if cache.t.ndim else replicated
+    specs = rows, rows, *caches, PartitionSpec(groups), t, replicated, replicated
     mapped = jax.shard_map(local, in_specs=specs, out_specs=rows, check_vma=False)
     return mapped(q, new, *cache.layers, cache.length, cache.t, layer, window)
 
@@ -72,7 +73,7 @@ def attend_groups(
     config: ModelConfig,
     q: Float[Array, 'B G S H h'],
     pieces: Sequence[Piece],
-    positions: Int[Array, 'B S'],
+    positions: Int[Array, '*batch S'],
     window: Int[Array, ''] | None = None,
 ) -> Float[Array, 'B G S H h']:
     """`attention.attend` for B groups at once, in the form that `choose_attention` returns.
@@ -81,7 +82,8 @@ def attend_groups(
       config: how attention is computed; also its scale and soft cap.
       q: rotated queries.
       pieces: with a leading B axis. With S > 1 they are the prompt's, if any, whose columns are at
-        positions 0, 1, ... up to the queries, and last the queries' own.
+        positions 0, 1, ... up to the queries, and last the queries' own; with a third between
+        these two, of which columns may be empty, no kernel is used.
       positions: of the queries, which are consecutive.
       window: see `attend`.
 
@@ -93,7 +95,7 @@ def attend_groups(
     """
     softcap = config.attention_softcap
     name = choose_attention(config)
-    if name in ('einsum', 'recomputed') or q.shape[2] < 2:
+    if name in ('einsum', 'recomputed') or q.shape[2] < 2 or len(pieces) > 2:
         form = functools.partial(
             attend,
             scale=_scale(config),
