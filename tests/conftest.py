@@ -15,9 +15,11 @@ if 'GRPO_JAX_TEST_PROGRAMS' not in os.environ:
 import jax
 import jaxtyping
 import pytest
+import typechecking
 
 # Before anything of the package is imported: shapes and types of its arguments are checked.
 jaxtyping.install_import_hook('grpo_jax', 'typechecking.checker')
+jaxtyping.jaxtyped = typechecking.jaxtyped
 
 import runs  # noqa: E402
 import tiny  # noqa: E402
@@ -32,7 +34,7 @@ jax.config.update('jax_num_cpu_devices', 8)
 # Nearly all programs run once or twice: they compile fast, and run as slowly as they like.
 jax.config.update('jax_disable_most_optimizations', True)
 # A process of so many programs has over a million objects, and Python would go through them often.
-gc.set_threshold(20_000)
+gc.set_threshold(200_000, 20, 20)
 
 
 def pytest_sessionfinish(session):

@@ -59,9 +59,11 @@ def unreliable(completions, trainer_state, **columns):
     """Fails in the third step as HOST_RUNS_FAILURE says, in the process HOST_RUNS_VICTIM alone.
 
     If it says 'slow', every step takes a second, and each process writes a file into the folder
-    HOST_RUNS_GRADING once it grades.
+    HOST_RUNS_GRADING once it grades. If it says 'huge', rewards of the third step are large.
     """
     failure = os.environ.get('HOST_RUNS_FAILURE')
+    if failure == 'huge' and trainer_state.global_step == 2:
+        return [1e4 * reward for reward in third(completions)]
     if failure == 'slow':
         (pathlib.Path(os.environ['HOST_RUNS_GRADING']) / str(jax.process_index())).touch()
         time.sleep(1)

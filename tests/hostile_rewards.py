@@ -1,4 +1,8 @@
-"""Reward functions that do everything wrong. 'b' in a completion sets them off; others get 1."""
+"""Reward functions that do everything wrong. 'b' in a completion sets them off; others get 1.
+
+The environment variables HOSTILE_TEXT and HOSTILE_STEP name another text, and the first step of a
+run at which it does.
+"""
 
 import asyncio
 import contextlib
@@ -15,11 +19,13 @@ import zlib
 
 import numpy as np
 
+TEXT = os.environ.get('HOSTILE_TEXT', 'b')
+STEP = int(os.environ.get('HOSTILE_STEP', '0'))
 PRINTED = '\x1b[2J\x1b]0;title\x07\x9b31m\u202e'
 
 
 def triggered(completions):
-    return any('b' in text for text in completions)
+    return any(TEXT in text for text in completions)
 
 
 def ones(completions):
@@ -29,8 +35,9 @@ def ones(completions):
 def hostile(act):
     """A reward function that calls `act` where there is a 'b'; 1 for all where it returns None."""
 
-    def function(completions, **columns):
-        found = act(completions) if triggered(completions) else None
+    def function(completions, trainer_state=None, **columns):
+        early = trainer_state is not None and trainer_state.global_step < STEP
+        found = act(completions) if triggered(completions) and not early else None
         return ones(completions) if found is None else found
 
     function.__name__ = function.__qualname__ = act.__name__
@@ -110,17 +117,17 @@ def too_many(completions):
 
 @hostile
 def nan(completions):
-    return [float('nan') if 'b' in text else 1.0 for text in completions]
+    return [float('nan') if TEXT in text else 1.0 for text in completions]
 
 
 @hostile
 def infinite(completions):
-    return np.array([np.inf if 'b' in text else 1.0 for text in completions])
+    return np.array([np.inf if TEXT in text else 1.0 for text in completions])
 
 
 @hostile
 def strings(completions):
-    return ['1.0' if 'b' in text else 1.0 for text in completions]
+    return ['1.0' if TEXT in text else 1.0 for text in completions]
 
 
 @hostile
@@ -150,7 +157,7 @@ class _Number:
 
 @hostile
 def objects(completions):
-    return [_Number() if 'b' in text else 1.0 for text in completions]
+    return [_Number() if TEXT in text else 1.0 for text in completions]
 
 
 @hostile

@@ -425,37 +425,82 @@ def prepare(folder):
         jax.config.update('jax_compilation_cache_dir', str(folder / 'programs'))
 
 
+@contextlib.contextmanager
+def small_disk(folder, kilobytes):
+    """A disk of that size in a folder; yields a function that gives it another size."""
+    folder.mkdir(exist_ok=True)
+    subprocess.run(['mount', '-t', 'tmpfs', 'tmpfs', str(folder)], check=True)
+
+    def resize(kilobytes):
+        options = f'remount,size={kilobytes}k'
+        subprocess.run(['mount', '-o', options, str(folder)], check=True)
+
+    try:
+        resize(kilobytes)
+        yield resize
+    finally:
+        subprocess.run(['umount', '-l', str(folder)], check=True)
+
+
+def start_on(disk, kind):
+    """Starts a run on a disk: its exit status, and what it prints beside its progress."""
+    output = disk.with_suffix('.txt')
+    output.unlink(missing_ok=True)
+    processes, pipe = start(kind, disk)
+    for _ in lines_of(pipe):
+        pass
+    os.close(pipe)
+    status = wait(processes)[0]
+    lines = re.split('[\r\n]+', output.read_text())
+    return status, [
+        line for line in lines if not re.match(r'((sft|reward|grpo)(-\d+)?: |\s*$)', line)
+    ]
+
+
+def check_full(disk, status, lines):
+    """What is wrong with the end of a run on a full disk; empty if nothing is."""
+    if status != 2 or len(lines) != 1:
+        return f'status {status}: {lines}'
+    named = re.fullmatch(
+        r'error: (/.*) cannot be written \(No space left on .*make room.*', lines[0]
+    )
+    return '' if named and named[1].startswith(f'{disk}/') else lines[0]
+
+
 def full_disk(folder, kind):
-    """Runs on a disk that is full, with more room each time, until the run ends.
+    """Starts runs on disks that are full, and again when there is room.
+
+    Of each size once on an empty disk, which is made large then, and once on one disk that has
+    grown up to that size, until runs end.
 
     Returns:
-      The last lines of the starts that failed, and what differs from an unbroken run.
+      {kilobytes: problems}.
     """
-    unbroken, disk, told = folder / f'{kind}-unbroken', folder / f'{kind}-disk', []
+    unbroken, disk = folder / f'{kind}-unbroken', folder / f'{kind}-disk'
     attempt(kind, unbroken)
-    disk.mkdir()
-    kilobytes, output = 16, folder / f'{kind}-disk.txt'
-    mount = ['mount', '-t', 'tmpfs', '-o', f'size={kilobytes}k', 'tmpfs', str(disk)]
-    subprocess.run(mount, check=True)
-    try:
-        while True:
-            output.unlink(missing_ok=True)
-            processes, pipe = start(kind, disk)
-            for _ in lines_of(pipe):
-                pass
-            os.close(pipe)
-            status = wait(processes)[0]
-            if status == 0:
-                return told, compare(disk, unbroken)
-            lines = output.read_text().splitlines()
-            errors = [line for line in lines if line.startswith('error: ')]
-            told.append((kilobytes, status, 'Traceback' in output.read_text(), errors))
-            say(f'{told[-1]}')
-            kilobytes = int(kilobytes * 1.25)
-            options = f'remount,size={kilobytes}k'
-            subprocess.run(['mount', '-o', options, str(disk)], check=True)
-    finally:
-        subprocess.run(['umount', '-l', str(disk)], check=True)
+    found, kilobytes, status = {}, 4, 1
+    with small_disk(folder / f'{kind}-growing', kilobytes) as grow:
+        while status:
+            problems = []
+            with small_disk(disk, kilobytes) as resize:
+                status, lines = start_on(disk, kind)
+                if status:
+                    problems.append(check_full(disk, status, lines))
+                    say(f'{kind} {kilobytes} KiB: {lines}')
+                resize(1 << 20)
+                again = start_on(disk, kind)
+                if again[0]:
+                    problems.append(f'with room: {again}')
+                problems += compare(disk, unbroken)
+            grow(kilobytes)
+            growing = folder / f'{kind}-growing'
+            status, lines = start_on(growing, kind)
+            if status:
+                problems.append(check_full(growing, status, lines))
+            found[kilobytes] = [problem for problem in problems if problem]
+            kilobytes += max(4, kilobytes // 5)
+        found[kilobytes] = compare(growing, unbroken)
+    return found
 
 
 def say(text):
@@ -514,12 +559,7 @@ if __name__ == '__main__':
         prepare(folder)
         found = {kind: full_disk(folder, kind) for kind in kinds}
         print(json.dumps(found))
-        clear = all(
-            status == 2 and not traceback and len(errors) == 1
-            for told, _ in found.values()
-            for _, status, traceback, errors in told
-        )
-        sys.exit(0 if clear and not any(different for _, different in found.values()) else 1)
+        sys.exit(any(problems for sizes in found.values() for problems in sizes.values()))
     found = main(folder, kinds, options.kills, options.seed, options.parts.split(','))
     print(json.dumps(found))
     total = collections.Counter()

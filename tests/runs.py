@@ -11,6 +11,7 @@ import io
 import json
 import os
 import re
+import threading
 import zlib
 
 import jax
@@ -82,10 +83,29 @@ def compiled_once():
         yield
 
 
+@contextlib.contextmanager
+def updates_compiled_ahead():
+    """Checks that updates find the program that a thread has compiled for abstract arrays."""
+    compiled_late = []
+
+    def on_duration(event, duration_secs, *, fun_name='', **rest):
+        main = threading.current_thread() is threading.main_thread()
+        if main and event.endswith('/jaxpr_to_mlir_module_duration') and fun_name == 'jit(step)':
+            compiled_late.append(fun_name)
+
+    jax.monitoring.register_event_duration_secs_listener(on_duration)
+    try:
+        yield
+    finally:
+        jax.monitoring.unregister_event_duration_listener(on_duration)
+    assert compiled_late == []
+
+
 def train(config, workdir, *, picture=False, **options):
     """Trains and returns what was printed; Matplotlib takes a third of a short run's time."""
     with (
         compiled_once(),
+        updates_compiled_ahead(),
         pytest.MonkeyPatch.context() as patch,
         contextlib.redirect_stdout(io.StringIO()) as printed,
     ):
@@ -112,7 +132,8 @@ def lines(path):
     def refuse(name):
         raise AssertionError(f'{path}: {name} is not JSON')
 
-    return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+    texts = path.read_bytes().decode().split('\n')[:-1]  # not at other ends of lines
+    return [json.loads(text, parse_constant=refuse) for text in texts]
 
 
 def final_state(workdir, step=8):
@@ -123,7 +144,7 @@ def final_state(workdir, step=8):
         return {name: manager.restore(step, args=args)[name] for name in items}
 
 
-def assert_same_run(workdir, other, steps=8, *, except_for=()):
+def assert_same_run(workdir, other, steps=8, *, except_for=(), files=FILES):
     """Everything but times, and the metrics in `except_for`, is equal, to the last bit."""
 
     def rows(path):
@@ -132,7 +153,7 @@ def assert_same_run(workdir, other, steps=8, *, except_for=()):
             for row in lines(path)
         ]
 
-    for name in FILES:
+    for name in files:
         assert rows(workdir / name) == rows(other / name)
     states = final_state(workdir, steps), final_state(other, steps)
     assert jax.tree.structure(states[0]) == jax.tree.structure(states[1])

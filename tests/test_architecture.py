@@ -13,12 +13,15 @@ MAY_IMPORT = {
     'sharding': {'types'},
     'rewards': LEAVES,
     'data': LEAVES,
+    'environments': {*LEAVES, 'rewards', 'data'},
     'models': {'types', 'sharding'},
     'engine': {'types', 'sharding', 'models'},
     'algorithm': {*LEAVES, 'sharding', 'models', 'engine'},
-    'run': {*LEAVES, 'sharding', 'rewards', 'data', 'models', 'engine', 'algorithm'},
-}
-COMMANDS = {'train', 'evaluate', 'export', 'plan', 'replay', 'verify'}
+    'run': {
+        *LEAVES, 'sharding', 'rewards', 'data', 'environments', 'models', 'engine', 'algorithm',
+    },
+}  # fmt: skip
+COMMANDS = {'train', 'evaluate', 'export', 'plan', 'replay', 'show', 'verify'}
 MODULES = sorted(ROOT.rglob('*.py'))
 
 

@@ -52,6 +52,7 @@ def test_parse():
 FREE = {
     'data.options': "{'train_size': 80, 'operations': '+'}",
     'data.chat_template_kwargs': '{"enable_thinking": false}',
+    'environment.options': "{'seconds': 2.5}",
     'grpo.rewards': "{'my_package.my_module:bonus': 1.0, 'chain_format': {'weight': 2}}",
     'grpo.step_rewards': '{"right_steps": 1.0}',
     'model.rope_scaling': "{'rope_type': 'linear', 'factor': 2.0}",

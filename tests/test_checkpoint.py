@@ -164,7 +164,9 @@ def test_a_try_without_a_checkpoint_holds_no_folder(tmp_path, caplog):
         path, fresh = checkpoint.check_workdir(str(tmp_path), config, extend=extend)
         assert fresh is config
     assert (path / 'metrics.jsonl').exists()  # until all checks are done
-    assert not (path / 'pretrained').exists()  # which the checks would use
+    assert (path / 'pretrained').exists()  # but the checks do not use it
+    assert checkpoint.holds_failed_try(path, config)
+    assert not checkpoint.holds_failed_try(path, failed)
     assert not caplog.records
     checkpoint.remove_failed_try(path, config)
     assert [record.message for record in caplog.records] == [

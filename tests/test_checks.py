@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+import tiny
 
 from grpo_jax import sharding
 from grpo_jax.algorithm import losses
@@ -29,8 +30,8 @@ CASES = {
 }
 
 
-def lower(algorithm, compute, mesh=None):
-    """Lowers a training step from abstract arrays; nothing is compiled."""
+def trace(algorithm, compute, mesh=None):
+    """Traces a training step with abstract arrays; nothing is compiled."""
     config = ModelConfig(
         vocab_size=20, width=16, layers=1, heads=2, kv_heads=2, head_dim=8, mlp_width=32
     )
@@ -44,7 +45,7 @@ def lower(algorithm, compute, mesh=None):
     rewards = jax.ShapeDtypeStruct(f32.shape[:2], np.float32)
     step = make_train_step(model, optimizer, algorithm, mesh, compute=compute)
     reference = state.params if algorithm.uses_reference else None
-    step.lower(state, reference, Rollout(prompts, i32, mask, f32, flag), rewards)
+    step.trace(state, reference, Rollout(prompts, i32, mask, f32, flag), rewards)
 
 
 @pytest.fixture
@@ -67,10 +68,12 @@ def stacks(monkeypatch):
     jax.clear_caches()
 
 
-@pytest.mark.parametrize('case', CASES)
+@pytest.mark.parametrize(
+    'case', tiny.some_slow(CASES, 'one chunk', 'chunks', 'bundles', 'sequence')
+)
 def test_at_most_six_frames_from_train_step_to_the_loss(stacks, case):
     options, compute = CASES[case]
-    lower(Algorithm(**options), compute)
+    trace(Algorithm(**options), compute)
     assert max(map(len, stacks)) <= 6, stacks
     assert stacks[0] == [
         'train_step', 'trace_loss', 'loss_fn', 'group_loss', 'policy_loss', 'clipped',
@@ -79,5 +82,5 @@ def test_at_most_six_frames_from_train_step_to_the_loss(stacks, case):
 
 
 def test_at_most_six_frames_on_a_mesh(stacks):
-    lower(Algorithm(), Compute(rows=4, widths=2), sharding.make_mesh(fsdp=2, tensor=1))
+    trace(Algorithm(), Compute(rows=4, widths=2), sharding.make_mesh(fsdp=2, tensor=1))
     assert max(map(len, stacks)) <= 6, stacks

@@ -1,7 +1,11 @@
 """Programs that were compiled once are read from the run's folder, and counted."""
 
 import contextlib
+import errno
+import os
+import threading
 import types
+import warnings
 
 import jax
 import numpy as np
@@ -9,6 +13,7 @@ import pytest
 import runs
 
 from grpo_jax import train
+from grpo_jax.engine.calls import Call
 from grpo_jax.run import compiled
 
 
@@ -60,6 +65,38 @@ def test_everything_is_as_before_afterwards(tmp_path):
     assert [getattr(jax.config, f'jax_{name}') for name in names] == before
 
 
+def test_programs_for_which_there_was_no_room_are_removed(tmp_path):
+    """JAX would read one that was cut off again and again, and never replace it."""
+    folder = tmp_path / 'cache'
+    with compiled.kept_in(folder):
+        compute(9)
+    (before,) = folder.glob('*-cache')
+    os.utime(before, (1, 1))
+    full = OSError(errno.ENOSPC, 'No space left on device', 'metrics.jsonl')
+    with pytest.raises(OSError, match='No space left'), compiled.kept_in(folder):
+        fail_after(lambda: compute(10), full)
+    assert list(folder.glob('*-cache')) == [before]
+    with pytest.raises(KeyError), compiled.kept_in(folder):
+        fail_after(lambda: compute(10), KeyError())
+    assert len(list(folder.glob('*-cache'))) == 2
+
+
+def fail_after(function, error):
+    function()
+    raise error
+
+
+def test_of_a_full_disk_one_error_is_enough(tmp_path, recwarn):
+    with compiled.kept_in(tmp_path):
+        warnings.warn(
+            "Error writing persistent compilation cache entry for 'jit_f': OSError: "
+            '[Errno 28] No space left on device',
+            stacklevel=1,
+        )
+        warnings.warn('Error writing persistent compilation cache entry: other', stacklevel=1)
+    assert [str(warning.message)[-5:] for warning in recwarn] == ['other']
+
+
 def test_the_users_cache_is_left_alone(tmp_path):
     with folder(str(tmp_path / 'own')):
         least = jax.config.jax_persistent_cache_min_compile_time_secs
@@ -85,6 +122,45 @@ def test_memory_is_given_back_after_long_compilations(monkeypatch):
     assert pads == [0]
 
 
+def test_a_program_that_was_compiled_ahead_is_not_compiled_again():
+    names = []
+
+    def on_duration(event, duration_secs, *, fun_name='', **rest):
+        if event.endswith('/backend_compile_duration'):
+            names.append((fun_name, threading.current_thread() is threading.main_thread()))
+
+    def double(x, *, y):
+        return 2 * x + y
+
+    def wrong(x):
+        raise TypeError('no such argument')
+
+    x = jax.ShapeDtypeStruct((3,), np.float32)
+    program, failing = jax.jit(double, static_argnames='y'), jax.jit(wrong)
+    jax.monitoring.register_event_duration_secs_listener(on_duration)
+    try:
+        for call in (Call(program, (x,), {'y': 1}), Call(failing, (x,))):
+            ahead = compiled.CompiledAhead(lambda call=call: call)
+            ahead.wait()
+        assert names == [('jit(double)', False)]
+        result = Call(program, (np.ones(3, np.float32),), {'y': 1}).run()
+        np.testing.assert_array_equal(result, [3, 3, 3])
+        assert names == [('jit(double)', False)]
+    finally:
+        jax.monitoring.unregister_event_duration_listener(on_duration)
+    with pytest.raises(TypeError, match='no such argument'):
+        Call(failing, (np.ones(3, np.float32),)).run()
+
+
+@pytest.mark.parametrize(('processes', 'platform'), [(2, 'cpu'), (1, 'gpu')])
+def test_nothing_is_compiled_ahead_where_it_could_disturb(monkeypatch, processes, platform):
+    monkeypatch.setattr(compiled.hosts, 'count', lambda: processes)
+    monkeypatch.setattr(compiled, 'target_platform', lambda: platform)
+    asked = []
+    compiled.CompiledAhead(lambda: asked.append(1)).wait()
+    assert asked == []
+
+
 def test_other_c_libraries_are_left_alone(monkeypatch):
     monkeypatch.setattr(compiled.ctypes, 'CDLL', lambda name: types.SimpleNamespace())
     monkeypatch.setattr(compiled, '_LONG', 0.0)
@@ -96,6 +172,8 @@ def test_a_second_run_compiles_nothing(tmp_path, capsys):
     """Of the same config, in another folder with the same cache: equal to the last bit."""
     jax.clear_caches()  # of other files of short runs
     config = runs.get_config()
+    config.model.update(layers=1, qk_norm='')
+    config.grpo.algorithm.update(inner_updates=1, entropy=False)
     config.sft.update(steps=2)
     config.sft.optimizer.update(warmup_steps=1)
     config.grpo.update(steps=2)

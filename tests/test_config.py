@@ -77,9 +77,13 @@ def test_every_key_is_read(tmp_path):
     assert [row['step'] for row in completions] == [step for step in range(8) for _ in range(3)]
     other = runs.get_config()  # with a critic and a reward model
     other.module_folders = config.module_folders
+    other.model.update(layers=1, qk_norm='')
+    other.sft.steps = 0
     other.grpo.update(steps=2, rewards={})
+    other.grpo.algorithm.update(inner_updates=1, entropy=False)
     other.grpo.algorithm.update(baseline='critic', scale='none', kl='k1', kl_place='reward')
     other.reward_model.update(weight=1.0, steps=1, batch_size=2, group_size=2, microbatch=2)
+    other.environment.name = 'episode_tools:echo'
     runs.train(Recorder(other, seen), tmp_path / 'other')
     unread = {*leaves(config.to_dict())} - seen
     assert unread == {'log.left_alone'}

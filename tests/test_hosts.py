@@ -13,6 +13,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import runs
+import tiny
 
 from grpo_jax.run import checkpoint, hosts
 from grpo_jax.run.hosts.roll_call import RollCallError, meet
@@ -202,10 +203,16 @@ def test_steps_of_stages_are_those_of_the_manager(tmp_path):
 @pytest.fixture(scope='module')
 def reference(tmp_path_factory):
     """The folder of an unbroken run of one process with four devices."""
-    workdir, config = tmp_path_factory.mktemp('reference'), host_runs.get_config()
-    config.mesh.fsdp = host_runs.DEVICES
-    runs.train(config, workdir)  # in this process, which has imported everything
+    workdir = tmp_path_factory.mktemp('reference')
+    runs.train(on_four(), workdir)  # in this process, which has imported everything
     return workdir
+
+
+def on_four():
+    """The config of runs in this process, which has more devices."""
+    config = host_runs.get_config()
+    config.mesh.fsdp = host_runs.DEVICES
+    return config
 
 
 def assert_same(workdir, reference, *names, stage='grpo', parameters=1e-6, rounding=float):
@@ -218,15 +225,21 @@ def assert_same(workdir, reference, *names, stage='grpo', parameters=1e-6, round
     assert host_runs.largest_difference(workdir, reference, stage) <= parameters
 
 
-def test_a_failed_reward_ends_two_processes_which_resume(reference, tmp_path):
+@pytest.mark.parametrize('processes', tiny.some_slow([1, 2], 2))
+def test_a_failed_reward_ends_two_processes_and_their_run_resumes(reference, tmp_path, processes):
+    """In one process it is this one, which has compiled the program for the reference."""
     failing = {'HOST_RUNS_FAILURE': 'raise', 'HOST_RUNS_VICTIM': '1'}
-    results = host_runs.Processes('train', 2, command(tmp_path), failing).wait()
+    on_all = f'--config.mesh.fsdp={host_runs.DEVICES}'
+    results = host_runs.Processes('train', 2, [*command(tmp_path), on_all], failing).wait()
     lines = [err.splitlines()[-1] for _, _, err in results]
     assert [status for status, _, _ in results] == [2, 2], results
     assert lines[0] == lines[1]
     assert lines[0].startswith("error: process 1: reward 'host_runs:unreliable'")
     assert 'no such answer' in lines[0]
-    out = host_runs.train(tmp_path, 2)
+    if processes == 2:
+        out = host_runs.train(tmp_path, 2, on_all)
+    else:
+        out = runs.train(on_four(), tmp_path)
     assert 'grpo: resumed at step 2 of 3' in out
     assert_same(tmp_path, reference)
 
@@ -294,6 +307,54 @@ def test_a_signal_to_one_process_stops_all_after_a_step(tmp_path, number, proces
 
 
 @pytest.mark.slow
+def test_a_sudden_gradient_stops_two_processes(tmp_path):
+    changes = [
+        '--config.grpo.algorithm.scale=none', '--config.health.grad_norm=50',
+        '--config.health.history=2',
+    ]  # fmt: skip
+    variables = {'HOST_RUNS_FAILURE': 'huge'}
+    results = host_runs.Processes('train', 2, [*command(tmp_path), *changes], variables).wait()
+    lines = [[line for line in err.splitlines() if 'error: ' in line] for _, _, err in results]
+    assert [status for status, _, _ in results] == [2, 2], results
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 1
+    assert lines[0][0].startswith('error: grpo step 2: grad_norm=')
+    assert [path.name for path in (tmp_path / 'stopped').iterdir()] == ['grpo-2.npz']
+    with np.load(tmp_path / 'stopped' / 'grpo-2.npz') as arrays:
+        assert arrays['rollout/tokens'].shape[:2] == (8, 4)  # of both processes
+    assert checkpoint.steps_of_stages(tmp_path) == {'grpo': [2]}
+
+
+@pytest.mark.slow
+def test_a_second_run_of_two_processes_is_refused(tmp_path):
+    grading = tmp_path / 'grading'
+    grading.mkdir()
+    variables = {'HOST_RUNS_FAILURE': 'slow', 'HOST_RUNS_GRADING': str(grading)}
+    first = host_runs.Processes('train', 2, command(tmp_path / 'run'), variables)
+    while not list(grading.iterdir()) and all(p.poll() is None for p in first.started):
+        time.sleep(0.1)
+    results = host_runs.Processes('train', 2, command(tmp_path / 'run')).wait()
+    assert [status for status, _, _ in results] == [2, 2], results
+    for _, _, err in results:
+        assert err.splitlines()[-1].startswith('error: ')
+        assert f'is in use: process {first.started[0].pid} on ' in err.splitlines()[-1]
+    assert [status for status, _, _ in first.wait()] == [0, 0]
+    assert not (tmp_path / 'run' / 'train.lock').exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [2, 1])
+def test_a_step_of_two_processes_is_replayed(tmp_path, processes):
+    """Bit for bit; by one process with as many devices too."""
+    host_runs.train(tmp_path / 'run', 2)
+    arguments = (f'--workdir={tmp_path / "run"}', '--step=2', f'--output={tmp_path / "out"}')
+    out = host_runs.run('replay', processes, *arguments)
+    assert 'grpo: replays the steps 2 to 2' in out
+    assert 'equal to the run, bit for bit: 32 completions and their rewards' in out
+    assert (tmp_path / 'out' / 'page.html').is_file()
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('processes', [1, 4])
 def test_a_run_resumes_with_another_number_of_processes(reference, tmp_path, processes):
     variables = {'HOST_RUNS_FAILURE': 'raise', 'HOST_RUNS_VICTIM': '0'}
@@ -319,6 +380,13 @@ VARIANTS = {
     ),
     'rft': (
         '--config.grpo.algorithm.loss=nll', "--config.grpo.drop=('wrong','duplicates')",
+    ),
+    'environment': (
+        '--config.environment.name=episode_tools:echo', '--config.environment.turns=3',
+        '--config.environment.reply_tokens=6', "--config.environment.template='{reply}'",
+        '--config.data.completion_length=24', '--config.sft.steps=6',
+        '--config.sft.optimizer.eps=0.01',
+        "--config.grpo.rewards={'episode_tools:seen':1.0,'host_runs:third':0.5}",
     ),
     'reward_model': (
         '--config.reward_model.weight=1.0', '--config.reward_model.steps=2',

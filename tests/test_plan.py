@@ -90,16 +90,18 @@ def test_a_plan_of_the_update_and_what_makes_it_fit(tmp_path, capsys):
     config.grpo.update(batch_size=16, group_size=4)
     local = topology.find_topology('local')
     update = 'grpo: update'
-    plan = make_plan(config, local, str(tmp_path), only=[update])
+    config.grpo.compute.widths = 1
+    known = {}  # what has been compiled
+    plan = make_plan(config, local, str(tmp_path), only=[update], known=known)
     (measured,) = plan.measured
     assert plan.fits
     decoder = models.ModelConfig(vocab_size=258, **sizes)
     forward = prediction.forward_flops(decoder, (16, 4, 4, 128))
     assert 4 * forward < measured.costs.flops < 12 * forward  # with recomputed scores and layers
     tight = local._replace(memory=0.6 * measured.total)
-    plan = make_plan(config, tight, str(tmp_path), only=[update])
+    plan = make_plan(config, tight, str(tmp_path), only=[update], known=known)
     assert plan.fits is False
-    first = next(remedies.find_remedies(config, plan, str(tmp_path)))
+    first = next(remedies.find_remedies(config, plan, str(tmp_path), known=known))
     assert first.change.values == {'grpo.compute.microbatch': 1}
     assert first.needed <= tight.memory
 

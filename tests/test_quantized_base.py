@@ -436,7 +436,9 @@ def config_of(workdir, kind):
     config = runs.get_config()
     config.start = f'{workdir}:sft'
     config.sft.steps = 0
+    config.eval.samples = 0
     config.grpo.steps = 4
+    config.grpo.algorithm.update(inner_updates=1, entropy=False)
     config.model.lora.update(rank=2, base=kind)
     return config
 

@@ -40,11 +40,18 @@ COPIES = SCRIPTED.replace(
 )
 
 
-@pytest.fixture
-def real():
+@pytest.fixture(scope='module')
+def started():
     workers = pool.Pool(2)
     yield workers
     workers.close()
+
+
+@pytest.fixture
+def real(started):
+    """Two workers that import SymPy, which takes seconds: they are shared by the tests."""
+    started.timeouts = started.crashes = 0
+    return started
 
 
 @pytest.fixture

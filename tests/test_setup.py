@@ -12,7 +12,7 @@ import tiny
 
 from configs import smoke
 from grpo_jax import models
-from grpo_jax.run import grading, parameters, problems, setup
+from grpo_jax.run import checkpoint, grading, parameters, problems, setup
 from grpo_jax.run.config import defaults
 from grpo_jax.types import Sampling
 
@@ -128,6 +128,20 @@ def test_the_description_is_kept(source, tmp_path):
     assert again.source == tmp_path / 'run' / 'pretrained'
     setup.keep_description(again)
     assert contents(tmp_path / 'run' / 'pretrained') == expected
+
+
+def test_a_check_changes_nothing_in_the_folder_of_another_run(source, tmp_path):
+    """As that of `plan`; the copy of a run that has no checkpoint is not taken for its own."""
+    config, workdir = folders.get_config(source), tmp_path / 'run'
+    setup.keep_description(setup.prepare(config, workdir))
+    checkpoint.claim_workdir(workdir, config)
+    before = contents(workdir / 'pretrained')
+    config.seed += 1
+    checked, config = checkpoint.check_workdir(str(workdir), config)
+    assert setup.prepare(config, checked).source == source
+    assert contents(workdir / 'pretrained') == before
+    (workdir / 'checkpoints' / 'grpo' / '2').mkdir(parents=True)
+    assert setup.prepare(config, checked).source == workdir / 'pretrained'
 
 
 def test_what_a_run_needs_when_the_checkpoint_is_gone(source, tmp_path):

@@ -391,6 +391,7 @@ def test_optimizers_by_their_path(tmp_path, monkeypatch, finished):
         runs.train(config, tmp_path / 'run')
     config.sft.optimizer.update(name='my_optimizers:signs', options={'decay': -1e-5})
     config.eval.samples = 0
+    config.grpo.algorithm.update(inner_updates=1, entropy=False)
     runs.train(config, tmp_path / 'run')
     losses = [row['loss'] for row in report.read(tmp_path / 'run' / 'metrics.jsonl', 'sft')]
     others = [row['loss'] for row in report.read(finished / 'metrics.jsonl', 'sft')]

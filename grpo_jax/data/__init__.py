@@ -16,7 +16,11 @@ from grpo_jax.data.tables import (
     tokenize_demonstrations,
     tokenize_prompts,
 )
-from grpo_jax.data.template_variables import bind_template, template_uses_date
+from grpo_jax.data.template_variables import (
+    bind_template,
+    template_texts,
+    template_uses_date,
+)
 from grpo_jax.data.texts import char_to_token, completion_texts
 from grpo_jax.data.tokenizers import (
     Tokenizer,
@@ -60,6 +64,7 @@ __all__ = [
     'render_prompts',
     'stop_ids',
     'stop_table',
+    'template_texts',
     'template_uses_date',
     'token_ids',
     'token_ranges',

@@ -25,9 +25,9 @@ def chat_prompts(tokenizer: Tokenizer, user_messages: Sequence[str], system: str
     """
     prefix = [{'role': 'system', 'content': system}] if system else []
     conversations = [[*prefix, {'role': 'user', 'content': text}] for text in user_messages]
-    prompts = _render(tokenizer, conversations, add_generation_prompt=True)
+    prompts = render(tokenizer, conversations, add_generation_prompt=True)
     if prefix and conversations:
-        without_system = _render(tokenizer, [conversations[0][1:]], add_generation_prompt=True)
+        without_system = render(tokenizer, [conversations[0][1:]], add_generation_prompt=True)
         if prompts[0] == without_system[0]:
             raise ValueError(
                 f'the chat template ignores the system message {system!r}: write it into the '
@@ -55,7 +55,7 @@ def conversation_prompts(
     for row, messages in enumerate(conversations):
         continues = messages[-1]['role'] == 'assistant'
         try:
-            (text,) = _render(
+            (text,) = render(
                 tokenizer,
                 [list(messages)],
                 add_generation_prompt=not continues,
@@ -88,7 +88,7 @@ def turn_end(tokenizer: Tokenizer) -> tuple[str, int]:
         {'role': 'user', 'content': 'x'},
         {'role': 'assistant', 'content': _PLACEHOLDER},
     ]
-    (text,) = _render(tokenizer, [conversation], add_generation_prompt=False)
+    (text,) = render(tokenizer, [conversation], add_generation_prompt=False)
     _, placeholder, ending = text.rpartition(_PLACEHOLDER)
     if not placeholder:
         raise ValueError("the chat template ignores the assistant's message: use another one")
@@ -109,7 +109,7 @@ def turn_markers(tokenizer: Tokenizer, tokens: Collection[str]) -> set[str]:
     question, answer = {'role': 'user', 'content': _QUESTION}, _PLACEHOLDER
     conversation = [question, {'role': 'assistant', 'content': answer}, question]
     try:
-        (text,) = _render(tokenizer, [conversation], add_generation_prompt=False)
+        (text,) = render(tokenizer, [conversation], add_generation_prompt=False)
     except ValueError:
         return set(tokens)
     header = text.partition(_QUESTION)[2].partition(answer)[0]
@@ -144,13 +144,18 @@ def _control_tokens(tokenizer: Tokenizer, ending: str) -> list[str]:
     ]
 
 
-def _render(
+def render(
     tokenizer: Tokenizer,
     conversations: Sequence[Sequence[Mapping[str, Any]]],
     *,
     add_generation_prompt: bool,
     continue_final_message: bool = False,
 ) -> list[str]:
+    """Render conversations by the tokenizer's chat template.
+
+    Raises:
+      ValueError: there is no chat template, or it fails.
+    """
     if not tokenizer.chat_template:
         raise ValueError(
             f'tokenizer {tokenizer.name_or_path or "bytes"!r} has no chat template: set '
@@ -171,7 +176,7 @@ def _render(
         if conversations[0][0]['role'] != 'system':
             raise ValueError(f'the chat template fails: {error}') from error
         # If the template also fails without a system message, this call reports that failure.
-        _render(
+        render(
             tokenizer,
             [conversations[0][1:]],
             add_generation_prompt=add_generation_prompt,

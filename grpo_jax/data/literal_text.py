@@ -48,6 +48,10 @@ class LiteralText:
         Raises:
           ValueError: the tokenizer cannot read a token as text.
         """
+        if not self._tokens:
+            return list(
+                self._tokenizer(list(texts), add_special_tokens=add_special_tokens).input_ids
+            )
         plain = [text for text in texts if _OPEN not in text]
         encoded = iter(
             self._tokenizer(plain, add_special_tokens=add_special_tokens).input_ids if plain else ()
@@ -69,13 +73,15 @@ class LiteralText:
 
     def _encode_token(self, token: str) -> list[int]:
         options: dict[str, Any] = {'add_special_tokens': False, 'split_special_tokens': True}
-        ids: list[int] = self._tokenizer(token, **options).input_ids
-        if self._ids & {*ids}:
-            raise ValueError(
-                f'a row contains the special token {token!r} in its text, and the tokenizer cannot '
-                'read it as text: change the row'
-            )
-        return ids
+        # Tokens that are added but not special are text in parts alone.
+        for parts in ([token], [token[:1], token[1:]]):
+            ids = [id for part in parts for id in self._tokenizer(part, **options).input_ids]
+            if not self._ids & {*ids}:
+                return ids
+        raise ValueError(
+            f'a row contains the special token {token!r} in its text, and the tokenizer cannot '
+            'read it as text: change the row'
+        )
 
     def _mark_of(self, match: re.Match[str]) -> str:
         return f'{_OPEN}{self._tokens.index(match[0])}{_CLOSE}'

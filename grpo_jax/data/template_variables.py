@@ -51,6 +51,8 @@ def bind_template(
         return
     head = ''.join(lines) + "{{ '' }}"  # after a tag, a template's first line break is dropped
     template = tokenizer.chat_template
+    if 'tools' in variables and isinstance(template, dict):
+        template = template.get('tool_use', template)  # which transformers uses with tools
     if isinstance(template, dict):
         tokenizer.chat_template = {name: head + text for name, text in template.items()}
     else:
@@ -65,7 +67,7 @@ def _literal(value: Any) -> str:
         return '{' + ', '.join(f'{json.dumps(k)}: {_literal(v)}' for k, v in value.items()) + '}'
     if isinstance(value, list | tuple):
         return '[' + ', '.join(map(_literal, value)) + ']'
-    return json.dumps(value)
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _fixed_clock(date: datetime.date) -> str:

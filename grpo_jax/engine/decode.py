@@ -139,13 +139,13 @@ def first_block(
 @functools.partial(jax.jit, static_argnames=('model', 'width', 'mesh'), donate_argnames='slots')
 def next_block(
     model: Transformer, params: Params, inputs: DecodeInputs, slots: Slots, state: DecodeState,
-    thresholds: Thresholds, steps: Int[Array, ''] | None = None, *, width: int, mesh: Mesh | None,
+    thresholds: Thresholds, *, width: int, mesh: Mesh | None, steps: Int[Array, ''] | None = None,
 ) -> tuple[Slots, DecodeState]:  # fmt: skip
     """Continues decoding up to column `width`, and `steps` tokens of each completion at most."""
     with sharding.use(mesh):
         inputs = inputs._replace(params=params)
         return _decode_columns(
-            model, inputs, slots, state, thresholds, steps, width=width, mesh=mesh
+            model, inputs, slots, state, thresholds, width=width, mesh=mesh, steps=steps
         )
 
 
@@ -175,7 +175,7 @@ _Decoding = tuple[Int[Array, '*rows'], Slots, Drawn, Int[Array, ''] | None]
 
 def _decode_columns(
     model: Transformer, inputs: DecodeInputs, slots: Slots, state: DecodeState,
-    thresholds: Thresholds, steps: Int[Array, ''] | None = None, *, width: int, mesh: Mesh | None,
+    thresholds: Thresholds, *, width: int, mesh: Mesh | None, steps: Int[Array, ''] | None = None,
 ) -> tuple[Slots, DecodeState]:  # fmt: skip
     """Decodes columns from state.t up to `width`, or until few slots are live.
 

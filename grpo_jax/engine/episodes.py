@@ -69,21 +69,24 @@ def decode_episodes(
       first: the results of the first block.
 
     Yields:
-      The rollout after each block; completions have ended in it where their episodes are over.
+      The rollout after each block is dispatched; completions have ended in it where their episodes
+      were over before. The last one is complete.
     """
     inputs, slots, state = first
     layout = _Layout.of(prompts, calls.group_size, calls.mesh)
-    width = slots.cache.k.shape[-2]
+    width, over = slots.cache.k.shape[-2], np.zeros(layout.shape, bool)
     while True:
-        length, ended = layout.read(state)
-        live = ~ended & (length < calls.max_tokens)
-        drawn = _rollout(prompts, state, calls, None)
-        replies = exchange(Turns(drawn.tokens, length, ended), not live.any())
-        over = replies.over | (length == calls.max_tokens)
-        _check_room(length + replies.length, over, calls.max_tokens)
-        yield _rollout(prompts, state, calls, layout.put(over))
+        rollout = _rollout(prompts, state, calls, layout.put(over))
+        yield rollout
         if over.all():
             return
+        length, ended = layout.read(state)
+        live = ~ended & (length < calls.max_tokens)
+        replies = exchange(Turns(rollout.tokens, length, ended), not live.any())
+        over = replies.over | (length == calls.max_tokens)
+        _check_room(length + replies.length, over, calls.max_tokens)
+        if over.all():
+            continue
         length = length + replies.length
         live |= replies.length > 0
         while width < min(length[~over].max() + 1, calls.max_tokens):
@@ -102,7 +105,7 @@ def decode_episodes(
                 thresholds = NEVER_COMPACT  # slots of those that wait
             waits = (~live & ~over).any()
             pause = thresholds, np.int32(PAUSE if waits else decode.BLOCK)
-            slots, state = calls.block_to(params, inputs, slots, state, width, *pause).run()
+            slots, state = calls.block_to(params, inputs, slots, state, width, pause=pause).run()
 
 
 def _check_room(length: Int[np.ndarray, 'B G'], over: Bool[np.ndarray, 'B G'], last: int) -> None:
@@ -114,12 +117,9 @@ def _check_room(length: Int[np.ndarray, 'B G'], over: Bool[np.ndarray, 'B G'], l
         )
 
 
-def _rollout(
-    prompts: Prompts, state: DecodeState, calls: SamplerCalls, over: jax.Array | None
-) -> Rollout:
+def _rollout(prompts: Prompts, state: DecodeState, calls: SamplerCalls, over: jax.Array) -> Rollout:
     """The rollout so far, in which completions have ended whose episodes are over."""
-    if over is not None:
-        state = state._replace(ended=_both(state.ended, over))
+    state = state._replace(ended=_both(state.ended, over))
     return decode.rollout_so_far(prompts, state, calls.group_size, calls.mesh)
 
 

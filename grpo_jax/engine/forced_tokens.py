@@ -28,9 +28,7 @@ from grpo_jax.models import KeyValues, Transformer
 from grpo_jax.types import Params
 
 
-@functools.partial(
-    jax.jit, static_argnames=('model', 'rows', 'mesh'), donate_argnames='slots'
-)
+@functools.partial(jax.jit, static_argnames=('model', 'rows', 'mesh'), donate_argnames='slots')
 def force(
     model: Transformer, params: Params, inputs: DecodeInputs, slots: Slots, state: DecodeState,
     replies: tuple[Int[Array, 'devices n F'], Int[Array, 'devices n']], *, rows: int,

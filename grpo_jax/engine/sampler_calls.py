@@ -110,18 +110,20 @@ class SamplerCalls:
 
     def block_to(
         self, params: Params, inputs: DecodeInputs, slots: Slots, state: DecodeState, width: int,
-        *pause: Any,
+        *, pause: tuple[tuple[int, int], Any] | None = None,
     ) -> Call:  # fmt: skip
         """The call of `decode.next_block`, whose caches have `width` columns.
 
         `pause`: thresholds and number of columns after which an environment is asked.
         """
         now = shape_of(slots, self.mesh)
-        arguments = self.model, params, inputs, slots, state, *pause
-        if not pause:
-            arguments = *arguments, self.thresholds(inputs, slots, width)
+        options: dict[str, Any] = {'width': width, 'mesh': self.mesh}
+        thresholds = self.thresholds(inputs, slots, width)
+        if pause is not None:
+            thresholds, options['steps'] = pause
+        arguments = self.model, params, inputs, slots, state, thresholds
         name = describe('block', (now, width), (now, width))
-        return Call(decode.next_block, arguments, {'width': width, 'mesh': self.mesh}, name)
+        return Call(decode.next_block, arguments, options, name)
 
     def thresholds(self, inputs: DecodeInputs, slots: Slots, width: int) -> tuple[int, int]:
         """The `compaction_thresholds` of a block."""

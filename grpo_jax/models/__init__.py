@@ -14,7 +14,8 @@ from grpo_jax.models.layers import finish_logits
 from grpo_jax.models.lora import join_adapters, merge_adapters, split_adapters
 from grpo_jax.models.quantization import Quantized, dequantize, quantize, quantize_base
 from grpo_jax.models.routing import apply_routed, router_outputs
-from grpo_jax.models.transformer import Transformer, apply, init_params, scalar_params
+from grpo_jax.models.scalar_head import scalar_params
+from grpo_jax.models.transformer import Transformer, apply, init_params
 from grpo_jax.models.unrolled import stack_layers, unstack_layers
 
 __all__ = [

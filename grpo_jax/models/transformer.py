@@ -29,8 +29,7 @@ from grpo_jax.models.block import (
 from grpo_jax.models.config import ModelConfig
 from grpo_jax.models.kernels.selection import caches_in_place
 from grpo_jax.models.layers import CHOSEN, PROBABILITIES, RECORDED, RMSNorm, finish_logits
-from grpo_jax.models.lora import split_adapters
-from grpo_jax.models.quantization import Quantized, dequantize, lookup, unpack
+from grpo_jax.models.quantization import Quantized, lookup, unpack
 from grpo_jax.sharding import anchor, by_axes
 from grpo_jax.types import Array, Params
 
@@ -298,21 +297,3 @@ def init_params(model: Transformer, key: Key[Array, '']) -> Params:
 def apply(model: Transformer, params: Params, *args: Any, method: str) -> Any:
     """Calls a method with plain parameters: `apply(model, params, hidden, method='logits')`."""
     return model.apply({'params': params}, *args, method=method)
-
-
-def scalar_params(params: Params, config: ModelConfig) -> Params:
-    """Parameters of a model with a scalar head: those of a language model, and a score of 0.
-
-    Args:
-      params: of the language model, adapters merged. Its arrays are shared, not copied; quantized
-        matrices are dequantized, since all parameters of the result can be trained.
-      config: of either model.
-
-    Raises:
-      ValueError: there are adapters.
-    """
-    if split_adapters(params)[1]:
-        raise ValueError('scalar_params got parameters with adapters: call `merge_adapters` first')
-    params = dequantize(params, config.param_dtype)
-    trunk = {name: value for name, value in params.items() if name != 'head'}
-    return trunk | {'score': jnp.zeros((config.width, 1), config.param_dtype)}

@@ -20,7 +20,7 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
-class _Bounded(io.TextIOBase):
+class BoundedStream(io.TextIOBase):
     """Passes printable text on to a stream, up to a number of characters."""
 
     def __init__(self, stream: Any, what: str, limit: int) -> None:
@@ -65,7 +65,11 @@ def bounded_output(what: str, *, limit: int = LIMIT) -> Iterator[None]:
     streams = contextlib.ExitStack()
     with streams:
         if sys.stdout is not None:
-            streams.enter_context(contextlib.redirect_stdout(_Bounded(sys.stdout, what, limit)))
+            streams.enter_context(
+                contextlib.redirect_stdout(BoundedStream(sys.stdout, what, limit))
+            )
         if sys.stderr is not None:
-            streams.enter_context(contextlib.redirect_stderr(_Bounded(sys.stderr, what, limit)))
+            streams.enter_context(
+                contextlib.redirect_stderr(BoundedStream(sys.stderr, what, limit))
+            )
         yield

@@ -60,6 +60,7 @@ def score(
     columns: Mapping[str, Sequence[object]],
     completion_ids: Sequence[Sequence[int]] | None = None,
     conversations: Sequence[Conversation] | None = None,
+    answers: Sequence[Conversation] | None = None,
     trainer_state: TrainerState | None = None,
     calls: Mapping[str, CallOptions] | None = None,
     group_size: int | None = None,
@@ -81,6 +82,7 @@ def score(
         conversations: N lists of messages, from which the prompts were rendered. Functions get them
             as `prompts`, and the completions as messages of the assistant; the built-in ones, which
             `messages.on_texts` made, get the texts.
+        answers: with `conversations`, N lists of messages of completions of several turns.
         trainer_state: for the functions that name it.
         calls: name -> how it is called, see `CallOptions`, of which those without an entry have
             the defaults. A completion has no reward where a function with a weight failed on it.
@@ -100,7 +102,8 @@ def score(
     texts = {**texts, **columns}
     messages = None
     if conversations is not None:
-        messages = texts | {'prompts': conversations, 'completions': answers_of(completions)}
+        answers = answers_of(completions) if answers is None else answers
+        messages = texts | {'prompts': conversations, 'completions': answers}
     timeouts_before = pool.timeouts()
     outcomes = call_functions(
         functions,

@@ -76,7 +76,8 @@ def sampled_rollout(
         shapes = jax.eval_shape(functools.partial(models.init_params, setup.model), key())
         result = jax.eval_shape(draw, shapes, result.prompts)
     flags: Any = jax.ShapeDtypeStruct(shape[:2], jnp.bool)
-    return result._replace(kept=flags if kept else None)
+    trained = None if setup.environment is None else result.mask
+    return result._replace(kept=flags if kept else None, trained=trained)
 
 
 def rewards(algorithm: Algorithm, shape: Shape, functions: int) -> Any:

@@ -16,7 +16,9 @@ from ml_collections import ConfigDict
 
 from grpo_jax import sharding
 from grpo_jax.run import changes, hosts, saved_config
+from grpo_jax.run.errors import naming_file
 from grpo_jax.run.layout import is_stage, stage_order
+from grpo_jax.run.managers import clear_errors as clear_errors
 from grpo_jax.run.managers import open_manager as open_manager
 from grpo_jax.run.managers import open_to_read as open_to_read
 from grpo_jax.types import Params, Prompts, Rollout, TrainState
@@ -63,15 +65,20 @@ def check_workdir(
     if not (path / 'config.json').exists():
         return path, config
     saved = saved_config.read(path / 'config.json')
+    if holds_failed_try(path, config):
+        return path, config
     if saved_config.differences(config, saved):
         done = steps_of_stages(path)
-        if not any(done.values()):
-            # Or it would be taken for that of another checkpoint; the rest is needed until the
-            # config has been checked.
-            shutil.rmtree(path / 'pretrained', ignore_errors=True)
-            return path, config
         changes.check_changes(config, saved, path, done, extend=extend, override=override)
     return path, saved_config.with_saved_choices(config, saved)
+
+
+def holds_failed_try(path: pathlib.Path, config: ConfigDict) -> bool:
+    """Whether a folder holds what a run of another config left that has no checkpoint."""
+    file = path / 'config.json'
+    if not file.exists() or any(steps_of_stages(path).values()):
+        return False
+    return bool(saved_config.differences(config, saved_config.read(file, quiet=True)))
 
 
 def remove_failed_try(path: pathlib.Path, config: ConfigDict) -> None:
@@ -83,10 +90,7 @@ def remove_failed_try(path: pathlib.Path, config: ConfigDict) -> None:
       path: the run's folder.
       config: the config to run with.
     """
-    file = path / 'config.json'
-    if not file.exists() or any(steps_of_stages(path).values()):
-        return
-    if not saved_config.differences(config, saved_config.read(file, quiet=True)):
+    if not holds_failed_try(path, config):
         return
     for name in OF_RUN:
         if (path / name).is_dir():
@@ -109,7 +113,8 @@ def claim_workdir(path: pathlib.Path, config: ConfigDict) -> None:
         if saved_config.differences(config, saved):
             changes.record_changes(config, saved, path, steps_of_stages(path))
     partial = path / 'config.partial'
-    partial.write_text(saved_config.to_json(config))
+    with naming_file(path / 'config.json'):
+        partial.write_text(saved_config.to_json(config))
     os.replace(partial, path / 'config.json')
 
 

@@ -12,6 +12,9 @@ from grpo_jax.algorithm.sample import last_block, sample, sample_blocks
 from grpo_jax.rewards import Failures, TrainerState, name_in
 from grpo_jax.run import hosts
 from grpo_jax.run.early_grading import dispatch_first
+from grpo_jax.run.episodes import records as episodes
+from grpo_jax.run.episodes.recorded import RecordedReplies
+from grpo_jax.run.episodes.sampling import EpisodeSampler
 from grpo_jax.run.graded_texts import on_host
 from grpo_jax.run.grading import Grader
 from grpo_jax.run.rollout_rewards import RolloutRewards
@@ -42,12 +45,18 @@ class RolloutCollector:
       algorithm: the algorithm of the `grpo` section.
       grader: computes the rewards of the completions.
       prompts: returns the batch of prompts with a given number, on the devices.
+      stage: its name.
+      sampler: samples the completions.
+      books: the environment's replies to batches that have not been trained on, by number.
     """
 
     setup: Setup
     algorithm: Algorithm
     grader: Grader
     prompts: PrefetchedBatches[Prompts]
+    stage: str
+    sampler: EpisodeSampler
+    books: dict[int, RecordedReplies] = dataclasses.field(default_factory=dict)
 
     def sample(self, position: Position, policy: Params, initial: StageParams) -> Iterable[Rollout]:
         """Dispatch a step's first batch; see `Stage.sample`."""
@@ -63,10 +72,20 @@ class RolloutCollector:
     ) -> CollectedBatch:
         """Grade a step's samples, and draw more of them where `grpo.refill` asks for it."""
         config, first = self.setup.config, position.next_batch
-        grader = dataclasses.replace(self.grader, trainer_state=self._trainer_state(position))
+        books: list[Any] = [] if self._book(first) is None else [self._book(first)]
+        grader = dataclasses.replace(
+            self.grader, trainer_state=self._trainer_state(position), books=books
+        )
+
+        def sample_more(number: int) -> Iterable[Rollout]:
+            blocks = self._sample_batch(first + number, policy, initial)
+            if books:
+                books.append(self._book(first + number))
+            return blocks
+
         rollout, rewards, used, metrics = collect_rollout(
             sampled,
-            lambda number: self._sample_batch(first + number, policy, initial),
+            sample_more,
             lambda rollout, early: self._grade(grader, rollout, early, policy, initial),
             grader.grade_early,
             refill=config.grpo.refill,
@@ -76,6 +95,14 @@ class RolloutCollector:
         metrics = metrics | reward_metrics(rewards, correct)
         count = config.log.completions if hosts.is_first() else 0  # the others write no records
         records = completion_records(rewards, count)
+        if books:
+            host = on_host(rollout)
+            metrics |= episodes.metrics(host, books)
+            episodes.report_failures(f'step {position.step + 1}', host, books)
+            if records and hosts.count() > 1:  # with what the other processes were replied
+                books = [self.sampler.book(self._name(first + n)) for n in range(used)]
+            episodes.add_turns(records, host, rewards.texts.turns or [], books)
+            self._forget_books(first + used)
         rollout, trained_rewards, trained = self._select(position, rollout, rewards)
         following = position.next_step(rollout, next_batch=first + used, trained=trained)
         metrics['num_tokens'] = float(following.tokens)
@@ -94,6 +121,7 @@ class RolloutCollector:
             initial,
             self.prompts(number),
             draw=sample_blocks,
+            book=self._book(number),
             step=number,
             sampling=Sampling(**c.sampling),
             group_size=c.group_size,
@@ -115,6 +143,7 @@ class RolloutCollector:
             initial,
             rollout.prompts._replace(routing=None),
             draw=sample,
+            book=grader.books[-1] if grader.books else None,
             step=0,  # which greedy decoding does not depend on
             sampling=Sampling(temperature=0.0),
             group_size=1,
@@ -125,7 +154,23 @@ class RolloutCollector:
         """Sample from the policy that `grpo.source` names, with its weights as configured."""
         c = self.setup.config.grpo
         params = initial.policy if c.source == 'reference' else policy
-        return self.setup.sampler(params, prompts, weights=c.weights, **options)
+        return self.sampler(params, prompts, weights=c.weights, **options)
+
+    def _book(self, number: int) -> RecordedReplies | None:
+        """Return the environment's replies to batch `number`; None without an environment."""
+        if number not in self.books:
+            book = self.sampler.book(self._name(number))
+            if book is None:
+                return None
+            self.books[number] = book
+        return self.books[number]
+
+    def _name(self, number: int) -> str:
+        return f'{self.stage}.{number}'
+
+    def _forget_books(self, number: int) -> None:
+        for old in [old for old in self.books if old < number]:
+            del self.books[old]
 
     def _select(
         self, position: Position, rollout: Rollout, rewards: RolloutRewards

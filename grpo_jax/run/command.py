@@ -8,14 +8,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from grpo_jax.run.errors import problems_of
+from grpo_jax.run.errors import is_disk_full, problems_of
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     r"""Turns a ValueError or OSError into one line on standard error and exit status 2.
 
-    So does a SystemExit, which only code of the user's own raises.
+    So does a SystemExit, which only code of the user's own raises, and any error of a library that
+    has found the disk full.
 
     A `ConfigError` becomes one line for each of its problems. Control characters are shown as
     `\x1b`, so that what a message quotes does nothing to the terminal.
@@ -31,7 +32,9 @@ def one_line_errors() -> Iterator[None]:
     except SystemExit as error:  # of code that the config names; status 0 would look like success
         print(f'error: the program was ended by sys.exit({error.code!r})', file=sys.stderr)
         sys.exit(2)
-    except (ValueError, OSError) as error:
+    except Exception as error:
+        if not isinstance(error, (ValueError, OSError)) and not is_disk_full(error):
+            raise
         if isinstance(error, BrokenPipeError) and _output_has_no_reader():
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # flushed at the exit
             sys.exit(128 + signal.SIGPIPE)

@@ -4,15 +4,21 @@ import contextlib
 import ctypes
 import dataclasses
 import os
+import pathlib
 import sys
+import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
 
+from grpo_jax.engine.calls import Call
+from grpo_jax.models.kernels.selection import target_platform
 from grpo_jax.run import hosts
+from grpo_jax.run.errors import is_disk_full
 
 _COMPILED = '/jax/core/compile/backend_compile_duration'  # also for programs from the cache
 _TRACED = '/jax/core/compile/jaxpr_trace_duration'
@@ -66,12 +72,23 @@ class Compilations:
         """Listens to JAX's events."""
         if event not in (_TRACED, _LOWERED, _COMPILED):
             return
+        if threading.current_thread() is not threading.main_thread():
+            return  # of `CompiledAhead`
         now = time.time()
         begun = now - duration_secs
         # A function that is traced contains others, whose events came before.
         inner = sum(end - start for start, end in self._spans if start >= begun)
         self._spans = [span for span in self._spans if span[0] < begun] + [(begun, now)]
-        added = max(duration_secs - inner, 0.0)
+        self._leave_out(max(duration_secs - inner, 0.0), now)
+
+    def wait_for(self, ahead: 'CompiledAhead') -> None:
+        """Waits for a program that a thread compiles; this is time of compilations too."""
+        started = time.time()
+        ahead.wait()
+        now = time.time()
+        self._leave_out(now - started, now)
+
+    def _leave_out(self, added: float, now: float) -> None:
         self.seconds += added
         if not self._bar.disable:
             # As if the bar had started that much later; `last_print_t` is for its latest rate.
@@ -88,6 +105,37 @@ class Compilations:
         self._bar.write(f'{what} ...', file=sys.stderr)
         yield
         self._bar.write(f'{what} ... {self.seconds - before:.0f} s', file=sys.stderr)
+
+
+class CompiledAhead:
+    """Compiles a program in a thread, while others are compiled and run that are needed before it.
+
+    XLA compiles without Python's lock, so on a machine of several cores a run's samplers and its
+    update are compiled at the same time. The dispatch finds the executable: JAX keeps it by the
+    shapes, dtypes and shardings of the arguments. An error is left to the dispatch, which compiles
+    the program again and meets it too.
+
+    Nothing is compiled ahead by several processes, which compile their programs in the same order,
+    and for GPUs, whose compiler measures kernels on a device that is sampling.
+
+    Args:
+      call: returns the abstract call of the program; called in the thread.
+    """
+
+    def __init__(self, call: Callable[[], Call]) -> None:
+        self._call, self._thread = call, threading.Thread(target=self._compile, daemon=True)
+        if hosts.count() == 1 and target_platform() != 'gpu':
+            self._thread.start()
+
+    def _compile(self) -> None:
+        with contextlib.suppress(Exception):
+            program, arguments, options, *_ = self._call()
+            program.lower(*arguments, **options).compile()
+
+    def wait(self) -> None:
+        """Waits until it is compiled."""
+        if self._thread.ident is not None:
+            self._thread.join()
 
 
 @contextlib.contextmanager
@@ -133,7 +181,8 @@ def kept_in(folder: str | os.PathLike[str]) -> Iterator[None]:
     and with JAX_ENABLE_COMPILATION_CACHE=0 there is none. The machine is part of a program's key.
 
     Args:
-      folder: created when the first program is compiled.
+      folder: created when the first program is compiled. If the block ends because the disk is
+        full, the programs of the block are removed.
     """
     settings = {
         'jax_compilation_cache_dir': os.fspath(folder),
@@ -146,11 +195,26 @@ def kept_in(folder: str | os.PathLike[str]) -> Iterator[None]:
     if before['jax_compilation_cache_dir'] is not None:
         yield
         return
+    started = time.time()
     try:
         _configure(settings)
-        yield
+        with warnings.catch_warnings():
+            # The run finds no room for its records either, and ends with an error that says so.
+            warnings.filterwarnings('ignore', 'Error writing persistent .* No space left on device')
+            yield
+    except Exception as error:
+        if is_disk_full(error):
+            _remove_since(started, pathlib.Path(folder))
+        raise
     finally:
         _configure(before)
+
+
+def _remove_since(started: float, folder: pathlib.Path) -> None:
+    """Removes the programs that were written since: JAX never replaces one that was cut off."""
+    for path in folder.glob('*-cache'):
+        if path.stat().st_mtime >= started:
+            path.unlink()
 
 
 def _configure(settings: dict[str, Any]) -> None:

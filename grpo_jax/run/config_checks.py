@@ -20,7 +20,8 @@ _AT_LEAST = {  # lower bounds of the numbers that nothing else checks before tra
         'critic.optimizer.learning_rate', 'reward_model.optimizer.learning_rate',
     ),
     1: (
-        'data.completion_length', 'sft.batch_size', 'grpo.iterations', 'grpo.batch_size',
+        'data.completion_length', 'environment.turns', 'environment.reply_tokens',
+        'sft.batch_size', 'grpo.iterations', 'grpo.batch_size',
         'grpo.group_size', 'reward_model.batch_size', 'reward_model.group_size', 'eval.every',
         'eval.batch_size', 'checkpoint.every', 'checkpoint.keep', 'health.history',
     ),

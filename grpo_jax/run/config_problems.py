@@ -15,6 +15,7 @@ from grpo_jax.run.config_checks import check_steps, check_values
 from grpo_jax.run.errors import naming, problems_of
 from grpo_jax.run.evaluation import evaluation_options
 from grpo_jax.run.graders import calls_of, check_kinds
+from grpo_jax.run.interaction import make_environment
 from grpo_jax.run.mesh import make_mesh
 from grpo_jax.run.methods import algorithm_of, check_group, compute_of, sampling_of
 from grpo_jax.run.problems import check_evaluation_batch
@@ -62,6 +63,7 @@ def check_evaluation_options(finder: Finder) -> Mesh | None:
     finder.run(check_values)
     finder.run(lambda c: data.get_format(c.data.prompt))
     finder.run(lambda c: evaluation_options(c.eval))
+    finder.run(make_environment)
     mesh = finder.run(make_mesh)
     if mesh is not None:
         finder.run(lambda c: check_evaluation_batch(c, mesh))

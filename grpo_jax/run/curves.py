@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from grpo_jax.run.json_lines import named
+from grpo_jax.run.errors import naming_file
 
 _SUFFIX = '.grpo_jax'  # of the names of our event files
 
@@ -33,13 +33,11 @@ class Curves:
         Raises:
           OSError: the file cannot be written; names it.
         """
-        try:
+        with naming_file(self.folder):
             if self._writer is None:
                 self._writer = self._opened()
             self._write(step, time.time(), values)
             self._writer.flush()
-        except OSError as error:
-            raise named(error, self.folder) from error
 
     def remove_from(self, step: int) -> None:
         """Removes the points of a step and later, to write them again."""
@@ -48,7 +46,8 @@ class Curves:
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.close()
+            with naming_file(self.folder):
+                self._writer.close()
 
     def _opened(self) -> Any:
         from tensorboardX.event_file_writer import EventsWriter

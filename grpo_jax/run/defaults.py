@@ -163,6 +163,20 @@ def defaults() -> ConfigDict:
         'optimizer': optimizer_fields(),
     }
     config.grpo = grpo
+    config.environment = {  # replies to the policy's turns; see docs/environments.md
+        # 'calculator', 'guess', 'gym', 'python', 'search', 'tools', or the path of your own; empty:
+        # a completion has one turn.
+        'name': '',
+        'options': {},  # its keyword arguments
+        'turns': 4,  # of the policy, at most; `data.completion_length` is of all turns and replies
+        'reply_tokens': 256,  # of a reply, at most; longer ones are cut and counted
+        'reply_seconds': 30.0,  # in which it replies; after that the turn has failed
+        'on_error': 'reply',  # after a failure: 'reply' with the error, or 'end' the episode
+        # How tool calls are written: 'hermes', 'llama3', 'fenced', 'plain' or, by the chat template
+        # and the tools, 'auto'.
+        'format': 'auto',
+        'template': '\n{reply}\n',  # of a reply without a chat template
+    }
     config.critic = {'optimizer': optimizer_fields(learning_rate=1e-5)}  # with baseline='critic'
     config.reward_model = {  # a decoder with a scalar head, added to the reward functions
         'weight': 0.0,  # weight of its score in the reward; 0: no reward model

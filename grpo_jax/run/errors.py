@@ -1,8 +1,12 @@
 """Everything that is wrong with a config, in one error. Imports nothing that is slow."""
 
+import errno
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 class ConfigError(ValueError):
@@ -19,7 +23,51 @@ class ConfigError(ValueError):
 
 def problems_of(error: Exception) -> tuple[str, ...]:
     """The messages of an error: several of a `ConfigError`, one of any other."""
-    return error.problems if isinstance(error, ConfigError) else (str(error),)
+    if isinstance(error, ConfigError):
+        return error.problems
+    if number := _no_room(error):
+        return (
+            f'{_file_of(error) or "a file"} cannot be written ({os.strerror(number)}): make room '
+            'there, and give the same command again',
+        )
+    return (str(error),)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether there was no room for a file."""
+    return _no_room(error) != 0
+
+
+def _no_room(error: BaseException) -> int:
+    """The number of the system's error if there was no room, or 0."""
+    if isinstance(error, OSError) and error.errno in _NO_ROOM:
+        return error.errno
+    # Libraries in C++ and Rust say it in the message of an error of any class.
+    return next((number for number in _NO_ROOM if os.strerror(number) in str(error)), 0)
+
+
+def _file_of(error: BaseException) -> str:
+    """The file that an error names, or the first absolute path in its message; or empty."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return os.fsdecode(error.filename)
+    found = re.search(r'"(/[^"]+)"', str(error)) or re.search(r'(?:^| )(/[^\s;:,"]+)', str(error))
+    return found[1] if found else ''
+
+
+@contextmanager
+def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Names a file in errors of writing in the block that name none.
+
+    Raises:
+      OSError: in place of an error of another class, if there was no room.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _no_room(error) or getattr(error, 'errno', None)
+        if _file_of(error) or not number:
+            raise
+        raise OSError(number, os.strerror(number), os.fspath(path)) from error
 
 
 @contextmanager

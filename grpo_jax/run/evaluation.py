@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax import data, rewards
 from grpo_jax.run import hosts
+from grpo_jax.run.episodes.recorded import RecordedReplies
 from grpo_jax.run.errors import ConfigError, caught, naming
 from grpo_jax.run.graded_texts import GradedTexts, grade_texts, on_host
 from grpo_jax.run.problems import Problems
@@ -24,7 +25,9 @@ from grpo_jax.run.statistics import maj_at_k, pass_at_k, rm_at_k
 from grpo_jax.types import Params, Rollout, Sampling
 
 Ranker = Callable[[Rollout, GradedTexts], Float[np.ndarray, ' N']]
-Rewarder = Callable[[Rollout, int], RolloutRewards]  # of the first groups of a rollout
+# (rollout, number of its first groups) -> their rewards; with an environment also `books`, the
+# replies to the rollout.
+Rewarder = Callable[..., RolloutRewards]
 
 
 class Answers(NamedTuple):
@@ -75,6 +78,7 @@ def answer_problems(
     rank: Ranker | None = None,
     reward: Rewarder | None = None,
     call: rewards.CallOptions | None = None,
+    book: Callable[[], RecordedReplies | None] = lambda: None,
 ) -> Answers:
     """Sample one greedy completion of every problem, and `samples` at `temperature`.
 
@@ -94,9 +98,10 @@ def answer_problems(
       temperature: of the samples.
       rank: returns a reward model's scores of a rollout's completions, of those that it gets the
         texts of, for rm@k (best of k).
-      reward: returns the rewards of the first groups of a rollout, `(rollout, groups)`, which are
-        the metric without `correct`. The groups after them fill up a batch, with copies.
+      reward: returns the rewards of the first groups of a rollout, see `Rewarder`, which are the
+        metric without `correct`. The groups after them fill up a batch, with copies.
       call: how `correct` is called; its deadline is that of `extract` too.
+      book: returns what keeps an environment's replies to a batch, see `EpisodeSampler.book`.
 
     Returns:
       Answers with the values `eval/accuracy` (without `correct` it is `eval/reward`),
@@ -116,7 +121,7 @@ def answer_problems(
         sample = functools.partial(
             sampler, params, step=0, sampling=Sampling(temperature), group_size=group_size
         )
-        return _complete(sample, problems, grade, batch_size, rank)
+        return _complete(sample, problems, grade, batch_size, rank, book)
 
     def answers_in(completions: list[str]) -> list[str | None]:
         if extract is None:
@@ -236,13 +241,16 @@ def _grader_of(
     Completions on which it fails are not right.
     """
 
-    def grade(rollout: Rollout, groups: int) -> RolloutRewards:
+    def grade(
+        rollout: Rollout, groups: int, books: Sequence[RecordedReplies] = ()
+    ) -> RolloutRewards:
         host, functions = on_host(rollout, groups), {'correct': correct}
 
         def grade_share(share: Int[np.ndarray, ' M']) -> tuple[GradedTexts, None]:
             selected, weights = select_groups(host, share), {'correct': 1.0}
             calls = {'correct': call}
-            return grade_texts(selected, problems, functions, weights, calls=calls), None
+            texts = grade_texts(selected, problems, functions, weights, calls=calls, books=books)
+            return texts, None
 
         texts, _ = grade_in_shares(host, problems, grade_share, functions=functions)
         return RolloutRewards(texts, texts.scores.total.reshape(host.ended.shape), None, None)
@@ -256,12 +264,18 @@ def _complete(
     grade: Rewarder,
     batch_size: int,
     rank: Ranker | None,
+    book: Callable[[], RecordedReplies | None],
 ) -> _Completions:
     """Sample and grade completions of all problems; `sample` takes a batch of prompts."""
     parts = []
     for prompts, count in data.in_order(problems.table, batch_size):
-        rollout = sample(prompts)
-        graded = grade(rollout, count)  # the last batch is filled up with copies
+        # The last batch is filled up with copies.
+        if (kept := book()) is None:
+            rollout = sample(prompts)
+            graded = grade(rollout, count)
+        else:
+            rollout = sample(prompts, book=kept)
+            graded = grade(rollout, count, books=[kept])
         texts, total = graded.texts, np.asarray(graded.total)
         scores = None if rank is None else rank(rollout, texts).reshape(total.shape)
         host: Any = hosts.fetch((rollout.ended, rollout.mask))

@@ -77,10 +77,11 @@ def reward_functions(
     alone = sum(map(bool, weights.values())) == 1 and not has_model and steps is None
     check_functions(functions, problems, alone=alone)
     if steps is not None:
-        columns = list(problems.rows[0])
         name, function, _ = steps
         arguments = ('prompts', 'completions')
-        rewards.check_arguments({name: function}, columns, arguments=arguments, kind='step rewards')
+        rewards.check_arguments(
+            {name: function}, problems.columns, arguments=arguments, kind='step rewards'
+        )
     return functions, weights, steps
 
 
@@ -132,7 +133,7 @@ def check_functions(
       rewards.RewardError: a column is missing, or a row has no readable reference.
     """
     rows = problems.table.index
-    rewards.check_arguments(functions, list(problems.rows[0]))
+    rewards.check_arguments(functions, problems.columns)
     unreadable = rewards.check_references(
         functions, data.columns(problems.rows, rows, 1), rows.tolist()
     )

@@ -11,6 +11,8 @@ from jaxtyping import Bool, Float, Int
 from grpo_jax import data, rewards
 from grpo_jax.data import char_to_token
 from grpo_jax.run import hosts
+from grpo_jax.run.episodes.recorded import RecordedReplies
+from grpo_jax.run.episodes.turns import columns_of, token_positions
 from grpo_jax.run.graded_texts import (
     START,
     GradedTexts,
@@ -45,6 +47,7 @@ class Grader:
       score_weight: weight of its scores.
       trainer_state: for functions that name it.
       calls: how functions and the step function are called, by name.
+      books: with an environment, the replies of the batches that rollouts are from.
       max_failed: the largest share of a batch's completions on which a function may fail.
     """
 
@@ -57,6 +60,7 @@ class Grader:
     trainer_state: rewards.TrainerState = START
     calls: Mapping[str, rewards.CallOptions] = dataclasses.field(default_factory=dict)
     max_failed: float = 1.0
+    books: Sequence[RecordedReplies] = ()
 
     def grade_early(self, partial_rollouts: Iterable[Rollout]) -> list[GradedGroups]:
         """Call the reward functions on each group as soon as all its completions have ended.
@@ -125,9 +129,7 @@ class Grader:
             total = _float32(total + self.score_weight * scores.astype(np.float64))
             return RolloutRewards(texts, total, None, np.reshape(scores, -1))
         steps = cast(StepRewards, steps)
-        values: Any = np.asarray(
-            steps.values
-        )  # NumPy, where StepRewards is annotated with JAX arrays
+        values: Any = np.asarray(steps.values)  # NumPy, where annotations say JAX arrays
         ends: Any = np.asarray(steps.ends)
         if scores is not None:
             weighted = self.score_weight * scores.astype(np.float64)
@@ -184,16 +186,21 @@ class Grader:
         name, function, weight = self.step_rewards
         index, group_size = np.asarray(rollout.prompts.index), rollout.tokens.shape[1]
         columns = data.columns(self.problems.rows, index, group_size)
+        if texts.turns is not None:
+            columns['turns'] = columns_of(texts.turns)
         steps_of = rewards.score_steps(
             name, function, texts.prompts, texts.completions, columns,
             call=self.calls.get(name), group_size=group_size,
         )  # fmt: skip
         tokens, mask = flat_tokens(rollout)
         ends = [[step.end for step in steps] for steps in steps_of]
-        positions_of = char_to_token(
-            self.problems.tokenizer, tokens, mask, texts.completions, ends,
-            hidden=self.problems.hidden,
-        )  # fmt: skip
+        if texts.turns is not None:
+            positions_of = token_positions(rollout, self.problems, texts.turns, ends)
+        else:
+            positions_of = char_to_token(
+                self.problems.tokenizer, tokens, mask, texts.completions, ends,
+                hidden=self.problems.hidden,
+            )  # fmt: skip
         values: Any = np.zeros(tokens.shape, np.float32)
         is_end: Any = np.zeros(tokens.shape, bool)
         for i, (steps, positions) in enumerate(zip(steps_of, positions_of, strict=True)):
@@ -233,6 +240,7 @@ class Grader:
             self.trainer_state,
             calls=self.calls,
             most_failed=self._most_failed(host),
+            books=self.books,
         )
 
     def _most_failed(self, host: Rollout) -> int:

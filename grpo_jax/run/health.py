@@ -17,6 +17,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from grpo_jax.run import hosts, report
+from grpo_jax.run.errors import naming_file
 from grpo_jax.run.graded_texts import without_records
 from grpo_jax.run.rollouts import CollectedBatch
 
@@ -177,7 +178,8 @@ class Health:
             written = io.BytesIO()
             np.savez(written, metrics=np.array(json.dumps(dict(metrics))), **arrays)
             partial = path.with_name(path.name + '.partial')
-            partial.write_bytes(written.getvalue())
+            with naming_file(path):
+                partial.write_bytes(written.getvalue())
             partial.replace(path)
         return path
 

@@ -17,13 +17,20 @@ from grpo_jax.run import compiled, evaluation, hosts
 from grpo_jax.run.checkpoint import OF_RUN, find_checkpoint
 from grpo_jax.run.config_checks import differing_defaults
 from grpo_jax.run.config_problems import check_evaluation_options
+from grpo_jax.run.episodes.sampling import EpisodeSampler
 from grpo_jax.run.errors import ConfigError
 from grpo_jax.run.evaluation import Answers, Evaluation, spread
 from grpo_jax.run.graders import calls_of, check_functions, make_grader, make_ranker
 from grpo_jax.run.methods import algorithm_of
 from grpo_jax.run.output_file import replaced
 from grpo_jax.run.parameters import newest_policy, newest_reward_params
-from grpo_jax.run.problems import Problems, heldout_problems, heldout_rows, untokenized
+from grpo_jax.run.problems import (
+    Problems,
+    added_columns,
+    heldout_problems,
+    heldout_rows,
+    untokenized,
+)
 from grpo_jax.run.repairs import OF_TOKENS, Finder
 from grpo_jax.run.rollout_rewards import RolloutRewards
 from grpo_jax.run.setup import Setup, prepare
@@ -73,9 +80,13 @@ def make_evaluator(
                 'eval.correct', ' and '.join(unused),
             )  # fmt: skip
 
+    sampler = EpisodeSampler(setup, heldout)
+
     def evaluate(policy: Params, initial: StageParams) -> Evaluation:
         graded = reward and functools.partial(reward, reward_params=initial.reward)
-        return evaluation.evaluate(setup.sampler, policy, heldout, reward=graded, **options)
+        return evaluation.evaluate(
+            sampler, policy, heldout, reward=graded, book=sampler.book, **options
+        )
 
     return evaluate
 
@@ -121,7 +132,9 @@ def answer(
                 'eval.correct and grpo.rewards are empty, so nothing grades the answers: name a '
                 'reward function by --config.eval.correct'
             )
-        answers = evaluation.answer_problems(setup.sampler, policy.params, problems, **options)
+        sampler = EpisodeSampler(setup, problems)
+        options['book'] = sampler.book
+        answers = evaluation.answer_problems(sampler, policy.params, problems, **options)
         for record in evaluation.answer_records(answers):
             line = {'checkpoint': policy.name, **record}
             file.write(json.dumps(line, ensure_ascii=False) + '\n')
@@ -154,7 +167,7 @@ def _prepare(
         problems = finder.run(lambda c: _held_out(setup, c), unless=OF_TOKENS)
     options = finder.run(_options)
     rows = finder.run(lambda c: heldout_rows(c, workdir)) if problems is None else None
-    checked = untokenized(rows) if rows else problems
+    checked = untokenized(rows, added_columns(finder.config)) if rows else problems
     if options is not None and options['correct'] is not None and checked is not None:
         functions = {'eval.correct': options['correct']}
         finder.run(lambda _: check_functions(functions, checked, alone=True))
@@ -189,8 +202,11 @@ def _make_reward(setup: Setup, problems: Problems) -> Callable[..., RolloutRewar
     state = TrainerState(c.steps, c.steps)
     grader = dataclasses.replace(make_grader(setup, problems, algorithm), trainer_state=state)
 
-    def reward(rollout: Rollout, groups: int, *, reward_params: Params | None) -> RolloutRewards:
-        graded = grader.grade(rollout, reward_params, groups=groups)
+    def reward(
+        rollout: Rollout, groups: int, books: Any = (), *, reward_params: Params | None
+    ) -> RolloutRewards:
+        informed = dataclasses.replace(grader, books=books)
+        graded = informed.grade(rollout, reward_params, groups=groups)
         if graded.skipped is not None:
             log.warning(
                 '%d held-out completions have no reward, because all reward functions returned '

@@ -4,6 +4,7 @@ Lines end with '\n' alone: a text may hold any other character, such as U+0085 o
 `str.splitlines` splits too. A line without its end was being written when the process was killed.
 """
 
+import contextlib
 import errno
 import io
 import json
@@ -11,6 +12,8 @@ import os
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
+
+from grpo_jax.run.errors import naming_file
 
 
 class Line(NamedTuple):
@@ -69,24 +72,22 @@ class Appender:
         left = memoryview(text.encode('utf-8', 'backslashreplace'))
         before = os.fstat(self._file.fileno()).st_size
         try:
-            while left:
-                left = left[self._file.write(left) :]
-        except OSError as error:
-            os.ftruncate(self._file.fileno(), before)
-            raise named(error, self.path) from error
+            with naming_file(self.path):
+                while left:
+                    left = left[self._file.write(left) :]
+        except OSError:
+            with contextlib.suppress(OSError):  # a device has no length
+                os.ftruncate(self._file.fileno(), before)
+            raise
 
     def sync(self) -> None:
         """Waits until what has been written would survive the machine."""
         try:
-            os.fsync(self._file.fileno())
+            with naming_file(self.path):
+                os.fsync(self._file.fileno())
         except OSError as error:
             if error.errno != errno.EINVAL:  # of what is no file, such as a pipe
-                raise named(error, self.path) from error
+                raise
 
     def close(self) -> None:
         self._file.close()
-
-
-def named(error: OSError, path: pathlib.Path) -> OSError:
-    """The error with the name of the file, which those of writes lack."""
-    return OSError(error.errno, error.strerror or str(error), str(path))

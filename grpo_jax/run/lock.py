@@ -21,6 +21,8 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from grpo_jax.run.errors import naming_file
+
 log = logging.getLogger('grpo_jax')
 
 FILE = 'train.lock'
@@ -62,7 +64,8 @@ def held(workdir: pathlib.Path) -> Iterator[None]:
         return
     try:
         _take(file, workdir)
-        _write(file, record)
+        with naming_file(workdir / FILE):
+            _write(file, record)
     except BaseException:
         os.close(file)
         raise

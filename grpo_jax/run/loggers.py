@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax import plugins
 from grpo_jax.run import hosts
-from grpo_jax.run.errors import ConfigError, caught
+from grpo_jax.run.errors import ConfigError, caught, naming_file
 
 log = logging.getLogger('grpo_jax')
 
@@ -227,7 +227,8 @@ def _started(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Logger]:
     ids |= {name: logger.id for name, logger in loggers.items() if logger.id}
     if ids:
         partial = path.with_suffix('.partial')
-        partial.write_text(json.dumps(ids) + '\n')
+        with naming_file(path):
+            partial.write_text(json.dumps(ids) + '\n')
         os.replace(partial, path)
     return loggers
 

@@ -1,8 +1,11 @@
 """Orbax managers of checkpoints: which are kept, and how they become complete."""
 
+import contextlib
+import logging
 import math
 import pathlib
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import orbax.checkpoint as ocp
@@ -14,6 +17,7 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from grpo_jax.run.checksums import temporary_path_class
+from grpo_jax.run.errors import naming_file
 
 
 def open_manager(
@@ -54,3 +58,34 @@ def open_to_read(path: pathlib.Path) -> ocp.CheckpointManager:
         create=False, cleanup_tmp_directories=False, save_root_metadata=False
     )
     return ocp.CheckpointManager(path, options=options)
+
+
+@contextlib.contextmanager
+def clear_errors(path: pathlib.Path) -> Iterator[None]:
+    """Names a file in errors of saves in the block, and leaves out what else is printed of them.
+
+    A save fails in several threads. Orbax logs a traceback of each, and its manager raises the
+    error at the next call. TensorStore prints one for each write that ends after that.
+
+    Args:
+      path: folder of the stage.
+    """
+    logger, show = logging.getLogger('absl'), sys.unraisablehook
+    logger.addFilter(_is_not_raised_too)
+    sys.unraisablehook = lambda args: None if _is_of_failed_save(args) else show(args)
+    try:
+        with naming_file(path):
+            yield
+    finally:
+        logger.removeFilter(_is_not_raised_too)
+        sys.unraisablehook = show
+
+
+def _is_not_raised_too(record: logging.LogRecord) -> bool:
+    return not (record.levelno == logging.ERROR and record.exc_info and 'orbax' in record.pathname)
+
+
+def _is_of_failed_save(args: Any) -> bool:
+    return isinstance(args.exc_value, RuntimeError) and 'Event loop is closed' in str(
+        args.exc_value
+    )

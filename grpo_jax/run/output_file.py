@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TextIO
 
+from grpo_jax.run.errors import naming_file
+
 
 @contextmanager
 def replaced(path: pathlib.Path) -> Iterator[TextIO]:
@@ -23,14 +25,17 @@ def replaced(path: pathlib.Path) -> Iterator[TextIO]:
     if path.is_dir():
         raise ValueError(f'--output={path} is a folder: name a file')
     if path.exists() and not path.is_file():  # a device or pipe, which cannot be replaced
-        with path.open('w', encoding='utf-8', errors='backslashreplace') as file:
+        with naming_file(path), path.open('w', encoding='utf-8', errors='backslashreplace') as file:
             yield file
         return
     if path.exists() and not os.access(path, os.W_OK):
         raise PermissionError(f'--output={path} is write-protected: name another file')
     with _scratch_folder(path) as scratch:
         partial = scratch / path.name
-        with partial.open('w', encoding='utf-8', errors='backslashreplace') as file:
+        with (
+            naming_file(path),
+            partial.open('w', encoding='utf-8', errors='backslashreplace') as file,
+        ):
             yield file
         os.replace(partial, path)
 
@@ -47,7 +52,8 @@ def new_folder(target: pathlib.Path) -> Iterator[pathlib.Path]:
     with _scratch_folder(target) as scratch:
         folder = scratch / target.name
         folder.mkdir()
-        yield folder
+        with naming_file(target):
+            yield folder
         if target.exists():
             target.rmdir()
         folder.rename(target)

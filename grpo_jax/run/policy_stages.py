@@ -16,6 +16,7 @@ from grpo_jax.engine.compute import Compute
 from grpo_jax.engine.token_sampling import without_inactive
 from grpo_jax.run import abstract
 from grpo_jax.run.collector import RolloutCollector
+from grpo_jax.run.episodes.sampling import EpisodeSampler
 from grpo_jax.run.graders import make_grader
 from grpo_jax.run.methods import (
     algorithm_of,
@@ -145,6 +146,8 @@ def grpo_stage(
         algorithm,
         make_grader(setup, training, algorithm),
         PrefetchedBatches(lambda number: sharding.put_groups(batches[number], setup.mesh)),
+        stage_name('grpo', iteration),
+        EpisodeSampler(setup, training),
     )
     updates = c.steps * algorithm.inner_updates
     optimizer, schedule = make_optimizer(config, 'grpo', updates)

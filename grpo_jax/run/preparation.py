@@ -25,6 +25,7 @@ from grpo_jax.run.parameters import check_start
 from grpo_jax.run.policy_stages import grpo_stage, sft_stage
 from grpo_jax.run.problems import (
     Problems,
+    added_columns,
     check_demonstration,
     check_template,
     heldout_problems,
@@ -153,14 +154,15 @@ def _check_rows(
     finder: Finder, workdir: pathlib.Path, training: Problems | None, heldout: Problems | None
 ) -> None:
     """Finds the problems of a data set of which a stage, or its prompts, could not be made."""
+    added = added_columns(finder.config)
     if training is None:
         rows = finder.run(lambda c: list(load_rows(c, workdir, c.data.train_split)))
         if rows:
             finder.run(functools.partial(check_template, workdir=workdir, rows=rows))
-            training = untokenized(rows)
+            training = untokenized(rows, added)
     if heldout is None:
         others = finder.run(lambda c: heldout_rows(c, workdir))
-        heldout = untokenized(others) if others else None
+        heldout = untokenized(others, added) if others else None
     for check in () if training is None else _checks_of_rows(finder.config, training):
         finder.run(check)
     if heldout is not None and finder.config.eval.correct:

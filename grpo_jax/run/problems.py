@@ -28,6 +28,12 @@ class Problems(NamedTuple):
     hidden: frozenset[int] | None = None  # ids that are not part of a text; None: special tokens
     conversations: list[data.Conversation] | None = None  # the prompts as messages, if they are
     split: data.Rows = ()  # all rows of the split, with those that are left out of `rows`
+    added: tuple[str, ...] = ()  # columns that reward functions get beside those of the rows
+
+    @property
+    def columns(self) -> list[str]:
+        """The names of the columns that reward functions get."""
+        return [*self.rows[0], *self.added]
 
 
 def load_rows(config: ConfigDict, workdir: pathlib.Path, split: str) -> data.Rows:
@@ -125,14 +131,19 @@ def heldout_rows(config: ConfigDict, workdir: pathlib.Path) -> data.Rows | None:
         return None
 
 
-def untokenized(rows: data.Rows) -> Problems:
+def added_columns(config: ConfigDict) -> tuple[str, ...]:
+    """What reward functions get beside the columns of the data set."""
+    return ('turns', 'environment_reward') if config.environment.name else ()
+
+
+def untokenized(rows: data.Rows, added: tuple[str, ...] = ()) -> Problems:
     """Problems of all rows, without the tokens of their prompts, for checks of the rows alone."""
     count = len(rows)
     tokens = np.zeros((count, 1), np.int32)
     table = data.PromptTable(
         tokens, np.ones(count, np.int32), np.arange(count, dtype=np.int32), dropped=0
     )
-    return Problems(rows, table, None, ())
+    return Problems(rows, table, None, (), added=added)
 
 
 def naming_template(key: str) -> contextlib.AbstractContextManager[None]:
@@ -167,9 +178,14 @@ def _problems(setup: Setup, rows: data.Rows, split: str, leaked: int) -> Problem
         table = data.tokenize_prompts(rows, setup.tokenizer, hidden=setup.hidden, **options)
     if table.dropped or leaked:
         log.warning('%s: %s', split, table.summary(leaked))
+    if setup.environment is not None:
+        setup.environment.check(list(rows[0]))
     data.check_token_ids(table.used_ids(), setup.tokenizer, setup.model.config.vocab_size)
     stops, messages = stop_strings(setup.config), _messages(setup, rows)
-    return Problems(rows, table, setup.tokenizer, stops, setup.hidden, messages)
+    return Problems(
+        rows, table, setup.tokenizer, stops, setup.hidden, messages,
+        added=added_columns(setup.config),
+    )  # fmt: skip
 
 
 def _messages(setup: Setup, rows: data.Rows) -> list[data.Conversation] | None:

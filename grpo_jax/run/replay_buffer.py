@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from grpo_jax.run import hosts
+from grpo_jax.run.errors import naming_file
 
 TreeT = TypeVar('TreeT')
 
@@ -71,7 +72,7 @@ class ReplayBuffer:
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f'{step}.partial'
         try:
-            with partial.open('wb') as file:
+            with naming_file(partial), partial.open('wb') as file:
                 np.savez(file, *leaves)
             os.replace(partial, folder / f'{step}.npz')
         finally:

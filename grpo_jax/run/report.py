@@ -12,6 +12,7 @@ from typing import Any
 
 from grpo_jax.run import json_lines, signals
 from grpo_jax.run.curves import Curves
+from grpo_jax.run.errors import naming_file
 from grpo_jax.run.json_lines import Appender, Line, unreadable
 from grpo_jax.run.layout import stage_order
 
@@ -156,7 +157,7 @@ def remove_lines(path: pathlib.Path, stage: str, step: int) -> None:
         return
     partial, end = path.with_suffix('.partial'), (stage_order(stage), step)
     try:
-        with partial.open('wb') as file:
+        with naming_file(path), partial.open('wb') as file:
             for line in _lines(path):
                 if (stage_order(line.row['stage']), line.row['step']) < end:
                     file.write(line.text)
@@ -218,7 +219,8 @@ def plot(workdir: pathlib.Path, steps: int) -> pathlib.Path:
     for axis in axes[1]:
         axis.set_xlabel('step')
     path = workdir / 'reward.png'
-    figure.savefig(path, dpi=120)
+    with naming_file(path):
+        figure.savefig(path, dpi=120)
     plt.close(figure)
     return path
 

@@ -19,6 +19,8 @@ from grpo_jax.engine.calls import Call
 from grpo_jax.engine.compute import Compute, ComputePlan
 from grpo_jax.run import abstract, hosts
 from grpo_jax.run.compute_plans import settle
+from grpo_jax.run.episodes.recorded import RecordedReplies
+from grpo_jax.run.episodes.sampling import EpisodeSampler
 from grpo_jax.run.graders import calls_of, check_functions, correctness
 from grpo_jax.run.grading import Grader
 from grpo_jax.run.methods import algorithm_of
@@ -70,6 +72,7 @@ def reward_stage(setup: Setup, training: Problems, iteration: int = 1) -> Stage:
         shape,
         iteration,
         _label_grader(setup, training),
+        EpisodeSampler(setup, training),
         batches,
         ReplayBuffer(setup.workdir / 'replay', iteration, c.replay, config.seed),
         optimizer,
@@ -142,6 +145,7 @@ class _RewardTraining:
     shape: abstract.Shape
     iteration: int
     grader: Grader
+    sampler: EpisodeSampler
     batches: BatchSequence[Prompts]
     replay: ReplayBuffer
     optimizer: optax.GradientTransformation
@@ -206,9 +210,10 @@ class _RewardTraining:
     def sample(self, position: Position, policy: Params, initial: StageParams) -> list[Rollout]:
         config = self.setup.config
         number = (self.iteration - 1) * config.reward_model.steps + position.step
-        rollout = self.setup.sampler(
+        rollout = self.sampler(
             initial.policy,
             self.batches[number],
+            book=self._book(position),
             step=_FIRST_STEP + number,
             sampling=Sampling(**config.grpo.sampling),
             group_size=config.reward_model.group_size,
@@ -223,16 +228,20 @@ class _RewardTraining:
         initial: StageParams,
     ) -> CollectedBatch:
         rollout = hosts.fetch(last_block(sampled))
-        graded = self.grader.grade(rollout, None)
+        books = [] if (book := self._book(position)) is None else [book]
+        graded = dataclasses.replace(self.grader, books=books).grade(rollout, None)
         right = graded.texts.scores.parts.get(self.setup.config.eval.correct)
         labels: Any = graded.steps
         if labels is None and right is not None:
             labels = np.nan_to_num(right).reshape(rollout.ended.shape)  # None counts as wrong
-        rollout, labels = self.replay.mix(position.step, (rollout, labels))
+        rollout, labels = self.replay.mix(position.step, (rollout._replace(trained=None), labels))
         metrics = {} if right is None else {'accuracy': float(np.mean(right >= 1))}
         following = position.next_step(rollout)
         metrics['num_tokens'] = float(following.tokens)
         return CollectedBatch(rollout, labels, metrics, [], following)
+
+    def _book(self, position: Position) -> RecordedReplies | None:
+        return self.sampler.book(f'{stage_name("reward", self.iteration)}.{position.step}')
 
     def step(
         self, state: TrainState, initial: StageParams, batch: CollectedBatch

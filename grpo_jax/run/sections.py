@@ -14,6 +14,7 @@ from grpo_jax.run.suggestions import suggest
 FREE = (
     'data.options',
     'data.chat_template_kwargs',
+    'environment.options',
     'grpo.rewards',
     'grpo.step_rewards',
     'model.rope_scaling',

@@ -15,11 +15,14 @@ from grpo_jax.algorithm.checks import check_routers
 from grpo_jax.algorithm.sample import sample
 from grpo_jax.data import check_token_ids, get_format, load_tokenizer, stop_ids, stop_table
 from grpo_jax.engine.token_sampling import check_record, without_inactive
+from grpo_jax.environments import Environment, Renderer
 from grpo_jax.models import hf
+from grpo_jax.run.checkpoint import holds_failed_try
 from grpo_jax.run.config_checks import check_values
 from grpo_jax.run.defaults import defaults
 from grpo_jax.run.errors import renamed
 from grpo_jax.run.inputs import Inputs
+from grpo_jax.run.interaction import make_environment, make_renderer
 from grpo_jax.run.mesh import check_model, is_described, make_mesh
 from grpo_jax.run.output_file import new_folder
 from grpo_jax.run.start import Start
@@ -49,6 +52,8 @@ class Setup:
     source: pathlib.Path | None  # folder of the pretrained checkpoint, or of its copied description
     reward_model: models.Transformer | None = None
     inputs: Inputs | None = None  # digests of what training reads
+    environment: Environment | None = None  # that replies to turns; None: completions have one
+    renderer: Renderer | None = None  # of its replies
 
 
 def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
@@ -66,7 +71,8 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     mesh = make_mesh(config)
     source = _source(config, workdir)
     tokenizer = load_tokenizer(config.tokenizer or str(source or 'bytes'))
-    config = bind_chat_template(config, tokenizer)
+    environment = make_environment(config, tokenizer)
+    config = bind_chat_template(config, tokenizer, environment.tools if environment else ())
     ends = end_ids(config, tokenizer, source)
     model = models.Transformer(_model_config(config, source, tokenizer, ends))
     _check_platform(model.config.attention, mesh.devices.flat[0].platform)
@@ -75,11 +81,13 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     _check_experts(config, model.config.experts)
     check_token_ids(ends, tokenizer, model.config.vocab_size)
     hidden = hidden_ids(config, tokenizer, ends)
+    renderer = make_renderer(config, tokenizer, hidden) if environment else None
     sampler = _make_sampler(config, mesh, model, tokenizer, ends, hidden)
     reward_model = _reward_model(config, model, tokenizer)
     return Setup(
-        config, workdir, mesh, model, tokenizer, ends, hidden, sampler, source, reward_model
-    )
+        config, workdir, mesh, model, tokenizer, ends, hidden, sampler, source, reward_model,
+        environment=environment, renderer=renderer,
+    )  # fmt: skip
 
 
 def prepare_policy(config: ConfigDict, workdir: pathlib.Path) -> Setup:
@@ -125,7 +133,9 @@ def _source(config: ConfigDict, workdir: pathlib.Path) -> pathlib.Path | None:
     """Folder of the pretrained checkpoint's description: the copy in the run or its start."""
     if not config.pretrained:
         return None
-    runs = [workdir, *([Start.parse(config.start).workdir] if config.start else [])]
+    runs = [Start.parse(config.start).workdir] if config.start else []
+    if not holds_failed_try(workdir, config):  # whose copy may be that of another checkpoint
+        runs.insert(0, workdir)
     for copied in (run / 'pretrained' for run in runs):
         if copied.is_dir():
             return copied

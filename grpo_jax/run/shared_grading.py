@@ -14,7 +14,7 @@ from jaxtyping import Float, Int
 
 from grpo_jax import rewards
 from grpo_jax.run import hosts
-from grpo_jax.run.graded_texts import DecodedWhenRead, GradedTexts, decode_prompts
+from grpo_jax.run.graded_texts import GradedTexts, decode_prompts, texts_when_read
 from grpo_jax.run.problems import Problems
 from grpo_jax.types import Rollout, StepRewards
 
@@ -75,10 +75,11 @@ def grade_in_shares(
         np.zeros((0, size), np.float32), np.zeros((0, size, len(functions)), np.float32), of_steps
     )
     numbers, notes = in_shares(batch, compute, empty)
-    prompts, completions = decode_prompts(host, problems), DecodedWhenRead(host, problems)
+    prompts = decode_prompts(host.prompts, size, problems)
+    completions, turns = texts_when_read(host, problems)
     counts = [size * len(share) for share in hosts.shares(batch)]
     scores = _scores(numbers, functions, notes, counts)
-    return GradedTexts(prompts, completions, scores), numbers.steps
+    return GradedTexts(prompts, completions, scores, turns), numbers.steps
 
 
 def in_shares(

@@ -1,6 +1,7 @@
 """The loop over the steps of a stage: sampling, updates, records, evaluations and checkpoints."""
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
@@ -12,6 +13,8 @@ from tqdm import tqdm
 from grpo_jax.algorithm.sample import last_block
 from grpo_jax.rewards import RewardError
 from grpo_jax.run import checkpoint, compiled, hosts, report, signals
+from grpo_jax.run.episodes.recorded import remove_before
+from grpo_jax.run.errors import is_disk_full
 from grpo_jax.run.health import Health, UnhealthyError
 from grpo_jax.run.progress import Progress
 from grpo_jax.run.rollouts import CollectedBatch, Position
@@ -63,6 +66,8 @@ class StageLoop:
         self.initial, self.snapshot, self.log = initial, snapshot, log
         self.start, self.repeats, self.best = snapshot.position.step, repeats, best
         self.evaluated, self.evaluation = -1, dict[str, float]()  # the last step, its metrics
+        self.ahead: compiled.CompiledAhead | None = None  # the update program
+        self.batches = dict[int, int]()  # of checkpoints: the next batch
 
     def run(self) -> Snapshot:
         """Runs all steps that are left, and the evaluation after the last one.
@@ -82,6 +87,9 @@ class StageLoop:
             skipped = int(self.snapshot.state.skipped)
             self.progress = Progress(stage, records, bar, skipped, health)
             try:
+                if stage.update is not None and self.snapshot.position.step < stage.steps:
+                    self.ahead = compiled.CompiledAhead(functools.partial(stage.update, None))
+                    stack.callback(self.ahead.wait)
                 while self.snapshot.position.step < stage.steps:
                     self._step(records)
                 self._evaluate()
@@ -118,9 +126,11 @@ class StageLoop:
         sampled = None
         if stage.ahead and position.step + 1 < stage.steps:
             sampled = stage.sample(batch.position, policy, initial)
-        if first:
-            self._print_plan()
         with self._announced('the update', first):
+            if first:
+                if self.ahead is not None:
+                    self.compilations.wait_for(self.ahead)
+                self._print_plan()
             self._update(batch, sampled)
         step = position.step + 1
         if step % self.setup.config.checkpoint.every == 0 or step == stage.steps:
@@ -191,6 +201,16 @@ class StageLoop:
             arguments.append((self.progress.last or {}) | evaluation)
         with signals.delayed():
             checkpoint.save(*arguments)
+        self._remove_replies()
+
+    def _remove_replies(self) -> None:
+        """Removes the environment's replies to batches that no checkpoint leads to any more."""
+        if self.setup.environment is None or not hosts.is_first():
+            return
+        self.batches[self.snapshot.position.step] = self.snapshot.position.next_batch
+        oldest = min(self.manager.all_steps())
+        if oldest in self.batches:  # it was not saved before the run was resumed
+            remove_before(self.setup.workdir, self.stage.name, self.batches[oldest])
 
     def _save_after_failure(self, error: BaseException) -> None:
         """Writes the metrics of finished steps and saves the newest state, if possible.
@@ -204,25 +224,34 @@ class StageLoop:
             hosts.in_all_processes(error)
         if not hosts.is_in_all_processes(error):
             return
+        full = is_disk_full(error)  # then a save in the background fails too, and no other is tried
         try:
-            self.progress.write()
-            if isinstance(error, UnhealthyError) and error.poisoned:
-                return
-            if step == self.start or self.manager.latest_step() == step:
-                return
-            leaves = jax.tree.leaves(self.snapshot.state)
-            if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
-                log.warning(
-                    '%s: the state after step %d is lost, because the update that failed had '
-                    'donated its buffers', self.stage.name, step,
-                )  # fmt: skip
-                return
-            self._save()
+            if not full:
+                self._save_newest(error)
+            self.manager.wait_until_finished()
         except Exception as another:
+            if not full:
+                log.warning(
+                    '%s: the state after step %d was not saved: %s: %s',
+                    self.stage.name, step, type(another).__name__, another,
+                )  # fmt: skip
+
+    def _save_newest(self, error: BaseException) -> None:
+        """Writes the metrics of finished steps and saves the state, if it is one to go on from."""
+        step = self.snapshot.position.step
+        self.progress.write()
+        if isinstance(error, UnhealthyError) and error.poisoned:
+            return
+        if step == self.start or self.manager.latest_step() == step:
+            return
+        leaves = jax.tree.leaves(self.snapshot.state)
+        if any(isinstance(leaf, jax.Array) and leaf.is_deleted() for leaf in leaves):
             log.warning(
-                '%s: the state after step %d was not saved: %s: %s',
-                self.stage.name, step, type(another).__name__, another,
+                '%s: the state after step %d is lost, because the update that failed had donated '
+                'its buffers', self.stage.name, step,
             )  # fmt: skip
+            return
+        self._save()
 
     def _describe_stop(self, stopped: hosts.Stopped) -> str:
         """What is saved after a signal, and what to do; waits until it is written."""

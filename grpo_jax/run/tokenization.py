@@ -2,6 +2,8 @@
 
 import datetime
 import pathlib
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,14 +18,22 @@ from grpo_jax.rewards.deadlines import CannotInterrupt, DeadlineExceeded, call_w
 _TEMPLATE_SECONDS, _CONVERSATION_SECONDS = 30.0, 0.1
 
 
-def bind_chat_template(config: ConfigDict, tokenizer: Any) -> ConfigDict:
+def bind_chat_template(
+    config: ConfigDict, tokenizer: Any, tools: Sequence[Mapping[str, Any]] = ()
+) -> ConfigDict:
     """Sets the variables of the chat template, and the date that it writes, in the tokenizer.
+
+    Args:
+      config: of the run.
+      tokenizer: changed in place.
+      tools: schemas of the environment's tools, which the template shows to the model.
 
     Returns:
       The config, with today as `data.date` if the template writes a date and the config has none.
 
     Raises:
-      ValueError: variables without a chat template, or a date that is none.
+      ValueError: variables without a chat template, a date that is none, or tools that neither the
+        template nor the prompt shows.
     """
     _limit_time(tokenizer)
     settings = config.data
@@ -40,8 +50,36 @@ def bind_chat_template(config: ConfigDict, tokenizer: Any) -> ConfigDict:
         date = config.data.date and datetime.date.fromisoformat(config.data.date)
     except ValueError as error:
         raise ValueError(f"data.date={config.data.date!r}: write it as '2026-01-31'") from error
+    if tools and _template_shows_tools(config, tokenizer, tools):
+        variables['tools'] = list(tools)
     data.bind_template(tokenizer, variables, date)
     return config
+
+
+def _template_shows_tools(
+    config: ConfigDict, tokenizer: Any, tools: Sequence[Mapping[str, Any]]
+) -> bool:
+    """Whether the chat template has a place for tools.
+
+    Raises:
+      ValueError: it has none, and neither the prompt nor the system message names the tools.
+    """
+    if any(re.search(r'\btools\b', text) for text in data.template_texts(tokenizer)):
+        if 'tools' in config.data.chat_template_kwargs:
+            raise ValueError(
+                'data.chat_template_kwargs.tools are those of environment.name='
+                f'{config.environment.name!r}: remove them'
+            )
+        return True
+    prompt = data.get_format(config.data.prompt)
+    written = '\n'.join((prompt.user, prompt.frame, prompt.system, config.data.system))
+    names = [tool['function']['name'] for tool in tools]
+    if not all(name in written for name in names):
+        raise ValueError(
+            f'environment.name={config.environment.name!r} has tools, and the chat template has no '
+            f'place for them: describe {", ".join(names)} in data.system or data.prompt'
+        )
+    return False
 
 
 def _limit_time(tokenizer: Any) -> None:

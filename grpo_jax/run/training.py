@@ -168,9 +168,12 @@ def _run_stage(
     )
     if snapshot.position.step < stage.steps or not evaluated:
         best = keeping.best
-        with checkpoint.open_manager(
-            folder, keep=keeping.keep, keep_every=keeping.keep_every, best=best
-        ) as manager:
+        with (
+            checkpoint.clear_errors(folder),
+            checkpoint.open_manager(
+                folder, keep=keeping.keep, keep_every=keeping.keep_every, best=best
+            ) as manager,
+        ):
             snapshot = StageLoop(
                 setup, stage, manager, initial, snapshot, log, repeats=repeats, best=best
             ).run()

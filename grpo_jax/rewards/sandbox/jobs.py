@@ -75,12 +75,14 @@ class Result:
         cases: all cases.
         error: why others did not, or ''.
         timeout: whether the program was ended after its time.
+        output: what it printed in the last case, if that ended without an error.
     """
 
     passed: int
     cases: int
     error: str = ''
     timeout: bool = False
+    output: str | None = None
 
 
 Job: TypeAlias = Tests | Inputs

@@ -166,7 +166,7 @@ class Worker:
 
 
 def _run_inputs(process: _Process, job: Inputs, limits: Limits) -> Result:
-    passed, error = 0, ''
+    passed, error, printed = 0, '', None
     for number, (text, expected) in enumerate(zip(job.inputs, job.outputs, strict=True)):
         process.wait_at_most(limits.seconds + _GRACE)
         try:
@@ -177,14 +177,15 @@ def _run_inputs(process: _Process, job: Inputs, limits: Limits) -> Result:
         status, output = answer[:1], answer[1:]
         if status == TIMEOUT:
             return Result(passed, len(job.inputs), f'case {number} takes too long', timeout=True)
-        short = len(output) <= 4 * len(expected) + _SPARE_OUTPUT
-        if status == ENDED and short and job.same(output.decode(errors='replace'), expected):
+        most = 4 * len(expected) + _SPARE_OUTPUT
+        printed = output[:most].decode(errors='replace') if status == ENDED else None
+        if printed is not None and len(output) <= most and job.same(printed, expected):
             passed += 1
             continue
         error = error or f'case {number} is wrong'
         if not job.partial:
             break
-    return Result(passed, len(job.inputs), error)
+    return Result(passed, len(job.inputs), error, output=printed)
 
 
 def _cases(job: Job) -> int:

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from grpo_jax.run.errors import ConfigError, problems_of
+from grpo_jax.run.errors import ConfigError, is_disk_full, naming_file, problems_of
 from grpo_jax.run.hosts.state import WAIT, ProcessesError, client, count, index, is_first, late
 
 T = TypeVar('T')
@@ -130,7 +130,7 @@ def raise_in_all(own: Exception | None, what: str, kind: type[ValueError] = Conf
 
 
 def _messages(error: Exception, kind: type[Exception]) -> list[str]:
-    if isinstance(error, kind | ValueError | OSError):
+    if isinstance(error, kind | ValueError | OSError) or is_disk_full(error):
         return [' '.join(text.split()) for text in problems_of(error)]
     traceback.print_exception(error)  # the others get its message alone
     return [f'{type(error).__name__}: {error}']
@@ -189,7 +189,8 @@ def check_shared(folder: Any) -> None:
 
 def _written(path: Any) -> str:
     text = os.urandom(8).hex()
-    path.write_text(text)
+    with naming_file(path):
+        path.write_text(text)
     return text
 
 

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 
 from grpo_jax.run.compute_plans import FILE as COMPUTE_PLANS
+from grpo_jax.run.episodes.recorded import FOLDER as REPLIES
 
 _LINKED = ('cache', 'data', 'pretrained', 'replay')
 
@@ -34,6 +35,8 @@ def mirrored(workdir: pathlib.Path) -> Iterator[pathlib.Path]:
                 else:
                     target.parent.mkdir(parents=True, exist_ok=True)
                     target.symlink_to(path.resolve())
+        if (workdir / REPLIES).is_dir():  # to which a replay may add
+            shutil.copytree(workdir / REPLIES, folder / REPLIES)
         if (workdir / COMPUTE_PLANS).is_file():
             shutil.copyfile(workdir / COMPUTE_PLANS, folder / COMPUTE_PLANS)
         yield folder

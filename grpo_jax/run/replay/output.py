@@ -8,6 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from grpo_jax.run import hosts, saved_config
+from grpo_jax.run.errors import naming_file
 from grpo_jax.run.health import batch_arrays
 from grpo_jax.run.replay.check import Check, check, likely_cause
 from grpo_jax.run.replay.origin import find_origin
@@ -65,8 +66,10 @@ def replay(
             lines = _verdict(result, checked)
             print('\n'.join(lines))
             if folder is not None:
-                _write(folder, result, at['prompt'], checked, lines)
-    return not checked.different
+                with naming_file(folder):
+                    _write(folder, result, at['prompt'], checked, lines)
+    # The others have no texts to compare.
+    return hosts.from_first(lambda: not checked.different, 'the comparison with the run')
 
 
 def _number(name: str, text: str) -> int | None:
