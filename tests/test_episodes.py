@@ -146,7 +146,7 @@ def test_options_of_the_sampler(model, params, prompts, name):
         np.testing.assert_array_equal(getattr(first, field), getattr(late, field), field)
     sampling = options.get('sampling', Sampling())
     if 'weights' in options:
-        params = quantize(params, 'int8')
+        params = quantize(params)
     logprobs, _ = tiny.jit(functools.partial(completion_logprobs, model))(params, first, sampling)
     np.testing.assert_allclose(logprobs[first.trained], first.logprobs[first.trained], atol=1e-5)
     assert np.isfinite(logprobs).all()

@@ -150,3 +150,18 @@ def test_rollouts_of_any_lengths_use_listed_programs(sampler, data):
         )  # fmt: skip
         assert len(list(blocks)) >= 1
     assert {call.digest for call in used} <= known, [call.name for call in used]
+
+
+@pytest.mark.slow
+def test_a_run_with_an_environment_uses_the_programs_of_its_plan(tmp_path, caplog):
+    """Replies, blocks that pause, and caches that grow by a reply."""
+    config = short_config()
+    config.environment.update(name='episode_tools:echo', reply_tokens=20, template='{reply}')
+    config.data.completion_length = 40
+    config.grpo.steps = 2
+    planned = programs(config, tmp_path)
+    listed.keep(str(tmp_path), {}, planned)
+    runs.train(config, tmp_path)
+    assert 'does not list' not in caplog.text
+    replies = [name for name in planned.values() if 'replies of' in name]
+    assert {name.split('replies of ')[1].split()[0] for name in replies} == {'16', '64'}

@@ -83,4 +83,6 @@ def _kind(leaf: Any) -> str:
 
 
 def _static(value: Any) -> str:
+    if hasattr(value, 'dtype') and hasattr(value, 'shape'):  # a keyword argument that is traced
+        return _kind(value)
     return str(dict(value.shape)) if isinstance(value, Mesh) else repr(value)

@@ -30,14 +30,17 @@ def write_cache(
     cache: Shaped[Array, 'L B R K n h'], new: Shaped[Array, 'L B R K 1 h'], t: Int[Array, '*rows']
 ) -> Shaped[Array, 'L B R K n h']:
     """The cache with `new` in column t."""
-
-    def write(cache: jax.Array, new: jax.Array, t: jax.Array) -> jax.Array:
-        return jax.lax.dynamic_update_slice_in_dim(cache, new, t, axis=cache.ndim - 2)
-
     if not t.ndim:
-        return write(cache, new, t)
-    for_rows = jax.vmap(write, in_axes=(1, 1, 0), out_axes=1)
-    return jax.vmap(for_rows, in_axes=(1, 1, 0), out_axes=1)(cache, new, t)
+        return jax.lax.dynamic_update_slice_in_dim(cache, new, t, axis=4)
+    # One column of each slot: with the slots as batch axes no device needs those of another one,
+    # and no axis is moved.
+    axes = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(0, 3, 4), inserted_window_dims=(4,), scatter_dims_to_operand_dims=(4,),
+        operand_batching_dims=(1, 2), scatter_indices_batching_dims=(0, 1),
+    )  # fmt: skip
+    return jax.lax.scatter(
+        cache, t[..., None], new[..., 0, :], axes, unique_indices=True, mode='promise_in_bounds'
+    )
 
 
 def write_tokens(
@@ -49,6 +52,10 @@ def write_tokens(
     """What is recorded of tokens with `new` in column t, where t differs of live slots only."""
     if not t.ndim:
         return jax.lax.dynamic_update_slice_in_dim(drawn, new, t, axis=2)
-    groups, rows, columns = drawn.shape[:3]
-    where = jnp.arange(groups)[:, None], jnp.arange(rows), jnp.where(live, t, columns)
-    return drawn.at[where].set(new[:, :, 0], mode='drop')
+    column = jnp.where(live, t, drawn.shape[2])[..., None]  # the last: nothing is written
+    axes = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=tuple(range(2, drawn.ndim - 1)), inserted_window_dims=(2,),
+        scatter_dims_to_operand_dims=(2,), operand_batching_dims=(0, 1),
+        scatter_indices_batching_dims=(0, 1),
+    )  # fmt: skip
+    return jax.lax.scatter(drawn, column, new[:, :, 0], axes, unique_indices=True, mode='drop')

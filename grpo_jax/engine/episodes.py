@@ -8,6 +8,7 @@ and its number in it, so tokens do not depend on when a reply comes.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,10 +20,12 @@ from jaxtyping import Bool, Int
 from grpo_jax import sharding
 from grpo_jax.engine import decode
 from grpo_jax.engine.compaction import (
+    FEWEST,
     NEVER_COMPACT,
     DecodeInputs,
     DecodeState,
     Slots,
+    SlotShape,
     shape_of,
     smallest_shape,
 )
@@ -108,6 +111,16 @@ def decode_episodes(
             slots, state = calls.block_to(params, inputs, slots, state, width, pause=pause).run()
 
 
+def reply_widths() -> Iterator[int]:
+    """The numbers of tokens to which replies are padded."""
+    return (PAUSE * 4**n for n in itertools.count())
+
+
+def reply_rows(width: int, slots: SlotShape) -> int:
+    """How many replies of `width` tokens a device reads at a time."""
+    return min(max(TOKENS // width, FEWEST), slots.groups * slots.rows)
+
+
 def _check_room(length: Int[np.ndarray, 'B G'], over: Bool[np.ndarray, 'B G'], last: int) -> None:
     if (wrong := (length >= last) & ~over).any():
         raise ValueError(
@@ -166,18 +179,16 @@ class _Layout(NamedTuple):
         return int(by_group.sum(1).max()), int(by_device.sum(1).max())
 
     def parts(
-        self, replies: Replies, slots: Any
+        self, replies: Replies, slots: SlotShape
     ) -> Iterator[tuple[tuple[jax.Array, jax.Array], int]]:
         """Replies in parts that a device reads at a time, and how many there may be in each."""
         longest = int(replies.length.max())
         if not longest:
             return
-        width = PAUSE
-        while width < longest:
-            width *= 4
+        width = next(width for width in reply_widths() if width >= longest)
         tokens = np.zeros((*replies.length.shape, width), np.int32)
         tokens[..., :longest] = replies.tokens[..., :longest]
-        rows = min(max(TOKENS // width, 4), slots.groups * slots.rows)
+        rows = reply_rows(width, slots)
         number = (replies.length.reshape(-1)[self.completions] > 0).cumsum(1)  # from 1
         for start in range(0, int(number.max()), rows):
             chosen = self._joined((number > start) & (number <= start + rows))

@@ -132,29 +132,33 @@ class SamplerCalls:
 
     def replies(
         self, params: Params, inputs: DecodeInputs, slots: Slots, state: DecodeState,
-        replies: tuple[Array, Array], rows: int,
+        replies: tuple[Any, Any], rows: int,
     ) -> Call:  # fmt: skip
         """The call of `forced_tokens.force`."""
         now, width = shape_of(slots, self.mesh), slots.cache.k.shape[-2]
         arguments = self.model, params, inputs, slots, state, replies
-        length = replies[0].shape[-1]
-        name = f'replies of {length} tokens to {rows} of {_text(now)}, {width} columns'
+        name = describe('replies', (now, width), (now, width), replies[0].shape[-1])
         return Call(forced_tokens.force, arguments, {'rows': rows, 'mesh': self.mesh}, name)
 
 
-def describe(kind: str, before: tuple[SlotShape, int], after: tuple[SlotShape, int]) -> str:
+def describe(
+    kind: str, before: tuple[SlotShape, int], after: tuple[SlotShape, int], tokens: int = 0
+) -> str:
     """The name of a call that follows the first block.
 
     Args:
-      kind: 'compaction', 'growth' or 'block'.
+      kind: 'compaction', 'growth', 'block' or 'replies'.
       before: completions on a device, and the columns of their caches.
       after: the same of its results.
+      tokens: of each reply.
     """
     (now, width), (shape, columns) = before, after
     if kind == 'compaction':
         return f'compaction of {_text(now)} to {_text(shape)}, {width} columns'
     if kind == 'growth':
         return f'caches of {_text(now)} from {width} to {columns} columns'
+    if kind == 'replies':
+        return f'replies of {tokens} tokens to some of {_text(now)}, {width} columns'
     return f'block to column {columns} of {_text(shape)}'
 
 

@@ -3,7 +3,7 @@
 import jax
 from jaxtyping import Array, Int, Shaped
 
-from grpo_jax.sharding import anchor
+from grpo_jax.sharding import anchor_rows
 
 
 def take(x: Shaped[Array, 'n ...'], index: Int[Array, 'shards ...']) -> Shaped[Array, 'shards ...']:
@@ -17,7 +17,7 @@ def take(x: Shaped[Array, 'n ...'], index: Int[Array, 'shards ...']) -> Shaped[A
       [shards, *index.shape[1:], *x.shape[1:]].
     """
     shares = x.reshape(len(index), -1, *x.shape[1:])
-    return anchor(jax.vmap(lambda share, i: share[i])(shares, index))
+    return anchor_rows(jax.vmap(lambda share, i: share[i])(shares, index))
 
 
 def put(
@@ -29,4 +29,4 @@ def put(
     """
     shares, values = (y.reshape(len(index), -1, *x.shape[1:]) for y in (x, values))
     write = jax.vmap(lambda share, i, new: share.at[i].set(new, mode='drop'))
-    return anchor(write(shares, index, values).reshape(x.shape))
+    return anchor_rows(write(shares, index, values).reshape(x.shape))

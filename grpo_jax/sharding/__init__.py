@@ -8,6 +8,7 @@ mesh of size 1 x 1 x 1.
 
 from grpo_jax.sharding.batches import (
     anchor,
+    anchor_rows,
     check_batch,
     groups,
     join_groups,

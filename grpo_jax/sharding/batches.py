@@ -39,6 +39,14 @@ def anchor(x: jax.Array) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, PartitionSpec(DATA))
 
 
+def anchor_rows(x: jax.Array) -> jax.Array:
+    """`anchor` that leaves the other axes to the compiler, such as heads that are split already."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    others = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(DATA, *others))
+
+
 def on_each_data_device(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """The function (split, shared) -> result, called on each data device's part of the batch.
 

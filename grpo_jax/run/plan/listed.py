@@ -11,6 +11,7 @@ from typing import Any
 from grpo_jax.engine import calls
 from grpo_jax.engine.calls import Call
 from grpo_jax.run import hosts
+from grpo_jax.run.errors import reading
 from grpo_jax.run.output_file import replaced
 
 FILE = 'plan.json'  # in the run's folder
@@ -42,7 +43,8 @@ def warned_of_others(workdir: pathlib.Path) -> Iterator[None]:
     if not path.is_file() or not hosts.is_first():
         yield
         return
-    known = set(json.loads(path.read_text())[_LISTED])
+    with reading(path, 'remove it, or plan again'):
+        known = {*json.loads(path.read_bytes())[_LISTED].keys()}
 
     def observe(call: Call) -> None:
         if call.is_traced or (digest := call.digest) in known:

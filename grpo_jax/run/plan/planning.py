@@ -105,7 +105,8 @@ def make_plan(
     Raises:
       ConfigError: all that the user has to fix in the config and the data.
     """
-    with tempfile.TemporaryDirectory() as folder, mesh.described(topology.devices):
+    memory = topology.memory if topology.limited else None
+    with tempfile.TemporaryDirectory() as folder, mesh.described(topology.devices, memory):
         setup, stages = prepare_run(config, workdir or folder)
         compiler = Compiler(topology, known, progress)
         with used(compiler):

@@ -63,7 +63,7 @@ def find_remedies(
         topology = plan.topology
         if change.topology:
             other = find_topology(change.topology)
-            topology = other._replace(memory=plan.topology.memory)
+            topology = other._replace(memory=topology.memory, limited=topology.limited)
         try:
             changed = make_plan(
                 with_values(config, change.values), topology, workdir,

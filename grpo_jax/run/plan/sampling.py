@@ -6,10 +6,19 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from grpo_jax import sharding
+from grpo_jax.engine import episodes
 from grpo_jax.engine.calls import Call
-from grpo_jax.engine.compaction import DecodeInputs, Slots, SlotShape, first_shape, smallest_shape
+from grpo_jax.engine.compaction import (
+    NEVER_COMPACT,
+    DecodeInputs,
+    Slots,
+    SlotShape,
+    first_shape,
+    smallest_shape,
+)
 from grpo_jax.engine.sampler_calls import SamplerCalls
 from grpo_jax.engine.token_sampling import without_inactive
 from grpo_jax.run import abstract
@@ -21,14 +30,17 @@ class Move(NamedTuple):
     """A program that follows the first one.
 
     Attributes:
-      kind: 'compaction', 'growth' of the caches, or a 'block' of columns.
+      kind: 'compaction', 'growth' of the caches, a 'block' of columns, or an environment's
+        'replies'.
       before: the shape of the slots, and the columns of their caches.
       after: the same of its results.
+      tokens: of the replies.
     """
 
     kind: str
     before: tuple[SlotShape, int]
     after: tuple[SlotShape, int]
+    tokens: int = 0
 
     @property
     def size(self) -> int:
@@ -59,7 +71,10 @@ class Sample:
         """The calls, for the platform of the run's mesh."""
         setup, (_, group_size, _, columns) = self.setup, self.shape
         with sharding.use(setup.mesh):
-            return SamplerCalls(setup.model, setup.mesh, group_size, columns, record=self.record)
+            return SamplerCalls(
+                setup.model, setup.mesh, group_size, columns, record=self.record,
+                turns=setup.environment is not None,
+            )  # fmt: skip
 
     def conversion(self, params: Params) -> Call | None:
         """The call that makes the weights to sample with; None: they are used as they are."""
@@ -89,18 +104,18 @@ class Sample:
         """The programs that can follow the first one.
 
         Blocks end at the last of their columns, or once so few completions go on that they can be
-        compacted.
+        compacted. With an environment, a long reply may need more than the next columns.
         """
         groups, group_size, prompt, _ = self.shape
         calls = self.calls
         found: dict[Move, None] = {}
-        if calls.first_width == calls.max_tokens:
+        if calls.first_width == calls.max_tokens and not calls.turns:
             return []
         reached = [(first_shape(groups, group_size, self.setup.mesh), calls.first_width)]
         for now, width in reached:  # which grows
-            for columns in sorted({width, calls.next_width(width)}):
+            for columns in [width, *self._widths_after(width)]:
                 for shape in sorted(set(_shapes_after(now, prompt, columns))):
-                    if (shape, columns) == (now, width):
+                    if (shape, columns) == (now, width) and not calls.turns:
                         continue
                     plain = shape._replace(apart=False)
                     if shape != now:
@@ -109,9 +124,31 @@ class Sample:
                         found[Move('growth', (plain, width), (plain, columns))] = None
                     block = (plain, columns)
                     found[Move('block', block, block)] = None
+                    for tokens in self._reply_widths:
+                        found[Move('replies', block, block, tokens)] = None
                     if block not in reached:
                         reached.append(block)
         return list(found)
+
+    def _widths_after(self, width: int) -> list[int]:
+        """To how many columns the caches may grow."""
+        calls, widths = self.calls, list[int]()
+        while width < calls.max_tokens and (calls.turns or not widths):
+            width = calls.next_width(width)
+            widths.append(width)
+        return widths
+
+    @property
+    def _reply_widths(self) -> list[int]:
+        if not self.calls.turns:
+            return []
+        longest = min(self.setup.config.environment.reply_tokens, self.calls.max_tokens - 2)
+        widths = []
+        for width in episodes.reply_widths():
+            widths.append(width)
+            if width >= longest:
+                return widths
+        raise AssertionError('widths grow without end')
 
     def call(self, move: Move, params: Params, results: Any) -> Call:
         """The call of a move.
@@ -123,11 +160,25 @@ class Sample:
         """
         inputs, _, slots, state = results
         inputs, slots = self._at(inputs, slots, *move.before)
+        over, pause, calls = None, None, self.calls
+        if calls.turns:
+            over = self._of_completions(jnp.bool)
+            pause = NEVER_COMPACT, jax.ShapeDtypeStruct((), jnp.int32)
         if move.kind == 'compaction':
-            return self.calls.compaction(inputs, slots, move.after[0])
+            return calls.compaction(inputs, slots, move.after[0], over)
         if move.kind == 'growth':
-            return self.calls.growth(slots, move.after[1])
-        return self.calls.block_to(params, inputs, slots, state, move.after[1])
+            return calls.growth(slots, move.after[1])
+        if move.kind == 'replies':
+            rows = episodes.reply_rows(move.tokens, move.before[0])
+            replies = self._of_completions(jnp.int32, move.tokens), self._of_completions(jnp.int32)
+            return calls.replies(params, inputs, slots, state, replies, rows)
+        return calls.block_to(params, inputs, slots, state, move.after[1], pause=pause)
+
+    def _of_completions(self, dtype: Any, *axes: int) -> Any:
+        """An abstract array [devices, n, ...] of each device's completions."""
+        devices = sharding.data_devices(self.setup.mesh)
+        shape = devices, self.shape[0] * self.shape[1] // devices, *axes
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.groups(self.setup.mesh))
 
     def _at(
         self, inputs: DecodeInputs, slots: Slots, shape: SlotShape, width: int

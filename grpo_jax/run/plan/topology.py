@@ -36,6 +36,7 @@ class Topology(NamedTuple):
       chip: what a device can do; None if that is unknown.
       memory: bytes that programs may use on a device; None if that is unknown.
       estimated: the devices have no compiler here, so that memory is estimated.
+      limited: `memory` is what was asked for, and not what the devices have.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Topology(NamedTuple):
     chip: Chip | None
     memory: float | None
     estimated: bool = False
+    limited: bool = False
 
 
 def find_topology(name: str, memory: str = '') -> Topology:
@@ -70,7 +72,7 @@ def find_topology(name: str, memory: str = '') -> Topology:
             f"--topology={name} is unknown: use 'local', or one of {', '.join(CHIPS)} and a shape, "
             "as in 'v5e:4x4' or 'h100:8'"
         )
-    return found._replace(memory=parse_memory(memory)) if memory else found
+    return found._replace(memory=parse_memory(memory), limited=True) if memory else found
 
 
 def parse_memory(text: str) -> float:
