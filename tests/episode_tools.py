@@ -20,9 +20,12 @@ def counter(prompts, completions, turns, **columns):
     return [f'{next(CALLS)}=' for _ in completions]
 
 
-def seen(prompts, completions, turns, environment_reward, **columns):
+def seen(prompts, completions, turns, environment_reward, completion_ids, **columns):
     """A reward that reads the turns."""
-    for text, of_one in zip(completions, turns, strict=True):
+    for text, of_one, ids in zip(completions, turns, completion_ids, strict=True):
+        written = bytes(token for token in ids if token < 256)  # by the byte tokenizer
+        assert written.decode(errors='replace').startswith(of_one[0]['text'].rstrip('\ufffd'))
+        assert len(written) <= 32 - sum(len(turn['reply'] or '') for turn in of_one)
         assert '\n'.join(turn['text'] for turn in of_one) == text
         assert [text[: turn['end']].endswith(turn['text']) for turn in of_one]
         assert all(turn['reply'] is not None for turn in of_one[:-1])
@@ -47,3 +50,15 @@ class Unreliable:
         if kind == 5:
             raise SystemExit(0)
         return 'fine='
+
+
+def turn_steps(prompts, completions, turns, **columns):
+    """A step for each turn that has a text, with a reward that depends on it."""
+    return [
+        [
+            (turn['end'], zlib.crc32(turn['text'].encode()) % 5 / 4)
+            for turn in of_one
+            if turn['text']
+        ]
+        for of_one in turns
+    ]

@@ -3,7 +3,6 @@
 import itertools
 import shutil
 
-import episode_tools
 import pytest
 import runs
 
@@ -103,3 +102,57 @@ def test_failures_are_outcomes_of_their_turns(tmp_path):
     failed = sum(v for step in steps for k, v in step.items() if k.startswith('environment/failed'))
     assert failed == sum(turn.get('outcome') in ('error', 'timeout', 'not_text') for turn in turns)
     assert any(turn.get('cut') for turn in turns)
+
+
+VARIANTS = {
+    'refill': {'grpo.refill': 2, 'grpo.drop': 'duplicates'},
+    'ahead': {'grpo.ahead': True, 'grpo.algorithm.importance': 'token'},
+    'int8': {'grpo.weights': 'int8', 'grpo.algorithm.importance': 'token'},
+    'adapters': {'model.lora.rank': 2},
+    'filters': {'grpo.sampling.top_k': 50, 'grpo.record': ('support',)},
+    'packed': {'grpo.compute.packed': True, 'grpo.compute.rows': 4},
+    'critic': {
+        'grpo.algorithm.baseline': 'critic', 'grpo.algorithm.scale': 'none',
+        'grpo.algorithm.kl': 'k1', 'grpo.algorithm.kl_place': 'reward',
+    },
+    'process': {
+        'grpo.algorithm.supervision': 'process',
+        'grpo.step_rewards': {'episode_tools:turn_steps': 1.0},
+    },
+    'preferences': {
+        'grpo.algorithm.loss': 'dpo', 'grpo.algorithm.kl': 'none', 'grpo.algorithm.scale': 'none',
+        'grpo.algorithm.beta': 0.1,
+    },
+    'greedy baseline': {'grpo.algorithm.baseline': 'greedy', 'grpo.algorithm.scale': 'none'},
+    'reward model': {
+        'reward_model.weight': 1.0, 'reward_model.steps': 2, 'reward_model.batch_size': 4,
+        'reward_model.group_size': 4, 'reward_model.replay': 0.25, 'grpo.iterations': 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('changes', VARIANTS.values(), ids=VARIANTS)
+def test_methods_and_options(tmp_path, changes):
+    """A tool that forgets: the run goes on after its last checkpoint as it did before."""
+    config = get_config('episode_tools:counter')
+    config.grpo.update(steps=4)
+    config.checkpoint.every = 2
+    config.eval.every = 4
+    if 'preferences' in str(changes) or 'dpo' in str(changes.values()):
+        config.grpo.algorithm.inner_updates = 1
+    config.update_from_flattened_dict(changes)
+    runs.train(config, tmp_path / 'run')
+    other = tmp_path / 'other'
+    shutil.copytree(tmp_path / 'run', other)
+    newest = max((other / 'checkpoints').glob('grpo*'), key=lambda path: path.name)
+    shutil.rmtree(newest / '4')
+    runs.train(config, other)
+    for name in ('metrics.jsonl', 'completions.jsonl'):
+        rows = [
+            [{k: v for k, v in row.items() if not runs.TIMES.match(k)} for row in runs.lines(path)]
+            for path in (tmp_path / 'run' / name, other / name)
+        ]
+        assert rows[0] == rows[1]
+    turns = [len(row['turns']) for row in runs.lines(other / 'completions.jsonl')]
+    assert max(turns) == 3

@@ -278,7 +278,7 @@ def _complete(
             graded = grade(rollout, count, books=[kept])
         texts, total = graded.texts, np.asarray(graded.total)
         scores = None if rank is None else rank(rollout, texts).reshape(total.shape)
-        host: Any = hosts.fetch((rollout.ended, rollout.mask))
+        host: Any = hosts.fetch((rollout.ended, rollout.policy_mask))
         ended, mask = (x[:count] for x in host)
         parts.append(
             _Completions(texts.prompts, list(texts.completions), total, ended, mask.sum(-1), scores)

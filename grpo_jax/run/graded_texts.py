@@ -73,7 +73,7 @@ def grade_texts(
     index, group_size = np.asarray(rollout.prompts.index), rollout.tokens.shape[1]
     columns = data.columns(problems.rows, index, group_size)
     questions, completions, turns = decode(rollout, problems)
-    tokens, mask = flat_tokens(rollout)
+    tokens, mask = flat_tokens(rollout._replace(mask=rollout.policy_mask))
     if not functions:
         nothing = np.zeros(len(completions), np.float32)
         return GradedTexts(questions, completions, rewards.Scores(nothing, {}, 0), turns)
