@@ -49,7 +49,11 @@ def softmax_attention(q, new, caches, layer, length, t, *, scale, softcap=0.0, w
         kv = head // share
         k, v = (
             np.concatenate(
-                [p[layer, b, kv, : length[b]], o[layer, b, g, kv, :t], n[b, g, kv][None]],
+                [
+                    p[layer, b, kv, : length[b]],
+                    o[layer, b, g, kv, : t if np.ndim(t) == 0 else t[b, g]],
+                    n[b, g, kv][None],
+                ],
                 dtype=np.float64,
             )[-(window or 0) :]
             for p, o, n in zip(caches.prompt, caches.own, new, strict=True)
@@ -86,6 +90,24 @@ def check(size, window=None, softcap=0.0):
 def test_output(size, programs, monkeypatch):
     monkeypatch.setattr(decode_token, '_PROGRAMS', programs)
     check(size)
+
+
+@pytest.mark.parametrize('size', tiny.some_slow(SIZES, *list(SIZES)[1:3]))
+def test_rows_with_different_numbers_of_columns(size):
+    arrays = make_arrays(*SIZES[size])
+    groups, rows, _, _, columns, own, _ = SIZES[size]
+    rng = np.random.default_rng(1)
+    t = rng.integers(0, own + 1, (groups, rows)).astype(np.int32)
+    used = np.arange(own)[:, None] < t[..., None, None, None]
+    caches = arrays[2]._replace(own=tuple(np.where(used, x, np.nan) for x in arrays[2].own))
+    length = rng.integers(1, columns + 1, groups).astype(np.int32)
+    cache = DecodeCache(*jax.tree.map(jnp.asarray, (caches, length, t)))
+    run = tiny.jit(functools.partial(interpreted, scale=0.3))
+    out, _ = run(
+        *jax.tree.map(jnp.asarray, arrays[:2]), cache, jnp.int32(1), jnp.int32(UNLIMITED_WINDOW)
+    )
+    expected = softmax_attention(*arrays, 1, length, t, scale=0.3)
+    np.testing.assert_allclose(out, expected, atol=2e-6)
 
 
 @pytest.mark.parametrize('window', [1, 3, 64, 100])
@@ -182,11 +204,12 @@ def on_a_gpu():
 
 
 @pytest.mark.filterwarnings('ignore:The Pallas Triton backend:DeprecationWarning')
-@pytest.mark.parametrize('softcap', [0.0, 50.0])
+@pytest.mark.parametrize(('softcap', 'rows_differ'), [(0.0, False), (50.0, False), (0.0, True)])
 @pytest.mark.parametrize('size', SIZES)
-def test_it_lowers_for_a_gpu(size, softcap):
+def test_it_lowers_for_a_gpu(size, softcap, rows_differ):
+    t = jnp.full(SIZES[size][:2], 3, jnp.int32) if rows_differ else jnp.int32(3)
     q, new, caches = jax.tree.map(lambda x: jnp.asarray(x, jnp.bfloat16), make_arrays(*SIZES[size]))
-    cache = DecodeCache(caches, jnp.ones(SIZES[size][0], jnp.int32), jnp.int32(3))
+    cache = DecodeCache(caches, jnp.ones(SIZES[size][0], jnp.int32), t)
     run = jax.jit(functools.partial(decode_token.attend_token, scale=0.3, softcap=softcap))
     with on_a_gpu():
         lowered = run.trace(q, new, cache, jnp.int32(1), jnp.int32(2)).lower(

@@ -14,7 +14,8 @@ from grpo_jax import sharding
 from grpo_jax.algorithm.logprobs import completion_logprobs
 from grpo_jax.algorithm.sample import last_block, sample_blocks
 from grpo_jax.engine.token_sampling import completion_keys, draw
-from grpo_jax.models import quantize
+from grpo_jax.models import quantize, transformer
+from grpo_jax.models.kernels import decode_token
 from grpo_jax.types import Sampling
 
 EOS = np.array([3, 11, 40, 50, 51, 52, 53, 60, 61, 62])
@@ -182,3 +183,22 @@ def test_a_reply_without_room_after_it_is_an_error(model, params, prompts):
     long = ScriptedReplies(longest=T, max_tokens=10**6)
     with pytest.raises(ValueError, match=r'a reply makes completion \(\d+, \d+\) \d+ tokens long'):
         episodes(model, params, prompts, long)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('shape', [None, (2, 1, 2)], ids=str)
+def test_decoding_by_the_kernel_for_gpus(monkeypatch, prompts, shape):
+    """Interpreted: it reads as many columns of each row as the row has."""
+    model = tiny.make_model(head_dim=16)
+    params = tiny.make_params(model)
+    expected = episodes(model, params, prompts, ScriptedReplies())
+    kernel = functools.partial(decode_token.attend_token, interpret=True)
+    monkeypatch.setattr(decode_token, 'attend_token', kernel)
+    monkeypatch.setattr(transformer, 'caches_in_place', lambda config: True)
+    jax.clear_caches()
+    if shape is None:
+        ours = episodes(model, params, prompts, ScriptedReplies(), unroll=False)
+    else:
+        ours = on_mesh(model, params, prompts, shape, unroll=False)
+    np.testing.assert_array_equal(ours.tokens, expected.tokens)
+    np.testing.assert_allclose(ours.logprobs, expected.logprobs, atol=1e-5)
