@@ -5,10 +5,11 @@ r"""Mathematics with a Python tool: Qwen3-4B learns to compute in a sandbox, ove
 
 The chat template shows the tool `python` to the model, which calls it by `<tool_call>`; what the
 program prints comes back as the reply of the tool. Trains on `data/math/train.jsonl` with reward 1
-for a right final answer in `\boxed{}`, as ReTool does (arXiv 2504.11536), whose 32B model
-reaches 67 % on AIME 2024 in 400 steps, and 40 % in 1,080 steps without the tool. Needs bubblewrap on every host. For 8 accelerators of
-80 GB, since an episode may have 8,192 tokens. Expect `environment/calls` to rise first, and
-`rewards/math_answer/mean` with it. Not run here, because the weights were not available.
+for a right final answer in `\boxed{}`, as ReTool does (arXiv 2504.11536), whose 32B model reaches
+67 % on AIME 2024 in 400 steps, and 40 % in 1,080 steps without the tool. Needs bubblewrap on every
+host. For 8 accelerators of 80 GB, since an episode may have 8,192 tokens. Expect
+`environment/calls` to rise first, and `rewards/math_answer/mean` with it. Not run here, because the
+weights were not available.
 """
 
 from ml_collections import ConfigDict

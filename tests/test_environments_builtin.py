@@ -275,23 +275,19 @@ def test_search(tmp_path):
         build('search', {**options, 'k': 0}, turns=4, seconds=WAIT)
 
 
-def have_sandbox():
+@pytest.fixture
+def sandboxed():
     try:
         sandbox.shared()
     except sandbox.SandboxError:
-        return False
-    return True
-
-
-needs_sandbox = pytest.mark.skipif(not have_sandbox(), reason='needs bubblewrap')
+        pytest.skip('needs bubblewrap')
 
 
 def code(source):
     return f'```python\n{source}\n```'
 
 
-@needs_sandbox
-def test_python_keeps_names_and_shows_output_values_and_errors():
+def test_python_keeps_names_and_shows_output_values_and_errors(sandboxed):
     environment = build('python', {'longest': 100}, turns=99, seconds=WAIT)
     assert environment.format == 'fenced'
     answers = play(
@@ -326,8 +322,7 @@ def test_python_keeps_names_and_shows_output_values_and_errors():
     assert answers[-1].outcome == 'end'
 
 
-@needs_sandbox
-def test_python_is_bounded():
+def test_python_is_bounded(sandboxed):
     environment = build('python', {'seconds': 0.5, 'state': False}, turns=9, seconds=WAIT)
     answers = play(
         environment, {}, code('while True: pass'), code('x = 1'), code('x'),
@@ -384,6 +379,14 @@ class Counter:
 
     def _hidden(self):
         """Not a tool."""
+
+
+class Other:
+    def reset(self):
+        """Begin."""
+
+    def say(self) -> str:
+        """Say something."""
 
 
 def double(number: int, *, times: int = 1) -> int:
@@ -510,14 +513,12 @@ class Greedy:
         ('tools', {'functions': 'calculator'}, r"^options.functions='calculator': list the names"),
         ('tools', {'functions': ['guess']}, "^options.functions: 'guess' is no tool: remove it"),
         ('tools', {'functions': ['calculator', 'calculater']}, "unknown environment 'calculater'"),
-        ('tools', {'functions': [find('Counter'), 'python']}, 'is a second class of tools'),
+        ('tools', {'functions': [find('Counter'), find('Other')]}, 'is a second class of tools'),
         ('gym', {'game': 'nowhere:Game'}, r"^options.game='nowhere:Game': PluginError"),
         ('pathlib:Path', {}, 'without such methods'),
     ],
 )  # fmt: skip
 def test_what_is_no_environment_is_told_with_a_remedy(name, options, message):
-    if 'python' in str(options) and not have_sandbox():
-        pytest.skip('needs bubblewrap')
     with pytest.raises(ValueError, match=message):
         build(name, options, turns=2, seconds=WAIT)
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import os
 import sys
 import threading
 import time
@@ -120,7 +121,7 @@ class Asynchronous:
     async def reply(self, text):
         await asyncio.sleep(60 if text == 'slow' else 0)
         if text == 'exit':
-            raise SystemExit(3)
+            os._exit(3)
         return threading.current_thread().name
 
     async def close(self):
@@ -156,6 +157,7 @@ FAULTS = {
     'exit': lambda: sys.exit(0),
     'interrupt': lambda: (_ for _ in ()).throw(KeyboardInterrupt()),
     'unprintable': lambda: (_ for _ in ()).throw(Unprintable()),
+    'leave': lambda: os._exit(0),
     'recursion': lambda: FAULTS['recursion'](),
     'spin': lambda: [None for _ in iter(int, 1)],
     'sleep': lambda: time.sleep(6),
@@ -175,6 +177,7 @@ EXPECTED = {
     'exit': ('error', 'SystemExit: 0'),
     'interrupt': ('error', 'KeyboardInterrupt'),
     'unprintable': ('error', 'Unprintable: (its message cannot be made: KeyboardInterrupt)'),
+    'leave': ('error', 'SystemExit: 0'),
     'recursion': ('error', 'RecursionError: '),
     'spin': ('timeout', 'it did not return within its deadline of 1 s'),
     'sleep': ('timeout', 'it did not return within its deadline of 1 s'),
@@ -238,6 +241,24 @@ def test_every_fault_is_an_outcome_of_its_turn_alone(name, capfd):
     assert len(printed) < 30_000
     assert 'prints more, which is left out' in printed
     assert type(sys.stdout) is stream
+
+
+class Wandering:
+    def reply(self, text):
+        os.chdir('/')
+        return os.getcwd()
+
+    def close(self):
+        os._exit(3)
+
+
+def test_the_folder_is_restored_and_the_program_goes_on(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    with started('Wandering', {}) as found:
+        assert contents(answers(found, 'x')) == [['/']]
+    assert os.getcwd() == str(tmp_path)
+    assert 'close: SystemExit: 3' in caplog.text
+    assert os._exit.__module__ != 'grpo_jax.rewards.guards'
 
 
 def test_a_failure_can_end_the_episode():

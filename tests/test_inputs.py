@@ -43,6 +43,23 @@ def refused(workdir, now):
     return dict(re.fullmatch(whole, text).groups() for text in error.value.problems)
 
 
+def test_what_an_environment_reads_is_an_input(tmp_path, rewards):
+    file, config = rewards
+    file.write_text(file.read_text() + '\nclass Game:\n    size = 1\n')
+    (tmp_path / 'corpus.jsonl').write_text('{"text": "a"}\n')
+    config.environment.name = './mine.py:Game'
+    config.environment.options = {'functions': {'./mine.py:Game': {'corpus': 'corpus.jsonl'}}}
+    inputs.keep_inputs(digest(config), tmp_path, {})
+    inputs.check_inputs(digest(config), tmp_path, override=False)
+    file.write_text(file.read_text().replace('size = 1', 'size = 2'))
+    (tmp_path / 'corpus.jsonl').write_text('{"text": "b"}\n')
+    assert refused(tmp_path, digest(config)) == {
+        "the code of environment.name='./mine.py:Game'": '',
+        "the code of environment.options='./mine.py:Game'": '',
+        "the file 'corpus.jsonl' of environment.options": '',
+    }
+
+
 def test_the_same_inputs_are_not_refused(tmp_path, rewards):
     file, config = rewards
     inputs.check_inputs(digest(config), tmp_path, override=False)  # an earlier version kept none

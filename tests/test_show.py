@@ -36,7 +36,8 @@ def records():
          'reply': '12', 'outcome': 'reply', 'seconds': 0.0123, 'cut': False},
         {'text': 'now(', 'calls': [{'name': '', 'arguments': {}, 'error': 'no `)`'}],
          'reply': 'error: no `)`', 'outcome': 'bad_call', 'seconds': 1.5, 'cut': True},
-        {'text': '12', 'calls': [], 'reply': None, 'outcome': 'end', 'seconds': 0.0},
+        {'text': '12', 'calls': [], 'reply': None, 'outcome': 'timeout', 'detail': 'too slow',
+         'seconds': 0.0},
     ]  # fmt: skip
     return [
         record(6, 'old', 'x', 0.0),
@@ -66,7 +67,7 @@ grpo, step 7, prompt 0
   < error:·no·`)`
   turn 3:
   | 12
-  no reply (end, 0 s)
+  no reply (timeout, 0 s) too slow
 
 --- completion 3: reward 0.5 (right 0.5), advantage +0
   | \\x1b[2J\\ud800

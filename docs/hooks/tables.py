@@ -19,6 +19,7 @@ SECTIONS = {
     'grpo.algorithm': 'Algorithm',
     'grpo.compute': 'Compute',
     'grpo.sampling': 'Sampling',
+    'environment': 'Environment',
     'critic': 'Critic',
     'reward_model': 'Reward model',
     'eval': 'Evaluation',

@@ -8,6 +8,7 @@ from typing import Any
 
 from grpo_jax.rewards.deadlines import DeadlineExceeded, message
 
+THREAD_NAME = 'environment'
 _RESPONDS = 1.0  # seconds in which a loop has to respond that nothing blocks
 
 
@@ -44,7 +45,8 @@ class EventLoop:
         with self._lock:
             if self._loop is None:
                 self._loop = asyncio.new_event_loop()
-                thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+                run = self._loop.run_forever
+                thread = threading.Thread(target=run, name=THREAD_NAME, daemon=True)
                 thread.start()
             return self._loop
 

@@ -9,12 +9,14 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from grpo_jax.environments.asynchronous import THREAD_NAME
 from grpo_jax.environments.calls import Episode
 from grpo_jax.environments.failures import Failure, failures
 from grpo_jax.environments.forms import Form
 from grpo_jax.environments.printing import bounded, streams_by_thread
 from grpo_jax.environments.turns import Answer, EndedTurn, Reply, Turn
 from grpo_jax.rewards.deadlines import DeadlineExceeded, message
+from grpo_jax.rewards.guards import restored
 
 log = logging.getLogger('grpo_jax')
 
@@ -59,10 +61,11 @@ class Episodes:
         self._answers: list[Answer] = []
         self._changed = threading.Condition()
         self._closed = False
-        self._streams = contextlib.ExitStack()
+        self._guards = contextlib.ExitStack()
 
     def __enter__(self) -> 'Episodes':
-        self._streams.enter_context(streams_by_thread())
+        self._guards.enter_context(streams_by_thread())
+        self._guards.enter_context(restored(self._what, lambda thread: thread.name == THREAD_NAME))
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -136,18 +139,22 @@ class Episodes:
             self._episodes = {}
         closing = [state for state in states if hasattr(state, 'close')]
         threads = [
-            threading.Thread(target=self._close_all, args=(closing[n :: self._form.most_calls],))
+            threading.Thread(
+                target=self._close_all,
+                args=(closing[n :: self._form.most_calls],),
+                name=THREAD_NAME,
+                daemon=True,
+            )
             for n in range(min(self._form.most_calls, len(closing)))
         ]
         until = time.monotonic() + min(self._seconds, CLOSE_SECONDS)
         for thread in threads:
-            thread.daemon = True
             thread.start()
         for thread in threads:
             thread.join(max(until - time.monotonic(), 0.0))
         if left := sum(thread.is_alive() for thread in threads):
             log.warning('%s: %d calls of `close` do not end', self._what, left)
-        self._streams.close()
+        self._guards.close()
 
     def _close_all(self, states: Sequence[Any]) -> None:
         with bounded(self._what):
@@ -172,13 +179,23 @@ class Episodes:
             call = self._waiting.popleft()
             call.started = time.monotonic()
             if len(_hung) >= MOST_HUNG:
-                text = f'{len(_hung)} earlier calls go on after their deadlines'
-                self._answer(call, [self._failed(call, Failure('refused', text))] * len(call.texts))
+                self._refuse(call, f'{len(_hung)} earlier calls go on after their deadlines')
                 continue
             # The program ends without waiting for a daemon.
-            call.thread = threading.Thread(target=self._run, args=(call,), daemon=True)
+            call.thread = threading.Thread(
+                target=self._run, args=(call,), name=THREAD_NAME, daemon=True
+            )
+            try:
+                call.thread.start()
+            except RuntimeError as error:  # there are too many
+                self._refuse(call, str(error))
+                continue
             self._running.append(call)
-            call.thread.start()
+        self._changed.notify_all()
+
+    def _refuse(self, call: _Call, why: str) -> None:
+        """Answer a call that is not made."""
+        self._answer(call, [self._failed(call, Failure('refused', why))] * len(call.texts))
 
     def _run(self, call: _Call) -> None:
         """Carry out a call, in its thread."""
@@ -215,7 +232,6 @@ class Episodes:
         else:
             self._answer(call, [self._failed(call, replies)])
         self._start_calls()
-        self._changed.notify_all()
 
     def _failed(self, call: _Call, failure: Failure) -> Reply:
         """Return the reply that stands for a failure of a whole call."""

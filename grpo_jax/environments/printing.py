@@ -42,6 +42,9 @@ class _ThreadStream(io.TextIOBase):
     def writable(self) -> bool:
         return True
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._shared, name)  # such as `buffer`
+
 
 @contextlib.contextmanager
 def streams_by_thread() -> Iterator[None]:

@@ -5,7 +5,8 @@ Formats, by name:
 - `hermes`: `<tool_call>{"name": …, "arguments": {…}}</tool_call>`, any number of them, as Qwen and
   Hermes write.
 - `llama3`: after `<|python_tag|>`, or as the whole text, JSON with `name` and `parameters`, several
-  with `;` between; or Python after the tag, for a tool that runs code.
+  with `;` between; after the tag also `name.call(arguments)`, or Python for a tool that runs code;
+  and `<function=name>{…}</function>` anywhere.
 - `fenced`: a block of Python between fences of three backticks, for a tool that runs code.
 - `plain`: a line that ends in `name(arguments)` with the name of a tool, for small models.
 
@@ -16,6 +17,7 @@ import ast
 import json
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -32,6 +34,8 @@ _PYTHON_TAG = '<|python_tag|>'
 _FENCE = re.compile(
     r'^[ \t]*```[ \t]*([\w+-]*)[^\n]*\n(.*?)(^[ \t]*```|\Z)', re.DOTALL | re.MULTILINE
 )
+_FUNCTION = re.compile(r'<function=([\w.-]+)>(.*?)(</function>|\Z)', re.DOTALL)
+_DOT_CALL = re.compile(r'(\w+)\.call\((.*)\)', re.DOTALL)
 _PYTHON = ('', 'py', 'python', 'python3', 'tool_code')
 _DEEPEST = 64  # levels of JSON
 
@@ -87,13 +91,17 @@ def hermes(text: str, parameters: Parameters) -> list[ToolCall]:
 
 
 def llama3(text: str, parameters: Parameters) -> list[ToolCall]:
-    """Return the calls after `<|python_tag|>`, or those that are the whole text."""
+    """Return the calls after `<|python_tag|>`, those that are the whole text, or tagged ones."""
+    if tagged := _FUNCTION.findall(text):
+        return [_tagged(name, inside, end) for name, inside, end in tagged]
     _, tag, body = text.partition(_PYTHON_TAG)
     rest = (body if tag else text).strip()
     if not tag and not re.match(r'\{\s*"(name|type|parameters)"', rest):
         return []
     if not rest:
         return [ToolCall('', {}, f'after {_PYTHON_TAG} comes nothing')]
+    if tag and (match := _DOT_CALL.fullmatch(rest)) and match[1] in parameters:
+        return [_plain_call(match[1], match[2], parameters[match[1]])]
     if tag and not rest.startswith('{') and (name := code_tool(parameters)):
         return [ToolCall(name, {'code': rest})]
     calls: list[ToolCall] = []
@@ -108,11 +116,18 @@ def llama3(text: str, parameters: Parameters) -> list[ToolCall]:
     return calls
 
 
+def _tagged(name: str, inside: str, end: str) -> ToolCall:
+    value, _, error = _json_at(inside, 0)
+    call = _call({'name': name, 'arguments': value})
+    error = error or ('' if end else 'it has no end: </function>')
+    return call._replace(error=error or call.error)
+
+
 def fenced(text: str, parameters: Parameters) -> list[ToolCall]:
     """Return the blocks of Python, as calls of the tool that runs code."""
     name = code_tool(parameters) or ''
     return [
-        ToolCall(name, {'code': code}, '' if end else 'the block has no end: ```')
+        ToolCall(name, {'code': textwrap.dedent(code)}, '' if end else 'the block has no end: ```')
         for language, code, end in _FENCE.findall(text)
         if language.lower() in _PYTHON
     ]
@@ -203,7 +218,9 @@ def _call(value: Any) -> ToolCall:
         value = value['function']
     if not isinstance(value, dict) or not isinstance(value.get('name'), str):
         return ToolCall('', {}, 'a call is {"name": …, "arguments": {…}}')
-    arguments = value.get('arguments', value.get('parameters', {}))
+    arguments = value.get('arguments', value.get('parameters'))
+    if arguments is None:
+        return ToolCall(value['name'], {})
     if isinstance(arguments, str):  # JSON in JSON, as in the API of OpenAI
         arguments = _json_at(arguments, 0)[0]
     if not isinstance(arguments, dict):

@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import re
 import zlib
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from grpo_jax import data
+from grpo_jax import data, plugins
 from grpo_jax.run import changes
 from grpo_jax.run.config import flatten
 from grpo_jax.run.errors import ConfigError
@@ -28,7 +29,7 @@ FILE = 'inputs.json'  # in the run's folder
 # Keys that may name code of the user's own, and what they name.
 _CODE = re.compile(
     r'grpo\.(rewards|step_rewards|algorithm)\b|eval\.(correct|extract)$|.*optimizer\.name$'
-    r'|reward_model\.loss$'
+    r'|reward_model\.loss$|environment\.name$'
 )
 
 
@@ -64,6 +65,9 @@ def digest_inputs(
     digests |= {f'the {name} of the tokenizer': _short(x) for name, x in _parts(tokenizer)}
     for key, path in _paths(config):
         digests[f'the code of {key}={path!r}'] = _digest_code(path)
+    for text in _texts_in(config.environment.options.to_dict()):
+        if file := _file_beside(text):
+            digests[f'the file {text!r} of environment.options'] = _digest_file(file)
     return Inputs({name: text for name, text in digests.items() if text}, rows)
 
 
@@ -127,8 +131,12 @@ def _read(workdir: pathlib.Path) -> Inputs | None:
         return None
     try:
         found = Inputs(**json.loads(path.read_bytes()))
+        if not all(isinstance(text, str) for text in found.digests.values()):
+            raise TypeError('it holds digests that are no texts')
+        for text in found.rows.values():
+            np.frombuffer(base64.b64decode(text), '<u4')
         return Inputs({**found.digests}, {**found.rows})
-    except (TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(
             f'{path} cannot be read ({error}): restore it, or remove it to go on without knowing '
             'whether data, tokenizer and rewards are those of the run'
@@ -191,8 +199,10 @@ def _short(value: Any) -> str:
 def _paths(config: ConfigDict) -> Iterator[tuple[str, str]]:
     """Yields (key, path) of all code of the user's own that determines numbers of a run."""
     for key, value in flatten(config.to_dict()).items():
-        if _CODE.match(key):
-            yield from ((key, text) for text in _names(value) if '.' in text or ':' in text)
+        names = _names(value) if _CODE.match(key) else ()
+        if key == 'environment.options':
+            names = _texts_in(value)
+        yield from ((key, text) for text in names if '.' in text or ':' in text)
 
 
 def _names(value: Any) -> Iterator[str]:
@@ -203,6 +213,28 @@ def _names(value: Any) -> Iterator[str]:
         for name, options in value.items():
             function = options.get('function', name) if isinstance(options, dict) else name
             yield from _names(function)
+
+
+def _texts_in(value: Any) -> Iterator[str]:
+    """Yields all texts in a value: keys and values of dictionaries, and items of lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _texts_in([*value.keys(), *value.values()])
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts_in(item)
+
+
+def _file_beside(text: str) -> pathlib.Path | None:
+    """The file of this name, relative to the folder of the config file, if there is one."""
+    path = os.path.join((plugins.folders() or ['.'])[0], os.path.expanduser(text))
+    return pathlib.Path(path) if os.path.isfile(path) else None
+
+
+def _digest_file(path: pathlib.Path) -> str:
+    with path.open('rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()[:16]
 
 
 def _digest_code(path: str) -> str:

@@ -108,8 +108,10 @@ def _advantages(config: ConfigDict, group: Sequence[Mapping[str, Any]]) -> list[
     )
     if not computed:
         return None
-    rewards = np.array([0.0 if r['reward'] is None else r['reward'] for r in group], np.float32)
-    scored = np.array([record['reward'] is not None for record in group])
+    rewards: Any = np.array(
+        [0.0 if r['reward'] is None else r['reward'] for r in group], np.float32
+    )
+    scored: Any = np.array([record['reward'] is not None for record in group])
     values = group_advantages(
         rewards,
         scored,
@@ -145,7 +147,7 @@ def _turns(turns: Sequence[Mapping[str, Any]]) -> str:
             lines.append(f'  reply{_notes(turn)}:')
             lines.append(_indented(visible(str(turn['reply'])), '  < '))
         elif turn.get('outcome'):
-            lines.append(f'  no reply{_notes(turn)}')
+            lines.append(f'  no reply{_notes(turn)} {turn.get("detail") or ""}'.rstrip())
     return '\n'.join(lines)
 
 

@@ -47,10 +47,10 @@ from grpo_jax.sharding.parameters import (
 )
 
 __all__ = [
-    'AXES', 'CHIPS', 'DATA', 'HOST', 'TABLE', 'Chip', 'anchor', 'back_on_host', 'by_axes',
-    'check_batch', 'check_heads', 'check_host_memory', 'chip_of', 'choose_completions',
+    'AXES', 'CHIPS', 'DATA', 'HOST', 'TABLE', 'Chip', 'anchor', 'anchor_rows', 'back_on_host',
+    'by_axes', 'check_batch', 'check_heads', 'check_host_memory', 'chip_of', 'choose_completions',
     'data_devices', 'groups', 'join_groups', 'make_mesh', 'memory_of', 'mesh_sizes', 'not_split',
-    'on_device', 'on_each_data_device', 'placed', 'put', 'put_groups', 'put_rollout',
-    'replicated', 'rollout_shardings', 'shardings', 'slices_of', 'split_groups', 'use',
-    'whole_groups', 'whole_over_data',
+    'on_device', 'on_each_data_device', 'placed', 'put', 'put_groups', 'put_rollout', 'replicated',
+    'rollout_shardings', 'shardings', 'slices_of', 'split_groups', 'use', 'whole_groups',
+    'whole_over_data',
 ]  # fmt: skip

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import os
 import pathlib
 import re
 from collections import Counter
@@ -62,7 +63,7 @@ def search(
     for name, value in (('k', k), ('longest', longest)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f'options.{name}={value!r}: give a whole number above 0')
-    path = pathlib.Path((plugins.folders() or ['.'])[0], corpus)
+    path = pathlib.Path((plugins.folders() or ['.'])[0], os.path.expanduser(corpus))
     if not path.is_file():
         raise ValueError(f'options.corpus={corpus!r}: no such file as {path}')
     index = _index(path, path.stat().st_mtime_ns, text, title)
