@@ -12,6 +12,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 if 'GRPO_JAX_TEST_PROGRAMS' not in os.environ:
     os.environ['GRPO_JAX_TEST_PROGRAMS'] = tempfile.mkdtemp(prefix='grpo-jax-programs-')
 
+import hypothesis
 import jax
 import jaxtyping
 import pytest
@@ -33,6 +34,10 @@ if jax.__version_info__ < (0, 11, 1) and FAST_COMPILER not in os.environ.get('XL
 jax.config.update('jax_num_cpu_devices', 8)
 # Nearly all programs run once or twice: they compile fast, and run as slowly as they like.
 jax.config.update('jax_disable_most_optimizations', True)
+# No deadlines, the same examples every time; --hypothesis-profile=ci tries a hundred of them.
+hypothesis.settings.register_profile(
+    'short', hypothesis.settings.get_profile('ci'), max_examples=40
+)
 # A process of so many programs has over a million objects, and Python would go through them often.
 gc.set_threshold(200_000, 20, 20)
 

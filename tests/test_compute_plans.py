@@ -11,7 +11,9 @@ from grpo_jax import sharding
 from grpo_jax.engine.compute import Compute, alternatives, choose
 from grpo_jax.run import compute_plans, mesh
 from grpo_jax.run.compute_plans import HEADROOM, settle
+from grpo_jax.run.plan import planning
 from grpo_jax.run.plan.measuring import memory_needed
+from grpo_jax.run.plan.topology import find_topology
 from grpo_jax.run.preparation import prepare_run
 from grpo_jax.sharding import memory_of
 
@@ -126,6 +128,32 @@ def test_a_kept_plan_that_is_not_possible_any_more(settled, setup, caplog):
         (setup.workdir / 'compute.json').write_text(text)
         assert settled(lambda plan: 0)[0] == plan
         assert 'which the options or the devices of now do not allow' in caplog.text
+
+
+def test_a_described_memory_is_what_is_chosen_for(settled, setup):
+    """As on devices that report theirs, which CPUs do not."""
+    plans = alternatives(Compute(), setup.model.config, SHAPE, setup.mesh)
+    sizes = dict(zip(plans, range(len(plans), 0, -1), strict=True))
+    for needed, expected in ((len(plans), plans[0]), (1, plans[-1])):
+        with mesh.described(jax.devices(), needed / (1 - HEADROOM) + 1e-6):
+            assert settled(sizes.get, memory=None)[0] == expected
+    with mesh.described(jax.devices()):
+        expected = choose(Compute(), setup.model.config, SHAPE, setup.mesh)
+        assert settled(sizes.get, memory=None) == (expected, [])
+
+
+@pytest.mark.parametrize(('memory', 'expected'), [('3GiB', 3 * 2**30), ('', None)])
+def test_the_memory_of_the_command_is_what_is_chosen_for(tmp_path, monkeypatch, memory, expected):
+    found = []
+
+    def prepare(config, workdir):
+        found.append(mesh.memory_of(sharding.make_mesh(fsdp=1)))
+        raise KeyError
+
+    monkeypatch.setattr(planning, 'prepare_run', prepare)
+    with pytest.raises(KeyError):
+        planning.make_plan(runs.get_config(), find_topology('local', memory), str(tmp_path))
+    assert found == [expected]
 
 
 @pytest.fixture(scope='module')

@@ -19,7 +19,7 @@ from attention_cases import (
 from grpo_jax import models, sharding
 from grpo_jax.models import attention as attention_module
 from grpo_jax.models.attention import Piece, concatenate_pieces
-from grpo_jax.models.kernels import dispatch, splash
+from grpo_jax.models.kernels import dispatch, looped, splash
 
 
 @pytest.fixture
@@ -57,10 +57,25 @@ def test_output_and_gradients(form, case):
     jax.tree.map(functools.partial(np.testing.assert_allclose, atol=2e-5), found, expected)
 
 
+def loop_over(monkeypatch, size, stretches):
+    """Makes `recomputed` attention loop over blocks of a few queries."""
+    monkeypatch.setattr(attention_module, 'LONGEST_UNROLLED', 0)
+    monkeypatch.setattr(looped, 'BLOCK', size)
+    monkeypatch.setattr(looped, 'STRETCHES', stretches)
+
+
+@pytest.mark.parametrize(('case', 'size'), [('long', 48), ('prefill', 2), ('soft cap', 2)])
+def test_output_and_gradients_of_a_loop(case, size, monkeypatch):
+    """Over blocks of queries in two stretches; the last block is shorter."""
+    loop_over(monkeypatch, size, 2)
+    test_output_and_gradients('recomputed', case)
+
+
 @pytest.mark.parametrize('owned', [False, True])
-@pytest.mark.parametrize('form', ['einsum', 'recomputed'])
+@pytest.mark.parametrize('form', ['einsum', 'recomputed', 'looped'])
 def test_blocks_of_queries_change_nothing(form, owned, monkeypatch):
     """Nor with a window, and several owners of the keys of one row."""
+    config = configure('recomputed' if form == 'looped' else form)
     (q, own, prompt), weights = make_arrays(length=7, rows=1 if owned else 3)
     owner = jnp.asarray([[0, 0, 1, 1, 1, 2, 2]] * 2)
     positions = 6 + jnp.asarray([[0, 1, 0, 1, 2, 0, 1] if owned else range(7)] * 2)
@@ -74,7 +89,7 @@ def test_blocks_of_queries_change_nothing(form, owned, monkeypatch):
                 owners = jnp.concatenate([jnp.full((2, 6), 3), owner], axis=1)
                 names = jnp.stack([owner, jnp.full((2, 7), 3)], axis=-1)
                 pieces = [concatenate_pieces(*pieces)._replace(owner=owners, read_by=names)]
-            out = dispatch.attend_groups(configure(form), q, pieces, positions, jnp.int32(5))
+            out = dispatch.attend_groups(config, q, pieces, positions, jnp.int32(5))
             return (weights * out).sum(), out
 
         traced = tiny.jit(jax.value_and_grad(loss, has_aux=True)).trace((q, own, prompt))
@@ -82,8 +97,12 @@ def test_blocks_of_queries_change_nothing(form, owned, monkeypatch):
         return (out, gradient), str(traced.jaxpr)
 
     whole, program = value_and_gradient(q, own, prompt)
-    monkeypatch.setattr(attention_module, 'PACKED_QUERY_BLOCK' if owned else 'QUERY_BLOCK', 2)
-    monkeypatch.setattr(attention_module, 'MAX_QUERY_BLOCKS', 100)
+    if form == 'looped':
+        loop_over(monkeypatch, 2, 2)
+    else:
+        size = 'PACKED_QUERY_BLOCK' if owned else 'QUERY_BLOCK'
+        monkeypatch.setattr(attention_module, size, 2)
+        monkeypatch.setattr(attention_module, 'MAX_QUERY_BLOCKS', 100)
     blocks, other = value_and_gradient(q, own, prompt)
     assert other.count('dot_general') > program.count('dot_general')
     assert tiny.gap(blocks, whole) < 1e-5

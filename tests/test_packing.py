@@ -153,11 +153,12 @@ def test_kernels_do_not_support_packed_completions():
         jax.eval_shape(hidden_states, tiny.shapes(MODEL))
 
 
-def test_an_update_is_the_same():
-    """Two updates of policy and critic: sequences hold all that tokenwise losses need."""
+@pytest.mark.parametrize('updates', tiny.some_slow([1, 2], 2))
+def test_an_update_is_the_same(updates):
+    """Updates of policy and critic: sequences hold all that tokenwise losses need."""
     rollout, rewards = tiny.make_rollout(max_tokens=COLUMNS), tiny.make_rewards()
     options = {
-        'baseline': 'critic', 'scale': 'none', 'importance': 'token', 'inner_updates': 2,
+        'baseline': 'critic', 'scale': 'none', 'importance': 'token', 'inner_updates': updates,
         'entropy': True, 'beta': 0.3, 'entropy_bonus': 0.1,
     }  # fmt: skip
     algorithm = Algorithm(**options)

@@ -6,14 +6,17 @@ decoding, to a cache of them. Each piece gives partial sums that are merged as i
 repeated G times.
 """
 
+import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from grpo_jax.models.kernels.blocked import blocked_attention, recomputed_attention
 from grpo_jax.models.kernels.cpu import materialize
+from grpo_jax.models.kernels.looped import looped_attention
 
 MASKED_POSITION = 2**30  # of a key that no query may read: every query has a smaller position
 UNLIMITED_WINDOW = 2 * MASKED_POSITION - 1  # of a layer without a window among windowed ones
@@ -21,6 +24,7 @@ UNLIMITED_WINDOW = 2 * MASKED_POSITION - 1  # of a layer without a window among 
 # the largest number of blocks.
 QUERY_BLOCK, MAX_QUERY_BLOCKS = 64, 8
 PACKED_QUERY_BLOCK = 128  # the smallest size where completions are packed into sequences
+LONGEST_UNROLLED = 2048  # with more queries, blocks are computed in a loop: memory is linear
 
 
 class Piece(NamedTuple):
@@ -101,9 +105,13 @@ def attend(
     q = q * jnp.asarray(scale, q.dtype)
     form = recomputed_attention if recompute else blocked_attention
     keys_values = tuple((piece.k, piece.v) for piece in pieces)
-    blocks = _query_blocks(length, packed=pieces[-1].owner is not None)
-    visible = tuple(_visible_keys(block, pieces, positions, window) for block in blocks)
-    out, _ = form(softcap, q, keys_values, materialize(visible))
+    if recompute and length > LONGEST_UNROLLED:
+        described = tuple(pieces), positions, window
+        out, _ = looped_attention(softcap, _masks_of, q, keys_values, described)
+    else:
+        blocks = _query_blocks(length, packed=pieces[-1].owner is not None)
+        visible = tuple(_visible_keys(block, pieces, positions, window) for block in blocks)
+        out, _ = form(softcap, q, keys_values, materialize(visible))
     return out.astype(q.dtype).transpose(0, 2, 1, 3, 4).reshape(rows, length, heads, width)
 
 
@@ -131,6 +139,23 @@ def _visible_keys(
     owner = None if own.owner is None else own.owner[:stop]
     own = own._replace(positions=own.positions[..., :stop], owner=owner)
     return tuple(_visible(piece, positions, window, block) for piece in (*past, own))
+
+
+def _masks_of(start: Any, size: int, stop: int, described: Any) -> tuple[Array, ...]:
+    """The masks of a block of queries in a loop, see `looped.MasksOf`."""
+    (*past, own), positions, window = described
+    take = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
+    end = own.positions.shape[-1] - positions.shape[-1] + stop
+    owner = None if own.owner is None else own.owner[:end]
+    pieces = (*past, own._replace(positions=own.positions[..., :end], owner=owner))
+    queries = take(positions, axis=positions.ndim - 1)
+    masks = []
+    for piece in pieces:
+        read_by = None if piece.read_by is None else take(piece.read_by, axis=0)
+        block = piece._replace(read_by=read_by)
+        masks.append(_visible(block, queries, window, slice(None)))
+    visible: tuple[Array, ...] = materialize(tuple(masks))
+    return visible
 
 
 def _visible(

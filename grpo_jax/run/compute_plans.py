@@ -2,6 +2,7 @@
 
 import json
 import logging
+import pathlib
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ from grpo_jax.engine.bundles import check_rows
 from grpo_jax.engine.calls import Call
 from grpo_jax.engine.compute import Compute, ComputePlan, alternatives, choose
 from grpo_jax.run import hosts
-from grpo_jax.run.mesh import is_described
+from grpo_jax.run.errors import reading
+from grpo_jax.run.mesh import is_described, memory_of
 from grpo_jax.run.output_file import replaced
 from grpo_jax.run.plan.measuring import memory_needed
 from grpo_jax.run.plan.topology import gib
@@ -59,12 +61,14 @@ def settle(
       shape: (B, G, P, T) of the update's batch.
       call: the call of the update program by a plan.
       fixed: options that have no effect on the program, or that it does not allow to change.
-      memory: bytes of a device; None: what it reports.
+      memory: bytes of a device; None: what it reports, or `mesh.described` says.
     """
     if memory is None:
-        memory = sharding.memory_of(setup.mesh.devices.flat[0])
+        memory = memory_of(setup.mesh)
     # What the first process sees, since the others compile the programs that it compiles.
-    kept, memory = hosts.from_first(lambda: (_read(setup).get(name), memory), f'reading {FILE}')
+    kept, memory = hosts.from_first(
+        lambda: (_read(setup.workdir).get(name), memory), f'reading {FILE}'
+    )
     config, mesh = setup.model.config, setup.mesh
     if kept is not None:
         before = Settled(ComputePlan(**kept['plan']), kept['needed'])
@@ -156,12 +160,25 @@ def _is_possible(
     return True
 
 
-def _read(setup: Setup) -> dict[str, dict[str, Any]]:
-    path = setup.workdir / FILE
+def _read(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
+    path = workdir / FILE
     if not path.is_file():
         return {}
-    plans: dict[str, dict[str, Any]] = json.loads(path.read_text())
+    with reading(path, 'restore it, or remove it to choose again, which may round differently'):
+        plans: dict[str, dict[str, Any]] = json.loads(path.read_bytes())
+        for kept in plans.values():
+            _check_kept(**kept)
     return plans
+
+
+def _check_kept(plan: dict[str, Any], needed: float | None) -> None:
+    """Checks the types of what the file holds of a stage."""
+    for name, value in ComputePlan(**plan)._asdict().items():
+        kind = ComputePlan.__annotations__[name]
+        if type(value) is not kind or value < 0:
+            raise TypeError(f'{name}={value!r}')
+    if not isinstance(needed, int | float | None):
+        raise TypeError(f'needed={needed!r}')
 
 
 def _keep(setup: Setup, name: str, settled: Settled) -> None:
@@ -170,4 +187,4 @@ def _keep(setup: Setup, name: str, settled: Settled) -> None:
         return
     kept = {'plan': settled.plan._asdict(), 'needed': settled.needed}
     with replaced(setup.workdir / FILE) as file:
-        file.write(json.dumps(_read(setup) | {name: kept}, indent=2) + '\n')
+        file.write(json.dumps(_read(setup.workdir) | {name: kept}, indent=2) + '\n')

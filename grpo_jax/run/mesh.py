@@ -4,7 +4,7 @@ import contextlib
 import contextvars
 import logging
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -15,21 +15,38 @@ from grpo_jax import models, sharding
 log = logging.getLogger('grpo_jax')
 
 
-_described: contextvars.ContextVar[Sequence[Any] | None]
+class _Described(NamedTuple):
+    devices: Sequence[Any]
+    memory: float | None
+
+
+_described: contextvars.ContextVar[_Described | None]
 _described = contextvars.ContextVar('described', default=None)
 
 
 @contextlib.contextmanager
-def described(devices: Sequence[Any]) -> Iterator[None]:
+def described(devices: Sequence[Any], memory: float | None = None) -> Iterator[None]:
     """A context in which runs are prepared for these devices but not started, as by `plan`.
 
     Nothing is put on the devices, which may only be described, and no weights have to exist.
+
+    Args:
+      devices: of JAX, or descriptions of some.
+      memory: bytes of a device; None: what its kind has, if that is known.
     """
-    token = _described.set(devices)
+    token = _described.set(_Described(devices, memory))
     try:
         yield
     finally:
         _described.reset(token)
+
+
+def memory_of(mesh: Mesh) -> float | None:
+    """Bytes of a device of a run's mesh; None if they are not known."""
+    found = _described.get()
+    if found is not None and found.memory is not None:
+        return found.memory
+    return sharding.memory_of(mesh.devices.flat[0])
 
 
 def is_described() -> bool:
@@ -43,7 +60,8 @@ def make_mesh(config: ConfigDict) -> Mesh:
     Raises:
       ValueError: its sizes do not fit the devices that exist.
     """
-    c, devices = config.mesh, _described.get()
+    c, found = config.mesh, _described.get()
+    devices = None if found is None else found.devices
     count = jax.device_count() if devices is None else len(devices)
     fsdp, tensor = sharding.mesh_sizes(c.fsdp, c.tensor, count)
     if c.gather and fsdp == 1:

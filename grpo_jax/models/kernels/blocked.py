@@ -17,12 +17,12 @@ from grpo_jax.models.kernels.cpu import materialize
 
 _MASKED_SCORE = -1e30  # finite, so that a fully masked piece gets weight 0 and not NaN
 
-_Queries = Float[Array, 'G K S R h']
-_RowSums = Float[Array, 'G K S R']
-_KeysValues = Sequence[tuple[Float[Array, '... _ h'], Float[Array, '... _ h']]]  # of each piece
-_Masks = Sequence[Bool[Array, '*_ _ _']]  # of a block of queries and each piece
-_Gradients = Sequence[tuple[Float[Array, '... _ h'], Float[Array, '... _ h']]]
-_Residuals = tuple[_Queries, _KeysValues, Sequence[_Masks], _Queries, _RowSums]
+Queries = Float[Array, 'G K S R h']
+RowSums = Float[Array, 'G K S R']
+KeysValues = Sequence[tuple[Float[Array, '... _ h'], Float[Array, '... _ h']]]  # of each piece
+Masks = Sequence[Bool[Array, '*_ _ _']]  # of a block of queries and each piece
+Gradients = Sequence[tuple[Float[Array, '... _ h'], Float[Array, '... _ h']]]
+_Residuals = tuple[Queries, KeysValues, Sequence[Masks], Queries, RowSums]
 
 
 def cap_scores(scores: Float[Array, '*axes'], softcap: float) -> Float[Array, '*axes']:
@@ -31,17 +31,17 @@ def cap_scores(scores: Float[Array, '*axes'], softcap: float) -> Float[Array, '*
 
 
 def blocked_attention(
-    softcap: float, q: _Queries, keys_values: _KeysValues, visible: Sequence[_Masks]
-) -> tuple[_Queries, _RowSums]:
+    softcap: float, q: Queries, keys_values: KeysValues, visible: Sequence[Masks]
+) -> tuple[Queries, RowSums]:
     """The output in float32, and the logarithms of the softmax's denominators."""
-    outputs = [_softmax_attention(softcap, *b) for b in _cut_blocks(q, keys_values, visible)]
+    outputs = [softmax_attention(softcap, *b) for b in _cut_blocks(q, keys_values, visible)]
     out, log_sum = zip(*outputs, strict=True)
     return _concatenate_blocks(out), _concatenate_blocks(log_sum)
 
 
 def _cut_blocks(
-    q: _Queries, keys_values: _KeysValues, visible: Sequence[_Masks]
-) -> Iterator[tuple[_Queries, _KeysValues, _Masks]]:
+    q: Queries, keys_values: KeysValues, visible: Sequence[Masks]
+) -> Iterator[tuple[Queries, KeysValues, Masks]]:
     """Yields each block's queries, the keys and values that they read, and the masks."""
     start = 0
     for masks in visible:
@@ -58,9 +58,9 @@ def _concatenate_blocks(blocks: Sequence[Array]) -> Array:
     return jnp.concatenate(blocks, axis=2) if len(blocks) > 1 else blocks[0]
 
 
-def _softmax_attention(
-    softcap: float, q: _Queries, keys_values: _KeysValues, visible: _Masks
-) -> tuple[_Queries, _RowSums]:
+def softmax_attention(
+    softcap: float, q: Queries, keys_values: KeysValues, visible: Masks
+) -> tuple[Queries, RowSums]:
     """`blocked_attention` for one block."""
     scores = [
         jnp.where(_of_scores(mask, k), cap_scores(_scores(q, k), softcap), _MASKED_SCORE)
@@ -81,34 +81,34 @@ def _softmax_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def recomputed_attention(
-    softcap: float, q: _Queries, keys_values: _KeysValues, visible: Sequence[_Masks]
-) -> tuple[_Queries, _RowSums]:
+    softcap: float, q: Queries, keys_values: KeysValues, visible: Sequence[Masks]
+) -> tuple[Queries, RowSums]:
     """`blocked_attention` with a gradient that computes the scores again."""
     return blocked_attention(softcap, q, keys_values, visible)
 
 
 def _attention_forward(
-    softcap: float, q: _Queries, keys_values: _KeysValues, visible: Sequence[_Masks]
-) -> tuple[tuple[_Queries, _RowSums], _Residuals]:
+    softcap: float, q: Queries, keys_values: KeysValues, visible: Sequence[Masks]
+) -> tuple[tuple[Queries, RowSums], _Residuals]:
     out, log_sum = blocked_attention(softcap, q, keys_values, visible)
     return (out, log_sum), (q, keys_values, visible, out, log_sum)
 
 
 def _attention_backward(
-    softcap: float, residuals: _Residuals, cotangents: tuple[_Queries, _RowSums]
-) -> tuple[_Queries, _KeysValues, None]:
+    softcap: float, residuals: _Residuals, cotangents: tuple[Queries, RowSums]
+) -> tuple[Queries, KeysValues, None]:
     q, keys_values, visible, out, log_sum = residuals
     grad_out, _ = cotangents  # nothing uses the second output, so its cotangent is 0
     mean = jnp.einsum('gksrh,gksrh->gksr', grad_out, out)
     grad_blocks: list[Array] = []
-    grad_keys_values: _Gradients = ()
+    grad_keys_values: Gradients = ()
     start = 0
     for q_block, read, masks in _cut_blocks(q, keys_values, visible):
         block = slice(start, start := start + q_block.shape[2])
-        rows = _Rows(*(x[:, :, block] for x in (log_sum, grad_out, mean)))
-        grad_block, grad_read = _block_gradient(softcap, q_block, read, masks, rows)
+        rows = Rows(*(x[:, :, block] for x in (log_sum, grad_out, mean)))
+        grad_block, grad_read = block_gradient(softcap, q_block, read, masks, rows)
         grad_blocks.append(grad_block)
-        grad_keys_values = _add_gradients(grad_keys_values, grad_read)
+        grad_keys_values = add_gradients(grad_keys_values, grad_read)
 
     def cast(grad: Array, primal: Array) -> Array:
         return grad.astype(primal.dtype)
@@ -117,17 +117,17 @@ def _attention_backward(
     return grad_q, jax.tree.map(cast, tuple(grad_keys_values), keys_values), None
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """What the backward pass needs of the queries of a block, besides themselves."""
 
-    log_sum: _RowSums
-    grad_out: _Queries
-    mean: _RowSums  # of grad_out * out: what the softmax's gradient subtracts
+    log_sum: RowSums
+    grad_out: Queries
+    mean: RowSums  # of grad_out * out: what the softmax's gradient subtracts
 
 
-def _block_gradient(
-    softcap: float, q: _Queries, keys_values: _KeysValues, visible: _Masks, rows: _Rows
-) -> tuple[_Queries, _Gradients]:
+def block_gradient(
+    softcap: float, q: Queries, keys_values: KeysValues, visible: Masks, rows: Rows
+) -> tuple[Queries, Gradients]:
     """f32 gradients of the queries of a block, and of the keys and values that it reads.
 
     Products keep the order of the scores' axes: transposing scores costs more than the products.
@@ -150,7 +150,7 @@ def _block_gradient(
     return grad_q, grad_keys_values
 
 
-def _add_gradients(total: _Gradients, new: _Gradients) -> _Gradients:
+def add_gradients(total: Gradients, new: Gradients) -> Gradients:
     """Adds trees of [..., N, h]; a later block may read more keys than the blocks before it."""
 
     def add(x: Array, y: Array) -> Array:
@@ -178,7 +178,7 @@ def _of_scores(mask: Bool[Array, '*_ S N'], k: Array) -> Bool[Array, '... 1 N']:
     return mask if mask.ndim == 3 or _is_shared(k) else mask[:, None]
 
 
-def _scores(q: _Queries, k: Float[Array, '... N h']) -> Float[Array, '_ _ S R N']:
+def _scores(q: Queries, k: Float[Array, '... N h']) -> Float[Array, '_ _ S R N']:
     """Products of each query with each key."""
     product = 'gksrh,knh->kgsrn' if _is_shared(k) else 'gksrh,gknh->gksrn'
     return jnp.einsum(product, q, k, preferred_element_type=jnp.float32)
@@ -194,7 +194,7 @@ def _weighted_sum(
 
 
 def _sum_of_rows(
-    rows: _Queries, weights: Float[Array, '_ _ S R N'], like: Float[Array, '*axes N h']
+    rows: Queries, weights: Float[Array, '_ _ S R N'], like: Float[Array, '*axes N h']
 ) -> Float[Array, '*axes N h']:
     """f32 sums of the rows by the weights of each key, in the shape of `like`."""
     product = 'gksrh,kgsrn->khn' if _is_shared(like) else 'gksrh,gksrn->gkhn'
