@@ -170,11 +170,20 @@ def readers_of(folder: pathlib.Path) -> dict[str, Reader]:
     from grpo_jax.models import ModelConfig, hf
     from grpo_jax.models.hf.families import FAMILIES
     from grpo_jax.models.hf.folder import list_tensors
-    from grpo_jax.run import arguments, completions, saved_config
+    from grpo_jax.run import (
+        arguments,
+        completions,
+        compute_plans,
+        environment,
+        inputs,
+        loggers,
+        saved_config,
+    )  # fmt: skip
     from grpo_jax.run.config import flatten
-    from grpo_jax.run.config_checks import check_values
+    from grpo_jax.run.config_checks import check_keys, check_values
     from grpo_jax.run.defaults import defaults
     from grpo_jax.run.errors import ConfigError
+    from grpo_jax.run.plan import listed
 
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -308,6 +317,7 @@ def readers_of(folder: pathlib.Path) -> dict[str, Reader]:
                 raise Silent(f'{path}={value!r:.30}')
 
     keys = sorted(flatten(defaults()))
+    sections = sorted({key.rpartition('.')[0] for key in keys if '.' in key})
 
     def overrides(rng: random.Random) -> list[str]:
         made = []
@@ -345,8 +355,49 @@ def readers_of(folder: pathlib.Path) -> dict[str, Reader]:
             if not all(math.isfinite(score) for score in row.scores or ()):
                 raise Silent(str(row))
 
+    plan = {
+        'microbatch': 2, 'rows': 0, 'packed': False, 'widths': 4, 'unroll': False,
+        'logprob_chunk': 4, 'remat': True,
+    }  # fmt: skip
+    kept_files: dict[str, Any] = {
+        'compute.json': {'sft': {'plan': plan, 'needed': None},
+                         'grpo': {'plan': plan, 'needed': 1e9}},
+        'environment.json': {'jax': '0.10.2', 'devices': '1 cpu', 'processes': '1'},
+        'inputs.json': {'digests': {'tokens': '12ab'}, 'rows': {'tokens': 'AAAA'}},
+        'loggers.json': {'fuzz:log': 'id'},
+        'plan.json': {'listed': {'12ab': 'the update'}},
+    }  # fmt: skip
+    run_folder = folder / 'run'
+    run_folder.mkdir()
+
+    def kept_file(rng: random.Random) -> tuple[str, bytes]:
+        name = rng.choice(sorted(kept_files))
+        return name, text_of(rng, kept_files[name])
+
+    def read_kept(made: tuple[str, bytes]) -> None:
+        name, content = made
+        (run_folder / name).write_bytes(content)
+        try:
+            if name == 'compute.json':
+                compute_plans._read(run_folder)
+            elif name == 'environment.json':
+                environment.read_environment(run_folder).get('jax')
+            elif name == 'inputs.json':
+                checked = inputs.Inputs({'tokens': '34cd'}, {'tokens': 'AAAA'})
+                inputs.check_inputs(checked, run_folder, override=True)
+            elif name == 'loggers.json':
+                with loggers.opened(logged, run_folder):
+                    pass
+            else:
+                with listed.warned_of_others(run_folder):
+                    pass
+        finally:
+            (run_folder / name).unlink()
+
+    logged = defaults()
+
     def config_file(rng: random.Random) -> str:
-        key, value = rng.choice(keys), wild(rng)
+        key, value = rng.choice(keys if rng.random() < 0.8 else sections), wild(rng)
         lines = [
             'from grpo_jax.run.config import defaults',
             'def get_config():',
@@ -365,11 +416,12 @@ def readers_of(folder: pathlib.Path) -> dict[str, Reader]:
         config, problems = files.read(folder / 'config_file.py')
         if problems or config is None:
             raise ConfigError(problems)
+        check_keys(config)
         check_values(config)
         check_types(config)
 
     return {
-        'safetensors': Reader(safetensors_header, read_safetensors, 0.2),
+        'safetensors': Reader(safetensors_header, read_safetensors, 0.15),
         'HF configs': Reader(hf_config, read_hf_config, 0.15),
         'tokenizers': Reader(tokenizer, read_tokenizer, 0.1),
         'JSONL rows': Reader(row_lines, read_rows, 0.15),
@@ -378,6 +430,7 @@ def readers_of(folder: pathlib.Path) -> dict[str, Reader]:
         'overrides': Reader(overrides, read_overrides, 0.05),
         'config files': Reader(config_file, read_config_file, 0.05),
         'completions': Reader(completion_lines, read_completions, 0.1),
+        'files of runs': Reader(kept_file, read_kept, 0.05),
     }
 
 

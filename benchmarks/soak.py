@@ -5,7 +5,8 @@
 GRPO with rewards in this process, in a pool of workers and in an isolated one, with evaluations,
 checkpoints and all records. Every so many steps it counts the memory that this process and its
 children hold, open files, threads, children and JAX's arrays. Prints them for each tenth of the
-run, draws them, and ends with status 1 if the last quarter holds more than the second one.
+run, draws them, and ends with status 1 if the median of the last quarter is above that of the
+second one. Threads and files of a save that is being written come and go.
 """
 
 import argparse
@@ -13,6 +14,7 @@ import gc
 import json
 import os
 import pathlib
+import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -32,7 +34,7 @@ NAMES = {
     'children': 'child processes',
     'arrays': 'arrays of JAX',
 }
-MEMORY_GROWTH = 0.02  # of the second quarter that the last one may hold more
+MEMORY_GROWTH = 0.02  # of the second quarter that the last one may be larger
 
 samples: list[dict[str, float]] = []
 every = 50
@@ -104,8 +106,8 @@ def grown(rows: Sequence[Mapping[str, float]]) -> list[str]:
     size = len(rows) // 4
     found = []
     for name in NAMES:
-        before = max(row[name] for row in rows[size : 2 * size])
-        after = max(row[name] for row in rows[-size:])
+        before = statistics.median(row[name] for row in rows[size : 2 * size])
+        after = statistics.median(row[name] for row in rows[-size:])
         if after > before * (1 + MEMORY_GROWTH * name.endswith('memory')):
             found.append(f'{name}: {before:g} in the second quarter, {after:g} in the last')
     return found
@@ -141,14 +143,21 @@ def main() -> None:
     every = options.every
     from grpo_jax.run.training import train
 
-    train(get_config(options.steps), options.workdir)
-    (pathlib.Path(options.workdir) / 'soak.json').write_text(json.dumps(samples))
+    try:
+        train(get_config(options.steps), options.workdir)
+    finally:
+        (pathlib.Path(options.workdir) / 'soak.json').write_text(json.dumps(samples))
+        _report(options.picture)
+
+
+def _report(picture: pathlib.Path | None) -> None:
+    """Prints and draws the samples; ends with status 1 if something has grown."""
     names = ('step', *NAMES)
     print('  '.join(names))
     for row in samples[:: max(len(samples) // 10, 1)]:
         print('  '.join(f'{row[name]:{len(name)}.0f}' for name in names))
-    if options.picture:
-        draw(samples, options.picture)
+    if picture:
+        draw(samples, picture)
     problems = grown(samples)
     print('\n'.join(problems) or 'nothing has grown')
     sys.exit(bool(problems))

@@ -60,7 +60,7 @@ def command(name, mode, workdir, cache):
     entry = {'weight': 1.0, 'call': MODES[mode]}
     sys.argv = [
         'train', f'--config={__file__}', f'--workdir={workdir}',
-        f'--config.grpo.rewards={ {f"hostile_rewards:{name}": entry} }',
+        f'--config.grpo.rewards={ {f"hostile_rewards:{name}": entry, "kill_runs:lucky": 1.0} }',
         '--config.grpo.reward_calls.max_failed=1.0', f'--config.data.cache_dir={cache}',
     ]  # fmt: skip
     train.run()

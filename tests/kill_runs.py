@@ -19,6 +19,7 @@ import re
 import select
 import signal
 import socket
+import string
 import struct
 import subprocess
 import sys
@@ -30,6 +31,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 if __name__ == '__main__':
     sys.path[:0] = [str(ROOT), str(ROOT / 'tests')]
     os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+    os.environ['JAX_NUM_CPU_DEVICES'] = '1'  # of each process
     os.environ['JAX_DISABLE_MOST_OPTIMIZATIONS'] = '1'
     os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
     os.environ['JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES'] = '-1'
@@ -50,6 +52,7 @@ from grpo_jax.run import (  # noqa: E402
 from grpo_jax.run.command import one_line_errors  # noqa: E402
 
 TIMES = re.compile('timing/|step_time$|perf/')
+ROUNDED = re.compile('timing/|step_time$|perf/|sampling/')
 WEIGHTS = {'step': 0.4, 'save': 0.35, 'evaluation': 0.15, 'record': 0.1}  # of kills in parts
 CLASSES = tuple(WEIGHTS)
 
@@ -139,6 +142,21 @@ def lora():
     return config
 
 
+def tool():
+    config = get_config()
+    config.data.completion_length = 24
+    config.data.stops = tuple(string.ascii_letters)  # which end a turn
+    config.environment.update(name='kill_runs:often', turns=3, reply_tokens=4, template='{reply}')
+    return config
+
+
+def often(prompts, completions, turns, **columns):
+    """A tool that takes its time."""
+    time.sleep(0.02)
+    numbers = [zlib.crc32(text.encode()) for text in completions]
+    return [f'{number % 100}=' if number % 3 else None for number in numbers]
+
+
 KINDS = {
     'sft': sft,
     'grpo': get_config,
@@ -153,6 +171,7 @@ KINDS = {
     'process': process,
     'iterative': iterative,
     'lora': lora,
+    'tool': tool,
     'two': get_config,  # in two processes
 }
 
@@ -328,11 +347,20 @@ def attempt(kind, workdir, plan=None):
 # What a run leaves
 
 
+def left_out(workdir):
+    """A pattern of what may differ: times, and rounding that depends on them.
+
+    The last bits of the sampler's log-probs depend on when the replies of a tool come.
+    """
+    return ROUNDED if (workdir / 'replies').is_dir() else TIMES
+
+
 def records(workdir):
     """The rows of all records without times, by file."""
+    ignored = left_out(workdir)
     return {
         name: [
-            {k: v for k, v in line.row.items() if not TIMES.match(k)}
+            {k: v for k, v in line.row.items() if not ignored.match(k)}
             for line in json_lines.read(workdir / f'{name}.jsonl')
         ]
         for name in ('metrics', 'completions', 'heldout')
@@ -353,7 +381,7 @@ def points(workdir):
             found += [
                 (path.parent.name, event.step, value.tag, value.simple_value)
                 for value in event.summary.value
-                if not TIMES.match(value.tag)
+                if not left_out(workdir).match(value.tag)
             ]
     return sorted(found, key=str)
 

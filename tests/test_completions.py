@@ -207,6 +207,10 @@ GOOD = '{"answer": "4", "completions": ["4", "5"], "scores": [1, 2]}'
         (GOOD.replace('[1, 2]', '3'), "'scores' is 3: give 2, one per completion"),
         (GOOD.replace('[1, 2]', '[1, NaN]'), "'scores'[1] is NaN: give a finite number"),
         (GOOD.replace('[1, 2]', '[-1e999, 1]'), "'scores'[0] is -Infinity: give a finite number"),
+        (
+            GOOD.replace('[1, 2]', f'[1, {10**310}]'),
+            f"'scores'[1] is {str(10**310)[:57]}...: give a finite number",
+        ),
         (GOOD.replace('[1, 2]', '[1, "2"]'), '\'scores\'[1] is "2": give a finite number'),
         (GOOD.replace('[1, 2]', 'null'), 'has no scores, but line 1 has some'),
     ],

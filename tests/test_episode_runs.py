@@ -156,3 +156,14 @@ def test_methods_and_options(tmp_path, changes):
         assert rows[0] == rows[1]
     turns = [len(row['turns']) for row in runs.lines(other / 'completions.jsonl')]
     assert max(turns) == 3
+
+
+def test_a_column_that_the_environment_gives_is_refused(tmp_path):
+    (tmp_path / 'rows.py').write_text(
+        'def rows(split):\n    return [{"question": "1", "turns": 3}] * 9\n'
+    )
+    config = get_config()
+    config.data.name = f'{tmp_path}/rows.py:rows'
+    config.data.options = {}
+    with pytest.raises(ValueError, match="the data set has a column 'turns', which with an"):
+        runs.train(config, tmp_path / 'run')

@@ -9,10 +9,15 @@ import types
 
 import pytest
 
-from grpo_jax.run import json_lines, managers
+from grpo_jax.run import compute_plans, json_lines, managers
 from grpo_jax.run.command import one_line_errors
+from grpo_jax.run.defaults import defaults
+from grpo_jax.run.environment import read_environment
 from grpo_jax.run.errors import ConfigError, is_disk_full, naming_file, problems_of
+from grpo_jax.run.inputs import Inputs, check_inputs
+from grpo_jax.run.loggers import opened
 from grpo_jax.run.output_file import new_folder, replaced
+from grpo_jax.run.plan import listed
 
 FULL = pathlib.Path('/dev/full')  # every write to it finds no room
 REMEDY = 'make room there, and give the same command again'
@@ -97,6 +102,25 @@ def test_writers_name_their_files(write, name, tmp_path):
         write(tmp_path)
     assert raised.value.errno == errno.ENOSPC
     assert os.fspath(raised.value.filename).endswith(name)
+
+
+@pytest.mark.parametrize(
+    ('name', 'read'),
+    [
+        ('environment.json', read_environment),
+        ('loggers.json', lambda folder: opened(defaults(), folder).__enter__()),
+        ('compute.json', compute_plans._read),
+        ('plan.json', lambda folder: listed.warned_of_others(folder).__enter__()),
+        ('inputs.json', lambda folder: check_inputs(Inputs({}, {}), folder, override=False)),
+    ],
+)
+@pytest.mark.parametrize('text', ['', '{', '[1]', '{"a": 1}', '{"a": {"plan": {"rows": -1}}}'])
+def test_a_damaged_file_of_a_run_is_named(name, read, text, tmp_path):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(
+        ValueError, match=f'^{tmp_path / name} cannot be read .*(restore|remove) it'
+    ):
+        read(tmp_path)
 
 
 def test_of_a_failed_save_nothing_else_is_printed(caplog, monkeypatch, tmp_path):

@@ -18,5 +18,5 @@ def test_malformed_inputs_are_clear_errors(count):
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr[-2000:]
     rows = {line[:14].strip(): line[14:].split() for line in ended.stdout.splitlines()[1:]}
-    assert len(rows) == 9
+    assert len(rows) == 10
     assert all(int(errors) > 0 for _, errors, *_ in rows.values())  # inputs are malformed

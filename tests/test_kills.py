@@ -13,7 +13,7 @@ PROGRAM = pathlib.Path(__file__).with_name('kill_runs.py')
 
 def run(folder, *arguments, timeout=3600):
     """What the program prints, as JSON, a line each."""
-    environment = os.environ | {'JAX_NUM_CPU_DEVICES': '2'}
+    environment = dict(os.environ)
     if programs := os.environ.get('GRPO_JAX_TEST_PROGRAMS'):
         environment.setdefault('JAX_COMPILATION_CACHE_DIR', programs)
     command = [sys.executable, str(PROGRAM), f'--folder={folder}', *arguments]
@@ -39,16 +39,21 @@ def test_killed_runs_of_all_kinds(tmp_path):
 
 @pytest.mark.slow
 def test_a_full_disk(tmp_path):
-    """At every write: one line, and nothing is lost when room has been made."""
+    """At every write: one line that names the file, and nothing is lost when room has been made."""
     (tmp_path / 'disk').mkdir()
     mount = ['mount', '-t', 'tmpfs', 'tmpfs', str(tmp_path / 'disk')]
     if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip('a file system cannot be mounted here: run as root, outside of a container')
     subprocess.run(['umount', str(tmp_path / 'disk')], check=True)
     (found,) = run(tmp_path, '--kinds=grpo', '--full')
-    told, different = found['grpo']
-    assert different == []
-    assert len(told) > 5
-    for _, status, traceback, errors in told:
-        assert (status, traceback, len(errors)) == (2, False, 1)
-        assert 'No space left on device' in errors[0]
+    assert len(found['grpo']) > 20
+    assert not any(found['grpo'].values())
+
+
+@pytest.mark.slow
+def test_hostile_rewards_of_a_command(tmp_path):
+    """Never status 0 of a run that is not finished, and what was done is saved."""
+    program = PROGRAM.with_name('hostile_runs.py')
+    command = [sys.executable, str(program), f'--folder={tmp_path}']
+    done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -7,7 +7,7 @@ import pytest
 import runs
 
 from grpo_jax import evaluate
-from grpo_jax.run import arguments, paths, saved_config
+from grpo_jax.run import arguments, config_checks, paths, saved_config
 from grpo_jax.run import config as grpo_config
 
 CONFIG = """
@@ -90,6 +90,27 @@ def test_data_files_are_relative_to_the_config_file(tmp_path, monkeypatch, writt
     home = str(tmp_path / 'home')
     expected = {name: text.replace('{home}', home) for name, text in meant.items()}
     assert config.data.options.to_dict() == expected
+
+
+@pytest.mark.parametrize('value', ['None', '{}'])
+@pytest.mark.parametrize('key', ['tokenizer', 'data', 'data.cache_dir', 'reward_model'])
+def test_missing_sections_and_paths_are_left_for_the_checks_of_keys(tmp_path, key, value):
+    file = tmp_path / 'config.py'
+    file.write_text(
+        'from grpo_jax.run.config import defaults\n'
+        f'def get_config():\n  config = defaults()\n  config.{key} = {value}\n  return config\n'
+    )
+    config, problems = grpo_config.read(file)
+    assert config is not None
+    with pytest.raises(ValueError, match=key.partition('.')[0]):
+        check_keys_and_values(config, problems)
+
+
+def check_keys_and_values(config, problems):
+    if problems:
+        raise ValueError(problems)
+    config_checks.check_keys(config)
+    config_checks.check_values(config)
 
 
 def test_the_command_line_is_relative_to_the_working_directory(tmp_path, monkeypatch):

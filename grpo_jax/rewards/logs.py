@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-RECORD_FIELDS = ('prompt', 'completion', 'reward', 'rewards')  # of a line of completions.jsonl
+RECORD_FIELDS = (  # of a line of completions.jsonl
+    'prompt', 'completion', 'reward', 'rewards', 'turns', 'timing/replies',
+)  # fmt: skip
 
 
 class TrainerState(NamedTuple):

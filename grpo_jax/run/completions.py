@@ -20,6 +20,7 @@ import argparse
 import json
 import math
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
@@ -207,7 +208,7 @@ def _row(number: int, fields: Any, line: bytes) -> Row:
     if scores is not None:
         if not isinstance(scores, list) or len(scores) != len(texts):
             raise ValueError(f"'scores' is {_short(scores)}: give {len(texts)}, one per completion")
-        wrong = next((i for i, score in enumerate(scores) if not _finite(score)), None)
+        wrong = next((i for i, score in enumerate(scores) if not _is_score(score)), None)
         if wrong is not None:
             raise ValueError(f"'scores'[{wrong}] is {_short(scores[wrong])}: give a finite number")
     if not isinstance(answer, str):  # a number, as the file spells it
@@ -217,6 +218,10 @@ def _row(number: int, fields: Any, line: bytes) -> Row:
 
 def _finite(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+
+
+def _is_score(value: Any) -> bool:
+    return _finite(value) and abs(value) <= sys.float_info.max  # JSON has integers of any size
 
 
 def _short(value: Any) -> str:

@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from grpo_jax.run import changes, hosts
+from grpo_jax.run.errors import reading
 from grpo_jax.run.output_file import replaced
 
 FILE = 'environment.json'  # in the run's folder
@@ -54,5 +55,8 @@ def read_environment(workdir: pathlib.Path) -> dict[str, str]:
     path = workdir / FILE
     if not path.is_file():
         return {}
-    found: dict[str, str] = json.loads(path.read_text())
+    with reading(path, 'restore it, or remove it to go on without knowing what computed the run'):
+        found: dict[str, str] = json.loads(path.read_bytes())
+        if not all(isinstance(value, str) for value in found.values()):
+            raise TypeError('it holds values that are no texts')
     return found

@@ -71,6 +71,24 @@ def naming_file(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 @contextmanager
+def reading(path: str | os.PathLike[str], remedy: str) -> Iterator[None]:
+    """Names a file whose content the code of the block cannot use.
+
+    Args:
+      path: of the file.
+      remedy: what to do.
+
+    Raises:
+      ValueError: in place of what reading JSON, or using it as if it were right, raises.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
+        what = f'no {error}' if isinstance(error, KeyError) else error
+        raise ValueError(f'{os.fspath(path)} cannot be read ({what}): {remedy}') from error
+
+
+@contextmanager
 def renamed(names: Mapping[str, str]) -> Iterator[None]:
     """Gives what the message of a ValueError in the block names the names that it has in a config.
 

@@ -20,7 +20,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax import plugins
 from grpo_jax.run import hosts
-from grpo_jax.run.errors import ConfigError, caught, naming_file
+from grpo_jax.run.errors import ConfigError, caught, naming_file, reading
 
 log = logging.getLogger('grpo_jax')
 
@@ -217,7 +217,11 @@ def opened(config: ConfigDict, workdir: pathlib.Path) -> Iterator[Loggers]:
 
 def _started(config: ConfigDict, workdir: pathlib.Path) -> dict[str, Logger]:
     path = workdir / IDS
-    ids: dict[str, str] = json.loads(path.read_text()) if path.exists() else {}
+    ids: dict[str, str] = {}
+    with reading(path, 'restore it, or remove it to begin new runs of the loggers'):
+        ids |= json.loads(path.read_bytes()) if path.exists() else {}
+        if not all(isinstance(value, str) for value in ids.values()):
+            raise TypeError('it holds ids that are no texts')
     described = _Run(
         config.log.project, config.log.name or workdir.name, '', workdir, config.to_dict()
     )

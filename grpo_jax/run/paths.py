@@ -12,14 +12,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from grpo_jax.run.defaults import at
-
 FOLDERS = ('tokenizer', 'pretrained', 'reward_model.pretrained', 'start')  # or names of the hub
 _NAMES = ('', 'bytes')  # of tokenizers that are in no folder
 
 
 def make_absolute(config: ConfigDict, folder: str, keys: Iterable[str] | None = None) -> None:
     """Makes relative paths of a config absolute, in place.
+
+    What is missing or of another type is left for the checks of keys and values.
 
     Args:
       config: the config.
@@ -34,11 +34,14 @@ def make_absolute(config: ConfigDict, folder: str, keys: Iterable[str] | None = 
         return keys is None or key in keys
 
     for key in filter(chosen, FOLDERS):
-        section, name = _place(config, key)
-        section[name] = _folder(key, section[name], folder)
-    if chosen('data.cache_dir') and config.data.cache_dir:
-        config.data.cache_dir = _join(folder, config.data.cache_dir)
-    options = config.data.options
+        parent, _, name = key.rpartition('.')
+        section = _section(config, parent) if parent else config
+        if isinstance(section.get(name), str):
+            section[name] = _folder(key, section[name], folder)
+    data = _section(config, 'data')
+    if chosen('data.cache_dir') and data.get('cache_dir'):
+        data.cache_dir = _join(folder, data.cache_dir)
+    options = _section(data, 'options')
     if chosen('data.options') or chosen('data.options.folder'):
         where = options.get('folder')
         if isinstance(where, str) and (_is_path(where) or os.path.isdir(_join(folder, where))):
@@ -69,9 +72,10 @@ def absolute_modules(value: Any, folder: str) -> Any:
     return value
 
 
-def _place(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
-    parent, _, name = key.rpartition('.')
-    return (at(config, parent) if parent else config), name
+def _section(config: ConfigDict, name: str) -> ConfigDict:
+    """A section of a config; an empty one if it has none of this name."""
+    section = config.get(name)
+    return section if isinstance(section, ConfigDict) else ConfigDict()
 
 
 def _folder(key: str, value: str, folder: str) -> str:

@@ -180,6 +180,11 @@ def _problems(setup: Setup, rows: data.Rows, split: str, leaked: int) -> Problem
         log.warning('%s: %s', split, table.summary(leaked))
     if setup.environment is not None:
         setup.environment.check(list(rows[0]))
+        for name in rows[0].keys() & set(added_columns(setup.config)):
+            raise ValueError(
+                f'the data set has a column {name!r}, which with an environment is what reward '
+                'functions get from it: rename the column'
+            )
     data.check_token_ids(table.used_ids(), setup.tokenizer, setup.model.config.vocab_size)
     stops, messages = stop_strings(setup.config), _messages(setup, rows)
     return Problems(

@@ -123,8 +123,10 @@ class Exchange:
         places: list[Place] = [(int(b), int(g)) for b, g in np.argwhere(new)]
         for place, text in zip(places, self._turn_texts(places), strict=True):
             self._texts.setdefault(place, []).append(text)
-            known = self._recorded.find(*self._key(place))
-            if known is not None:
+            row, completion, read = self._key(place)
+            known = self._recorded.find(row, completion, read)
+            room = self._tokens.shape[2] - len(read) - 1
+            if known is not None and len(known.tokens) <= room:  # less with another length
                 self._held[place] = known
                 continue
             if place not in self._sent:
