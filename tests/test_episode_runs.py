@@ -87,6 +87,7 @@ def test_a_reply_that_was_not_recorded_is_asked_for(workdir, tmp_path):
     ]
     assert len(replies[0] & replies[1]) >= 7
     assert replies[0] != replies[1]
+    assert len(runs.lines(path)) >= len(known)  # without the line that was torn
 
 
 def test_failures_are_outcomes_of_their_turns(tmp_path):

@@ -8,6 +8,10 @@ import jaxtyping
 from beartype import BeartypeConf, beartype
 
 checker = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int where a float is asked for
+# For functions without shapes; with the error that those with shapes raise.
+types_alone = beartype(
+    conf=BeartypeConf(is_pep484_tower=True, violation_type=jaxtyping.TypeCheckError)
+)
 
 
 def jaxtyped(*, typechecker, with_shapes=jaxtyping.jaxtyped):
@@ -23,13 +27,15 @@ def jaxtyped(*, typechecker, with_shapes=jaxtyping.jaxtyped):
             return with_shapes(definition, typechecker=typechecker)
         if not annotations:
             return definition
-        checked = typechecker(definition)
+        checked = types_alone(definition)
 
         @functools.wraps(definition)
         def call(*args, **kwargs):
             function = definition if jaxtyping.config.jaxtyping_disable else checked
             return function(*args, **kwargs)
 
+        # Messages that name the place of an error leave the package's own files out.
+        call.__code__ = call.__code__.replace(co_filename=definition.__code__.co_filename)
         return call
 
     return decorate

@@ -3,6 +3,7 @@
 import json
 import logging
 import pathlib
+import sys
 from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
@@ -87,7 +88,11 @@ def settle(
         plans = _varied(alternatives(compute, config, shape, mesh), fixed)
         chosen = _first_that_fits(plans, call, (1 - HEADROOM) * memory)
         if chosen.needed is not None:
-            hosts.say(f'{name}: an update needs {gib(chosen.needed)} of {gib(memory)} on a device')
+            text = f'{name}: an update needs {gib(chosen.needed)} of {gib(memory)} on a device'
+            if is_described():  # by `plan`, whose output is the plan
+                print(text, file=sys.stderr)
+            else:
+                hosts.say(text)
         if chosen.needed is None or chosen.needed > memory:
             log.warning(
                 '%s: an update does not fit into the %s of a device, also with %s: use more '

@@ -156,8 +156,12 @@ class DecodedWhenRead(Sequence[T]):
 
 def texts_when_read(
     rollout: Rollout, problems: Problems
-) -> tuple[Sequence[str], Sequence[list[Turn]] | None]:
-    """Return the completions and turns of a rollout on the host, see `DecodedWhenRead`."""
+) -> tuple[Any, Any]:  # types of sequences would be checked by reading one of their entries
+    """Return the completions and turns of a rollout on the host, see `DecodedWhenRead`.
+
+    Returns:
+      Sequences of texts and of lists of turns; None without an environment.
+    """
     size = rollout.tokens.shape[1]
 
     def decoded(i: int) -> tuple[str, list[Turn] | None]:

@@ -6,6 +6,7 @@ completion has the same tokens before it, which another policy or seed does not 
 """
 
 import hashlib
+import os
 import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -72,6 +73,7 @@ class RecordedReplies:
             return
         if self._file is None:
             self._path.parent.mkdir(exist_ok=True)
+            _cut_torn_line(self._path)
             self._file = json_lines.Appender(self._path)
         fields = dict(zip(('row', 'completion', 'read'), key, strict=True))
         self._file.write(json_lines.line(fields | reply._asdict()))
@@ -89,6 +91,12 @@ def remove_before(folder: pathlib.Path, stage: str, batch: int) -> None:
         number = path.name.split('.')[1]
         if number.isdecimal() and int(number) < batch:
             path.unlink(missing_ok=True)
+
+
+def _cut_torn_line(path: pathlib.Path) -> None:
+    """Removes a last line without an end, which was being written when the process was killed."""
+    if path.exists() and not (data := path.read_bytes()).endswith(b'\n'):
+        os.truncate(path, data.rfind(b'\n') + 1)
 
 
 def _read(path: pathlib.Path) -> Iterator[tuple[tuple[int, int, str], Reply]]:

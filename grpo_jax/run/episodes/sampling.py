@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from grpo_jax.algorithm.sample import last_block, sample, sample_blocks
+from grpo_jax.algorithm.sample import last_block, sample_blocks
 from grpo_jax.run.episodes.exchange import Exchange
 from grpo_jax.run.episodes.recorded import RecordedReplies
 from grpo_jax.run.problems import Problems
@@ -37,7 +37,7 @@ class EpisodeSampler:
         prompts: Prompts,
         *,
         group_size: int,
-        draw: Any = sample,
+        draw: Any = None,
         book: RecordedReplies | None = None,
         **options: Any,
     ) -> Any:
@@ -47,20 +47,23 @@ class EpisodeSampler:
           params: its parameters.
           prompts: a batch.
           group_size: G.
-          draw: `sample.sample`, or `sample.sample_blocks` for the rollout after each block.
+          draw: `sample.sample`, or `sample.sample_blocks` for the rollout after each block; None:
+            what the run's sampler draws by, the whole rollout.
           book: the replies that are known, and that get the new ones; None: there is no
             environment.
           **options: of the sampler.
         """
         options |= {'group_size': group_size}
         if book is None:
-            return self._setup.sampler(params, prompts, draw=draw, **options)
+            if draw is not None:
+                options['draw'] = draw
+            return self._setup.sampler(params, prompts, **options)
         exchange = Exchange(self._setup, self._problems, prompts, group_size, book)
         blocks = self._setup.sampler(
             params, prompts, draw=sample_blocks, exchange=exchange, **options
         )
         episodes = _closing(exchange, blocks)
-        return last_block(episodes) if draw is sample else episodes
+        return episodes if draw is sample_blocks else last_block(episodes)
 
 
 def _closing(exchange: Exchange, blocks: Iterable[Rollout]) -> Iterator[Rollout]:
