@@ -7,10 +7,10 @@ Half of the questions are sums (`73+8=`) that the model can do in its head, and 
 (`347*86=`) that it cannot. Stage 1 imitates right answers of both kinds, half of which call
 `calculator(347*86)` first: it learns how to call, to copy the reply, and the sums, and not when to
 call. Stage 2 is GRPO with reward 1 for a right answer, less 0.3 for each call. Expect a held-out
-accuracy of about 89 % after stage 1, where greedy decoding calls for 79 % of the products and for
-two fifths of the sums, and above 97 % at the end, where it calls for all products and for almost no
+accuracy of about 87 % after stage 1, where greedy decoding calls for three quarters of the products
+and half of the sums, and 97 to 99 % at the end, where it calls for all products and for almost no
 sum: see benchmarks/RESULTS.md. With --config.environment.name= there is no calculator, and the
-accuracy is that of the sums, about 50 %.
+accuracy is that of the sums, 50 %.
 """
 
 import random
