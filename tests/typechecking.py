@@ -34,8 +34,8 @@ def jaxtyped(*, typechecker, with_shapes=jaxtyping.jaxtyped):
             function = definition if jaxtyping.config.jaxtyping_disable else checked
             return function(*args, **kwargs)
 
-        # Messages that name the place of an error leave the package's own files out.
-        call.__code__ = call.__code__.replace(co_filename=definition.__code__.co_filename)
+        # As beartype names its functions: no file, which messages and tests would show.
+        call.__code__ = call.__code__.replace(co_filename='<@beartype>')
         return call
 
     return decorate
