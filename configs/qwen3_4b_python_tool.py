@@ -8,8 +8,8 @@ program prints comes back as the reply of the tool. Trains on `data/math/train.j
 for a right final answer in `\boxed{}`, as ReTool does (arXiv 2504.11536), whose 32B model reaches
 67 % on AIME 2024 in 400 steps, and 40 % in 1,080 steps without the tool. Needs bubblewrap on every
 host. For 8 accelerators of 80 GB, since an episode may have 8,192 tokens. Expect
-`environment/calls` to rise first, and `rewards/math_answer/mean` with it. Not run here, because the
-weights were not available.
+`environment/calls` to rise first, and `rewards/math_answer/mean` with it. Run with a tiny Qwen3 in
+place of the 4B (tests/test_chat_with_tools.py); the weights were not available.
 """
 
 from ml_collections import ConfigDict

@@ -67,6 +67,15 @@ def test_a_restart_and_a_replay_get_the_recorded_replies(workdir, tmp_path, caps
     assert 'equal to the run, bit for bit: 16 completions' in capsys.readouterr().out
 
 
+@pytest.mark.slow  # runs a stage from its start
+def test_a_replay_without_the_recorded_replies_says_so(workdir, capsys):
+    assert not replay(get_config('episode_tools:counter'), workdir, step='1')
+    assert (
+        'Likely because the environment replied otherwise: its replies to steps before the oldest '
+        'checkpoint are not kept'
+    ) in capsys.readouterr().out
+
+
 def test_a_reply_that_was_not_recorded_is_asked_for(workdir, tmp_path):
     """The run was killed in the middle of the seventh step's episodes."""
     other = tmp_path / 'run'

@@ -101,7 +101,9 @@ class RolloutCollector:
             episodes.report_failures(f'step {position.step + 1}', host, books)
             if records and hosts.count() > 1:  # with what the other processes were replied
                 books = [self.sampler.book(self._name(first + n)) for n in range(used)]
-            episodes.add_turns(records, host, rewards.texts.turns or [], books)
+            turns = episodes.turn_records(host, rewards.texts.turns or [], books)
+            for record, of_one in zip(records, turns, strict=False):  # the first completions
+                record.update(of_one)
             self._forget_books(first + used)
         rollout, trained_rewards, trained = self._select(position, rollout, rewards)
         following = position.next_step(rollout, next_batch=first + used, trained=trained)

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from grpo_jax import data, rewards
 from grpo_jax.run import hosts
 from grpo_jax.run.episodes.recorded import RecordedReplies
+from grpo_jax.run.episodes.records import turn_records
 from grpo_jax.run.errors import ConfigError, caught, naming
 from grpo_jax.run.graded_texts import GradedTexts, grade_texts, on_host
 from grpo_jax.run.problems import Problems
@@ -41,6 +42,7 @@ class Answers(NamedTuple):
     rewards: Sequence[float] = ()  # of them, where it is unknown whether they are right
     sampled_extracted: Sequence[list[str | None]] = ()  # [N][samples]
     sampled_correct: Sequence[list[bool]] = ()  # [N][samples]
+    episodes: Sequence[dict[str, Any]] = ()  # of greedy answers, see `episodes.records`
 
 
 class Evaluation(NamedTuple):
@@ -62,6 +64,7 @@ class _Completions(NamedTuple):
     ended: Bool[np.ndarray, 'N G']
     length: Int[np.ndarray, 'N G']  # tokens
     scores: Float[np.ndarray, 'N G'] | None  # of the reward model
+    episodes: list[dict[str, Any]]  # with an environment, of each completion
 
 
 def answer_problems(
@@ -135,7 +138,10 @@ def answer_problems(
         'eval/mean_length': greedy.length[:, 0].astype(float),
         'eval/clipped_ratio': 1.0 - greedy.ended[:, 0],
     }
-    answers = Answers(values, greedy.prompts, greedy.completions, answers_in(greedy.completions))
+    extracted = answers_in(greedy.completions)
+    answers = Answers(
+        values, greedy.prompts, greedy.completions, extracted, episodes=greedy.episodes
+    )
     if correct is None:
         return answers._replace(rewards=total.tolist())
     answers = answers._replace(correct=right.tolist())
@@ -186,7 +192,8 @@ def answer_records(answers: Answers) -> Iterator[dict[str, Any]]:
             'sampled_extracted': answers.sampled_extracted,
             'sampled_correct': answers.sampled_correct,
         }
-        yield record | {name: column[i] for name, column in columns.items() if column}
+        record |= {name: column[i] for name, column in columns.items() if column}
+        yield record | (answers.episodes[i] if answers.episodes else {})
 
 
 def evaluation_options(config: ConfigDict) -> dict[str, Any]:
@@ -267,21 +274,26 @@ def _complete(
     book: Callable[[], RecordedReplies | None],
 ) -> _Completions:
     """Sample and grade completions of all problems; `sample` takes a batch of prompts."""
-    parts = []
+    parts: list[_Completions] = []
     for prompts, count in data.in_order(problems.table, batch_size):
         # The last batch is filled up with copies.
+        episodes: list[dict[str, Any]] = []
         if (kept := book()) is None:
             rollout = sample(prompts)
             graded = grade(rollout, count)
         else:
             rollout = sample(prompts, book=kept)
             graded = grade(rollout, count, books=[kept])
+            turns = graded.texts.turns or []
+            episodes = list(turn_records(on_host(rollout, count), turns, [kept]))
         texts, total = graded.texts, np.asarray(graded.total)
         scores = None if rank is None else rank(rollout, texts).reshape(total.shape)
         host: Any = hosts.fetch((rollout.ended, rollout.policy_mask))
         ended, mask = (x[:count] for x in host)
         parts.append(
-            _Completions(texts.prompts, list(texts.completions), total, ended, mask.sum(-1), scores)
+            _Completions(
+                texts.prompts, list(texts.completions), total, ended, mask.sum(-1), scores, episodes
+            )
         )
     return _Completions(
         [text for part in parts for text in part.prompts],
@@ -290,4 +302,5 @@ def _complete(
         np.concatenate([part.ended for part in parts]),
         np.concatenate([part.length for part in parts]),
         None if rank is None else np.concatenate([part.scores for part in parts]),
+        [record for part in parts for record in part.episodes],
     )

@@ -1,7 +1,7 @@
-"""Episodes in `completions.jsonl` and as metrics."""
+"""Episodes in JSON lines and as metrics."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,25 +20,23 @@ _AS_INTENDED = ('reply', 'end', 'turn_limit')
 _FAILURES = (*(name for name in OUTCOMES if name not in _AS_INTENDED), 'no_room')
 
 
-def add_turns(
-    records: Sequence[dict[str, Any]],
-    rollout: Rollout,
-    turns: Sequence[Sequence[Turn]],
-    books: Sequence[RecordedReplies],
-) -> None:
-    """Adds `turns`, and the seconds of their replies, to records of the first completions.
+def turn_records(
+    rollout: Rollout, turns: Iterable[Sequence[Turn]], books: Sequence[RecordedReplies]
+) -> Iterator[dict[str, Any]]:
+    """Yields for each completion, as JSON, its `turns` and the seconds of the replies to them.
 
     Args:
-      records: for `completions.jsonl`.
       rollout: [B, G, T] arrays on the host.
       turns: of its completions.
-      books: the replies of the batches that it is from, in this process.
+      books: the replies of the batches that it is from, in this process. Of others only what the
+        policy read is known.
     """
-    for i, record in enumerate(records):
+    for i, of_one in enumerate(turns):
         replies = replies_of(rollout, *divmod(i, rollout.ended.shape[1]), books)
-        pairs = zip(turns[i], replies, strict=True)
-        record['turns'] = [_turn_record(turn, reply) for turn, reply in pairs]
-        record['timing/replies'] = [reply and reply.seconds for reply in replies]
+        yield {
+            'turns': [_turn_record(*pair) for pair in zip(of_one, replies, strict=True)],
+            'timing/replies': [reply and reply.seconds for reply in replies],
+        }
 
 
 def report_failures(what: str, rollout: Rollout, books: Sequence[RecordedReplies]) -> None:

@@ -82,6 +82,11 @@ def likely_cause(replayed: Replayed, different: Sequence[str]) -> str:
         if before.get(name, value) != value
     ]
     causes += [*replayed.changed, *(f'the run changed {name}' for name in replayed.origin.inputs)]
+    if replayed.setup.environment is not None and not replayed.origin.start:
+        causes.append(
+            'the environment replied otherwise: its replies to steps before the oldest checkpoint '
+            'are not kept'
+        )
     if causes:
         return f'Likely because {"; ".join(causes)}'
     here = ', '.join(f'{name} {value}' for name, value in now.items())
@@ -112,6 +117,8 @@ def _different_values(
 ) -> Iterator[tuple[str, Any, Any]]:
     """Yields the name and the values of each reward, part of one or other column that differs."""
     for name in dict.fromkeys((*ours, *theirs)):
+        if _TIMES.match(name):
+            continue
         a, b = ours.get(name), theirs.get(name)
         if name == 'rewards' and isinstance(a, dict) and isinstance(b, dict):
             yield from _different_values(a, b, 'the reward')
