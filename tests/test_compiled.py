@@ -57,6 +57,35 @@ def test_programs_are_counted_and_read_again(tmp_path):
     assert len(list((tmp_path / 'other').glob('*-cache'))) == 1
 
 
+STEPS = []  # of a run, that have been written
+
+
+def written(step, metrics):
+    """A logger of a run."""
+    STEPS.append(step)
+
+
+def test_later_steps_trace_nothing(tmp_path):
+    """With an evaluation and a save between them, as with those before."""
+    config = runs.get_config()
+    config.sft.steps = 0
+    config.log.to = ('test_compiled:written',)
+    late = []
+
+    def listen(event, duration, **about):
+        if 'trace' in event and STEPS and STEPS[-1] > 4:
+            late.append((STEPS[-1], event, about))
+
+    STEPS.clear()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        runs.train(config, tmp_path / 'run')
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+    assert STEPS[-1] == 8
+    assert late == []
+
+
 def test_everything_is_as_before_afterwards(tmp_path):
     names = ('compilation_cache_dir', 'persistent_cache_min_compile_time_secs')
     before = [getattr(jax.config, f'jax_{name}') for name in names]

@@ -346,6 +346,7 @@ def equal_groups(rows):
     watch = progress.EqualGroups('grpo')
     for step, row in enumerate(rows):
         watch.add(step, row)
+    return watch
 
 
 def flat(reward=0.0, **others):
@@ -353,7 +354,8 @@ def flat(reward=0.0, **others):
 
 
 def test_equal_groups_for_ten_steps_are_one_warning(caplog):
-    equal_groups([flat() for _ in range(30)])
+    watch = equal_groups([flat() for _ in range(30)])
+    assert len(watch.rows) == watch.STEPS  # a long run holds no more
     (record,) = caplog.records
     assert record.message.startswith(
         'grpo step 9: in 10 steps in a row all completions of each prompt had the same reward, so '

@@ -61,7 +61,7 @@ def conversion(
     if gather and data_devices(mesh) == 1:
         raise ValueError('gather=True has no effect on one device: remove it')
     options = {'dtype': dtype, 'weights': weights, 'unroll': unroll}
-    shapes = jax.eval_shape(functools.partial(convert, **options), params)
+    shapes = convert.eval_shape(params, **options)  # traced once
     if gather is None:
         gather = mesh is not None and data_devices(mesh) > 1 and gathers(shapes, mesh)
     name = f'weights to sample with, {dtype if weights == "model" else weights}'

@@ -39,8 +39,10 @@ class EqualGroups:
 
     def add(self, step: int, metrics: dict[str, float]) -> None:
         """Adds the metrics of a step."""
+        if self.warned:
+            return
         self.rows = [*self.rows, metrics] if metrics.get('frac_reward_zero_std') == 1 else []
-        if len(self.rows) < self.STEPS or self.warned:
+        if len(self.rows) < self.STEPS:
             return
         self.warned = True
         log.warning(
