@@ -127,7 +127,7 @@ def _reply(model: Transformer, params: Any, prompts: Prompts) -> None:
     never: Any = np.zeros(0, np.int32)
     first = calls.first(params, prompts, np.int32(0), np.int32(0), Sampling(), never, stops=None)
     inputs, _, slots, state = first.run()
-    slots = calls.growth(slots, COLUMNS).run()
+    slots = calls.grown(slots, COLUMNS)
     rows = reply_rows(REPLY, first_shape(GROUPS, GROUP_SIZE, None))
     length = (np.arange(GROUPS * GROUP_SIZE) < rows)[None] * np.int32(REPLY)
     replies = np.full((*length.shape, REPLY), 20, np.int32), length
