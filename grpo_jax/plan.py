@@ -26,13 +26,12 @@ if TYPE_CHECKING:
 
 def main(
     config: 'ConfigDict', workdir: str, *, topology: str = '', memory: str = '', json: bool = False
-) -> None:
-    """Print the plan of a run."""
+) -> bool:
+    """Print the plan of a run; return whether it fits, as far as that is known."""
     from grpo_jax.run.plan.printing import print_plan
 
     plan = print_plan(config, workdir, topology=topology, memory=memory, json=json)
-    if plan.fits is False:
-        sys.exit(1)
+    return plan.fits is not False
 
 
 def run() -> None:

@@ -20,7 +20,6 @@ if they differ.
 """
 
 import pathlib
-import sys
 from typing import TYPE_CHECKING
 
 from grpo_jax.run.arguments import run_command
@@ -31,12 +30,11 @@ if TYPE_CHECKING:
 OPTIONS = ('step', 'stage', 'prompt', 'completion', 'update', 'output')
 
 
-def main(config: 'ConfigDict', workdir: str, **options: str) -> None:
-    """Replay a step."""
+def main(config: 'ConfigDict', workdir: str, **options: str) -> bool:
+    """Replay a step; return whether it is equal to that of the run."""
     from grpo_jax.run.replay.output import replay
 
-    if not replay(config, pathlib.Path(workdir).absolute(), **options):
-        sys.exit(1)
+    return replay(config, pathlib.Path(workdir).absolute(), **options)
 
 
 def run() -> None:

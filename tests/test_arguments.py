@@ -5,11 +5,12 @@ import pathlib
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import runs
 
-from grpo_jax import evaluate, export, train
+from grpo_jax import evaluate, export, plan, replay, train
 from grpo_jax.run import arguments, saved_config, sections
 from grpo_jax.run.config import defaults, flatten
 
@@ -318,6 +319,30 @@ def test_flags():
     assert rest == ['--seed=1']
     with pytest.raises(ValueError, match='extend=maybe: neither true nor false'):
         arguments.take_flag(['--extend=maybe'], 'extend')
+
+
+@pytest.mark.parametrize(
+    ('command', 'function', 'failed', 'succeeded'),
+    [
+        (plan, 'grpo_jax.run.plan.printing.print_plan', SimpleNamespace(fits=False),
+         SimpleNamespace(fits=None)),
+        (replay, 'grpo_jax.run.replay.output.replay', False, True),
+    ],
+)  # fmt: skip
+def test_status_of_a_command_that_finds_something(
+    tmp_path, monkeypatch, capsys, command, function, failed, succeeded
+):
+    """A plan that does not fit and a replay that differs end with status 1 and no error line."""
+    (tmp_path / 'config.json').write_text(saved_config.to_json(runs.get_config()))
+    config = [] if command is replay else [SMOKE]
+    monkeypatch.setattr('sys.argv', ['command', f'--workdir={tmp_path}', *config])
+    monkeypatch.setattr(function, lambda *_, **__: succeeded)
+    command.run()
+    monkeypatch.setattr(function, lambda *_, **__: failed)
+    with pytest.raises(SystemExit) as stopped:
+        command.run()
+    assert stopped.value.code == 1
+    assert not capsys.readouterr().err
 
 
 def test_the_command_prints_a_line_for_each_problem(monkeypatch, capsys):

@@ -52,7 +52,8 @@ def run_command(
     `hosts.start_from`; where the environment describes them, they are found without.
 
     Args:
-      main: the command.
+      main: the command. Where it returns False, as for a plan that does not fit, the program ends
+        with status 1.
       usage: what `--help` prints before the keys.
       sections: the sections whose keys follow the usage; '' stands for all.
       saved: take the config from the workdir.
@@ -71,7 +72,9 @@ def run_command(
             hosts.start(processes)
             with hosts.together('reading the command line'):
                 config, workdir = parse(arguments, saved=saved, check=check)
-            main(config, workdir, **taken)
+            result = main(config, workdir, **taken)
+    if result is False:
+        sys.exit(1)
 
 
 def _print_help(arguments: Sequence[str], usage: str, sections: Sequence[str]) -> bool:
