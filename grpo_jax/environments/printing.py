@@ -1,49 +1,29 @@
 """Bounds what environments print, each thread by itself."""
 
 import contextlib
-import io
 import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
 
-from grpo_jax.rewards.output import LIMIT, BoundedStream
+from grpo_jax.rewards.output import LIMIT, BoundedStream, StreamBefore
 
 _own = threading.local()  # .streams: what this thread prints to, in the place of others
 
 
-class _ThreadStream(io.TextIOBase):
+class _ThreadStream(StreamBefore):
     """Writes to a stream, bounded in threads that are in the block of `bounded`."""
-
-    def __init__(self, stream: Any) -> None:
-        self._shared = stream
 
     def write(self, text: str) -> int:
         what = getattr(_own, 'what', None)
         if what is None:
-            return int(self._shared.write(text))
+            return int(self._stream.write(text))
         if self not in _own.streams:
-            _own.streams[self] = BoundedStream(self._shared, what, LIMIT)
+            _own.streams[self] = BoundedStream(self._stream, what, LIMIT)
         return int(_own.streams[self].write(text))
 
-    def flush(self) -> None:
-        self._shared.flush()
-
-    def fileno(self) -> int:
-        return int(self._shared.fileno())
-
-    def isatty(self) -> bool:
-        return bool(self._shared.isatty())
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return str(self._shared.encoding)
-
-    def writable(self) -> bool:
-        return True
-
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._shared, name)  # such as `buffer`
+        return getattr(self._stream, name)  # such as `buffer`
 
 
 @contextlib.contextmanager

@@ -20,11 +20,35 @@ def printable(text: str) -> str:
     return _UNPRINTABLE.sub(lambda match: ascii(match[0])[1:-1], text)
 
 
-class BoundedStream(io.TextIOBase):
+class StreamBefore(io.TextIOBase):
+    """A text stream before another one, whose properties it has; subclasses define `write`."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+    def fileno(self) -> int:
+        return int(self._stream.fileno())
+
+    def isatty(self) -> bool:
+        return bool(self._stream.isatty())
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return str(self._stream.encoding)
+
+    def writable(self) -> bool:
+        return True
+
+
+class BoundedStream(StreamBefore):
     """Passes printable text on to a stream, up to a number of characters."""
 
     def __init__(self, stream: Any, what: str, limit: int) -> None:
-        self._stream, self._what, self._left = stream, what, limit
+        super().__init__(stream)
+        self._what, self._left = what, limit
 
     def write(self, text: str) -> int:
         # A carriage return would overwrite what was printed before.
@@ -37,19 +61,6 @@ class BoundedStream(io.TextIOBase):
             self._left = -1
             self._stream.write(f'\n… {self._what} prints more, which is left out\n')
         return len(text)
-
-    def flush(self) -> None:
-        self._stream.flush()
-
-    def fileno(self) -> int:
-        return int(self._stream.fileno())
-
-    @property
-    def encoding(self) -> str:  # type: ignore[override]
-        return str(self._stream.encoding)
-
-    def writable(self) -> bool:
-        return True
 
 
 @contextlib.contextmanager
