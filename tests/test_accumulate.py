@@ -89,7 +89,7 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize('name', tiny.some_slow(CUTS, 'packed, of several microbatches'))
+@pytest.mark.parametrize('name', tiny.some_slow(CUTS, 'packed', 'packed, of several microbatches'))
 def test_a_cut_changes_no_number(name):
     for seed in range(3):
         batch = make_batch(seed)
@@ -160,7 +160,11 @@ def test_outputs_return_to_the_places_of_their_rows(data, shards):
         assert (np.diff(ordered) <= 0).all()
 
 
-@pytest.mark.parametrize(('shape', 'options'), [((2, 2), {}), ((4, 1), {'packed': True})], ids=str)
+@pytest.mark.parametrize(
+    ('shape', 'options'),
+    [pytest.param((2, 2), {}, marks=pytest.mark.slow), ((4, 1), {'packed': True})],
+    ids=str,
+)
 def test_rows_on_a_mesh(shape, options):
     mesh = sharding.make_mesh(fsdp=shape[0], tensor=shape[1])
     batch = make_batch(groups=8)

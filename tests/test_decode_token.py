@@ -154,7 +154,7 @@ def drawn(model, rollout):
     return draw(model, tiny.make_params(model), rollout.prompts, unroll=False)
 
 
-@pytest.mark.parametrize('unroll', [False, True])
+@pytest.mark.parametrize('unroll', tiny.some_slow([False, True], False))
 @pytest.mark.parametrize('block', tiny.some_slow([0, 3], 3))
 def test_a_rollout_is_the_same(model, rollout, drawn, unroll, block, through_kernel):
     """In blocks too, in which rows leave their groups and bring their prompts."""
@@ -164,7 +164,7 @@ def test_a_rollout_is_the_same(model, rollout, drawn, unroll, block, through_ker
     assert 0 < drawn.mask.sum() < drawn.mask.size
 
 
-@pytest.mark.parametrize('mesh', [None, (2, 2)])
+@pytest.mark.parametrize('mesh', tiny.some_slow([None, (2, 2)], None))
 def test_a_rollout_with_windows_and_soft_caps_is_the_same(mesh, rollout, request):
     """Models like Gemma's, whose several tokens no kernel for GPUs takes."""
     options = {'window': 3, 'window_layers': (0,), 'attention_softcap': 2.0, 'norms': 'both'}

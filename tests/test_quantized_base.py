@@ -215,12 +215,11 @@ def parts(name, kind, **options):
     ('name', 'kind'),
     [
         ('biases', 'int8'),
-        ('experts', 'nf4'),
         *(
             pytest.param(name, kind, marks=pytest.mark.slow)
             for name in MODELS
             for kind in KINDS
-            if (name, kind) not in (('biases', 'int8'), ('experts', 'nf4'))
+            if (name, kind) != ('biases', 'int8')
         ),
     ],
 )

@@ -164,7 +164,7 @@ RUNS = {
     'name',
     tiny.some_slow(
         ['rft', 'online_rft', 'dpo', 'ppo', 'trpo', 'process', *VARIANTS],
-        *('rft', 'online_rft', 'ppo', 'process', *VARIANTS[1:]),
+        *('rft', 'online_rft', 'ppo', 'trpo', 'process', *VARIANTS[1:]),
     ),
 )
 def test_methods_train(name, trained):
@@ -305,7 +305,8 @@ def controlled(*, ahead=False):
     return config
 
 
-@pytest.mark.parametrize('ahead', tiny.some_slow([False, True], True))
+@pytest.mark.slow
+@pytest.mark.parametrize('ahead', [False, True])
 def test_the_entropy_bonus_follows_the_entropy(ahead, tmp_path, monkeypatch):
     """The bonus of each step by hand; a stopped run has the same, to the last bit."""
     runs.train(controlled(ahead=ahead), tmp_path / 'whole')

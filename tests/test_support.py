@@ -105,7 +105,7 @@ def expected_gradient():
     return tiny.jit(jax.grad(loss))(other)
 
 
-@pytest.mark.parametrize('plan', tiny.some_slow(list(PLANS), 'one chunk', 'bundles'))
+@pytest.mark.parametrize('plan', tiny.some_slow(list(PLANS), 'one chunk', 'bundles', 'chunks'))
 def test_all_ways_to_compute_a_gradient_use_the_recorded_sets(plan):
     model, _, other, rollout = recorded()
     tokenwise, compute = PLANS[plan]

@@ -125,7 +125,11 @@ def draws(model, params, sampling):
 
 
 @pytest.mark.parametrize('name', ['plain', 'all'])
-@pytest.mark.parametrize('options', [{}, {'logit_softcap': 3.0}], ids=['plain', 'capped'])
+@pytest.mark.parametrize(
+    'options',
+    [{}, pytest.param({'logit_softcap': 3.0}, marks=pytest.mark.slow)],
+    ids=['plain', 'capped'],
+)
 def test_unknown_ids_are_never_sampled_and_log_probs_agree(name, options):
     model, params = padded_model(**options)
     sampling = tiny.FILTERS[name]
