@@ -2,9 +2,10 @@
 
     python tests/hostile_runs.py --folder=FOLDER [--names=sleeps,segfault]
 
-Each function of `hostile_rewards` is called in the process of the run, in isolated workers, and
-with `on_error='none'`. A run that has not done all of its steps has to end with another status than
-0, in one line; the steps that it has done have to be in a checkpoint.
+Each function of `hostile_rewards` is called in the process of the run and in isolated workers, on
+all completions, and with `on_error='none'` on each completion alone, where those with a '=' set it
+off. A run that has not done all of its steps has to end with another status than 0, in one line;
+the steps that it has done have to be in a checkpoint. With 'none' the run has to go on.
 """
 
 import argparse
@@ -45,8 +46,10 @@ def get_config():
 MODES = {
     'inside': {'timeout': 2.0},
     'isolated': {'timeout': 5.0, 'isolated': True, 'memory': 4.0},
-    'none': {'timeout': 5.0, 'isolated': True, 'memory': 4.0, 'on_error': 'none'},
-}
+    'none': {
+        'timeout': 5.0, 'isolated': True, 'memory': 4.0, 'on_error': 'none', 'per': 'completion',
+    },
+}  # fmt: skip
 
 
 def functions():
@@ -57,6 +60,8 @@ def functions():
 
 def command(name, mode, workdir, cache):
     """Runs the command in this process."""
+    if mode == 'none':
+        os.environ['HOSTILE_TEXT'] = hostile_rewards.TEXT = '='
     entry = {'weight': 1.0, 'call': MODES[mode]}
     sys.argv = [
         'train', f'--config={__file__}', f'--workdir={workdir}',

@@ -279,8 +279,9 @@ def _without_missing(
         return total, None, None, None
     if missing.all():
         raise rewards.RewardError(
-            f'none of the {total.size} completions of a batch has a reward, because all reward '
-            'functions returned None or failed: add one that applies to these rows'
+            f'none of the {total.size} completions of a batch has a reward, because a reward '
+            'function failed on each, or all returned None: mend it, or add one that applies to '
+            'these rows'
         )
     sums, counts = np.nansum(total, 1, np.float64), (~missing).sum(1)
     means = (sums / np.maximum(counts, 1)).astype(np.float32)
