@@ -10,14 +10,18 @@ import pathlib
 import sys
 
 from grpo_jax.run.arguments import take, with_two_dashes
+from grpo_jax.run.buckets import check_local
 from grpo_jax.run.command import one_line_errors
 from grpo_jax.run.intact import verified
+from grpo_jax.run.saved_config import folder_of_checkpoints
 
 
 def main(workdir: str) -> bool:
     """Prints what is wrong with each checkpoint; returns whether all are intact."""
     intact = True
-    for name, problem in verified(pathlib.Path(workdir).absolute()):
+    check_local('workdir', workdir)
+    path = pathlib.Path(workdir).absolute()
+    for name, problem in verified(path, folder_of_checkpoints(path)):
         print(f'{name}: {problem or "intact"}', flush=True)
         intact = intact and not problem
     return intact

@@ -87,7 +87,7 @@ class Processes:
     Args:
       module: of the command.
       processes: their number; 1: without any of their options.
-      arguments: of the command.
+      arguments: of the command; '{process}' in them is the number of the process.
       environment: variables to set.
     """
 
@@ -112,7 +112,8 @@ class Processes:
                 f'--coordinator=127.0.0.1:{port}', f'--num_processes={processes}',
                 f'--process_id={number}',
             ] if processes > 1 else []  # fmt: skip
-            command = [sys.executable, '-m', f'grpo_jax.{module}', *arguments, *options]
+            own = [argument.replace('{process}', str(number)) for argument in arguments]
+            command = [sys.executable, '-m', f'grpo_jax.{module}', *own, *options]
             self.started.append(subprocess.Popen(
                 command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
             ))  # fmt: skip

@@ -95,7 +95,7 @@ def test_schema_1(caplog):
     (line,) = [record.message for record in caplog.records]
     assert line.startswith(
         'this config was saved by an earlier version; keys added with their defaults: '
-        'checkpoint.best, checkpoint.keep_every, critic.optimizer.moments, '
+        'checkpoint.best, checkpoint.folder, checkpoint.keep_every, critic.optimizer.moments, '
         'critic.optimizer.name, critic.optimizer.options, data.'
     )
     assert ', grpo.algorithm.advantage_estimator, ' in line

@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax import plugins
 from grpo_jax.run import hosts, saved_config
+from grpo_jax.run.buckets import check_local
 from grpo_jax.run.command import one_line_errors
 from grpo_jax.run.config import flatten, read, set_value
 from grpo_jax.run.config_checks import check_keys
@@ -108,6 +109,7 @@ def parse(
     problems: list[str] = []
     if not workdir:
         problems.append('--workdir=FOLDER is missing: name the folder of the run')
+    check_local('workdir', workdir)
     if saved and workdir:
         config: ConfigDict | None = _saved(workdir)
     else:

@@ -15,9 +15,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax import sharding
-from grpo_jax.run import changes, hosts, saved_config
+from grpo_jax.run import buckets, changes, hosts, listing, saved_config
 from grpo_jax.run.errors import naming_file
-from grpo_jax.run.layout import is_stage, stage_order
+from grpo_jax.run.layout import checkpoints
+from grpo_jax.run.listing import find_checkpoint as find_checkpoint
+from grpo_jax.run.listing import steps_of_stages as steps_of_stages
 from grpo_jax.run.managers import clear_errors as clear_errors
 from grpo_jax.run.managers import open_manager as open_manager
 from grpo_jax.run.managers import open_to_read as open_to_read
@@ -50,35 +52,55 @@ def check_workdir(
       `remove_failed_try`.
 
     Raises:
-      ValueError: the folder cannot be written to, or holds the run of another config that it
-        cannot be resumed with.
+      ValueError: the folder, or that of the checkpoints, cannot be written to, or holds the run of
+        another config that it cannot be resumed with, or the checkpoints are missing.
     """
-    path = pathlib.Path(workdir).absolute()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise ValueError(
-            f'workdir {str(path)!r} cannot be written to ({error.strerror}): name another folder'
-        ) from error
+    buckets.check_local('workdir', workdir)
+    path, folder = pathlib.Path(workdir).absolute(), config.checkpoint.folder
+    _check_writable('workdir', path)
+    if buckets.in_bucket(folder):
+        buckets.check_writable(checkpoints(path, folder))
+    elif folder:
+        _check_writable('checkpoint.folder', checkpoints(path, folder))
     if not (path / 'config.json').exists():
+        listing.check_unused(path, folder)
         return path, config
     saved = saved_config.read(path / 'config.json')
     if holds_failed_try(path, config):
         return path, config
     if saved_config.differences(config, saved):
-        done = steps_of_stages(path)
+        done = steps_of_stages(path, folder)
         changes.check_changes(config, saved, path, done, extend=extend, override=override)
+    listing.check_found(path, config, saved)
     return path, saved_config.with_saved_choices(config, saved)
+
+
+def _check_writable(name: str, path: os.PathLike[str]) -> None:
+    """Makes a folder, and a file in it.
+
+    Raises:
+      ValueError: it cannot; names the option `name`.
+    """
+    try:
+        os.makedirs(path, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except OSError as error:
+        raise ValueError(
+            f'{name} {os.fspath(path)!r} cannot be written to ({error.strerror}): name another '
+            'folder'
+        ) from error
 
 
 def holds_failed_try(path: pathlib.Path, config: ConfigDict) -> bool:
     """Whether a folder holds what a run of another config left that has no checkpoint."""
     file = path / 'config.json'
-    if not file.exists() or any(steps_of_stages(path).values()):
+    if not file.exists() or any(steps_of_stages(path, config.checkpoint.folder).values()):
         return False
-    return bool(saved_config.differences(config, saved_config.read(file, quiet=True)))
+    saved = saved_config.read(file, quiet=True)
+    if not saved_config.differences(config, saved):
+        return False
+    return not any(steps_of_stages(path, saved.checkpoint.folder).values())
 
 
 def remove_failed_try(path: pathlib.Path, config: ConfigDict) -> None:
@@ -111,47 +133,12 @@ def claim_workdir(path: pathlib.Path, config: ConfigDict) -> None:
     if (path / 'config.json').exists():
         saved = saved_config.read(path / 'config.json', quiet=True)
         if saved_config.differences(config, saved):
-            changes.record_changes(config, saved, path, steps_of_stages(path))
+            done = steps_of_stages(path, config.checkpoint.folder)
+            changes.record_changes(config, saved, path, done)
     partial = path / 'config.partial'
     with naming_file(path / 'config.json'):
         partial.write_text(saved_config.to_json(config))
     os.replace(partial, path / 'config.json')
-
-
-def steps_of_stages(workdir: pathlib.Path) -> dict[str, list[int]]:
-    """The steps of all checkpoints of a run, by stage; the stages are in their order."""
-    folders = [path for path in (workdir / 'checkpoints').glob('*') if is_stage(path.name)]
-    return {
-        folder.name: sorted(ocp.utils.checkpoint_steps(folder))
-        for folder in sorted(folders, key=lambda path: stage_order(path.name))
-        if folder.is_dir()
-    }
-
-
-def find_checkpoint(workdir: pathlib.Path, kinds: Sequence[str], name: str = '') -> tuple[str, int]:
-    """The stage and step of a checkpoint.
-
-    Args:
-      workdir: the run's folder.
-      kinds: kinds of stages to consider: 'sft', 'grpo', 'reward'.
-      name: 'STAGE/STEP', a stage, whose newest one is taken, or a step, of the last stage that has
-        it; empty: the newest one of the last stage.
-
-    Raises:
-      ValueError: there is none, or none of this name.
-    """
-    steps = {s: found for s, found in steps_of_stages(workdir).items() if s.split('-')[0] in kinds}
-    pairs = [(stage, step) for stage in steps for step in steps[stage]]
-    if not pairs:
-        raise ValueError(f'{workdir} holds no checkpoint: train first, or name another --workdir')
-    stage, _, step = name.partition('/')
-    if stage.isdigit() and not step:
-        stage, step = '', stage
-    for found in reversed(pairs):
-        if stage in ('', found[0]) and step in ('', str(found[1])):
-            return found
-    known = ', '.join(f'{stage}/{step}' for stage, step in pairs)
-    raise ValueError(f'{workdir} holds no checkpoint {name!r}: it has {known}')
 
 
 def newest_manager(workdir: pathlib.Path, kinds: Sequence[str]) -> ocp.CheckpointManager:
@@ -165,7 +152,7 @@ def newest_manager(workdir: pathlib.Path, kinds: Sequence[str]) -> ocp.Checkpoin
       ValueError: no such stage has a checkpoint.
     """
     stage, _ = find_checkpoint(workdir, kinds)
-    return open_to_read(workdir / 'checkpoints' / stage)
+    return open_to_read(checkpoints(workdir) / stage)
 
 
 def save(

@@ -1,15 +1,21 @@
-"""Checksums of the files of a checkpoint, written into it before it counts as written."""
+"""Checksums of the files of a checkpoint, written into it before it counts as written.
+
+They are SHA-256 of files, and in a bucket the CRC32C that the store itself computes of each object,
+so that nothing is downloaded for them.
+"""
 
 import asyncio
+import base64
 import concurrent.futures
 import hashlib
 import json
-import os
 from collections.abc import Collection, Iterator
 from typing import Any
 
 from etils import epath
 from orbax.checkpoint.path import atomicity
+
+from grpo_jax.run import buckets
 
 FILE = 'checksums.json'
 
@@ -28,17 +34,28 @@ def damage(folder: epath.Path, items: Collection[str] = ()) -> str:
 
     Returns:
       A description that names the files; empty if nothing is.
+
+    Raises:
+      ValueError: a copy from a bucket cannot be checked, because no package computes CRC32C.
     """
+    bucket = buckets.in_bucket(folder)
     try:
-        expected = json.loads((folder / FILE).read_text())
+        text = (folder / FILE).read_text()
+        expected = json.loads(text)
         names = [n for n in expected if not items or '/' not in n or n.split('/')[0] in items]
     except FileNotFoundError:
         return '' if folder.is_dir() else 'it is missing'
     except (OSError, ValueError, AttributeError, TypeError) as error:
         return f'{FILE} cannot be read ({error})'
-    problems = []
+    if buckets.CRC in text and not bucket:  # a copy of one that was written to a bucket
+        buckets.crc32c()
+    stored = buckets.digests(folder) if bucket else None
+
+    def problem(name: str) -> str:
+        return _problem(folder / name, expected[name], None if stored is None else stored.get(name))
+
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
-        found = threads.map(lambda name: _found(folder / name, expected[name]), names)
+        found = threads.map(problem, names)
         problems = [f'{name} {what}' for name, what in zip(names, found, strict=True) if what]
     more = f' and {len(problems) - 3} more files' if len(problems) > 3 else ''
     return ', '.join(problems[:3]) + more
@@ -49,38 +66,46 @@ def has_checksums(folder: epath.Path) -> bool:
     return (folder / FILE).exists()
 
 
-def _found(path: epath.Path, expected: Any) -> str:
-    """What is wrong with a file of which [size, digest] is expected."""
+def _problem(path: epath.Path, expected: Any, stored: list[Any] | None) -> str:
+    """What is wrong with a file.
+
+    Args:
+      path: of the file.
+      expected: [size, digest].
+      stored: those that the object store has of it; None: it has no such object, or is none.
+    """
     try:
         size, digest = expected
-        found = path.stat().length
+        found = stored[0] if stored else path.stat().length
         if found != size:
             return f'has {found} bytes in place of {size}'
-        return '' if _digest(path) == digest else 'has other content than was written'
+        same = stored[1] if stored and digest.startswith(buckets.CRC) else _digest(path, digest)
+        return '' if same == digest else 'has other content than was written'
     except FileNotFoundError:
         return 'is missing'
-    except (OSError, TypeError, ValueError) as error:
+    except (AttributeError, OSError, TypeError, ValueError) as error:
         return f'cannot be read ({error})'
 
 
-def _digest(path: epath.Path) -> str:
-    total = hashlib.sha256()
+def _digest(path: epath.Path, like: str = '') -> str:
+    """The digest of a file; SHA-256, or of the kind of another one."""
+    crc = like.startswith(buckets.CRC)
+    total: Any = buckets.crc32c() if crc else hashlib.sha256()
     with path.open('rb') as file:
         while chunk := file.read(_CHUNK):
             total.update(chunk)
-    return total.hexdigest()
+    return buckets.CRC + base64.b64encode(total.digest()).decode() if crc else total.hexdigest()
 
 
-def _write(folder: epath.Path) -> None:
-    """Writes the checksums of all files in the folders of a folder."""
-    files = [path for path in _files(folder) if path.parent != folder]
+def _digests(folder: epath.Path, *, nested: bool) -> dict[str, list[Any]]:
+    """The size and the digest of each file in the folders of a folder, or of those beside them."""
+    if buckets.in_bucket(folder):
+        stored = buckets.digests(folder)
+        return {name: found for name, found in stored.items() if ('/' in name) == nested}
+    files = [path for path in _files(folder) if (path.parent != folder) == nested]
     with concurrent.futures.ThreadPoolExecutor(_THREADS) as threads:
         found = list(threads.map(lambda path: [path.stat().length, _digest(path)], files))
-    names = [str(path.relative_to(folder)) for path in files]
-    text = json.dumps(dict(zip(names, found, strict=True)), indent=0)
-    partial = folder / f'{FILE}.partial'
-    partial.write_text(text)
-    partial.replace(folder / FILE)
+    return dict(zip([str(path.relative_to(folder)) for path in files], found, strict=True))
 
 
 def _files(folder: epath.Path) -> Iterator[epath.Path]:
@@ -89,6 +114,29 @@ def _files(folder: epath.Path) -> Iterator[epath.Path]:
             yield from _files(path)
         else:
             yield path
+
+
+def _write(folder: epath.Path) -> None:
+    """Writes the checksums of all files in the folders of a folder."""
+    _put(folder, _digests(folder, nested=True))
+
+
+def _write_last(folder: epath.Path) -> None:
+    """Adds the checksums of the files that Orbax has written since."""
+    last = _digests(folder, nested=False)
+    last.pop(FILE, None)
+    _put(folder, json.loads((folder / FILE).read_text()) | last)
+
+
+def _put(folder: epath.Path, values: dict[str, list[Any]]) -> None:
+    """Writes the file of checksums, all at once."""
+    text = json.dumps(values, indent=0)
+    if buckets.in_bucket(folder):  # where an object is whole or absent
+        (folder / FILE).write_text(text)
+        return
+    partial = folder / f'{FILE}.partial'
+    partial.write_text(text)
+    partial.replace(folder / FILE)
 
 
 class _Checksums:
@@ -108,16 +156,6 @@ class _Checksums:
         await asyncio.to_thread(_write_last, final)
 
 
-def _write_last(folder: epath.Path) -> None:
-    """Adds the checksums of the files that Orbax has written since."""
-    known = json.loads((folder / FILE).read_text())
-    last = [path for path in folder.iterdir() if not path.is_dir() and path.name != FILE]
-    known |= {path.name: [path.stat().length, _digest(path)] for path in last}
-    partial = folder / f'{FILE}.partial'
-    partial.write_text(json.dumps(known, indent=0))
-    partial.replace(folder / FILE)
-
-
 class Renamed(_Checksums, atomicity.AtomicRenameTemporaryPath):
     """A checkpoint with checksums in a folder that is renamed when it is complete."""
 
@@ -128,4 +166,4 @@ class Committed(_Checksums, atomicity.CommitFileTemporaryPath):
 
 def temporary_path_class(path: epath.PathLike) -> type[Any]:
     """The class with which Orbax writes checkpoints below a path."""
-    return Committed if os.fspath(path).startswith('gs://') else Renamed
+    return Committed if buckets.in_bucket(path) else Renamed

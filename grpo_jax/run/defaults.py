@@ -94,6 +94,9 @@ def defaults() -> ConfigDict:
         # Sample with a copy of the parameters on each device along fsdp, made once per rollout;
         # None: where it takes at most 30 % of a device's memory.
         'gather': placeholder(bool),
+        # Devices that share such a copy, the `tensor` axis while sampling. None: mesh.tensor; where
+        # a copy would take more than 30 % of a device's memory, as many as make it 15 %.
+        'sampling_tensor': placeholder(int),
         # Keep the moments of policy and critic in the host's memory (`pinned_host`), and copy them
         # to the devices for the update of the parameters, and back.
         'offload_moments': False,
@@ -206,6 +209,9 @@ def defaults() -> ConfigDict:
         'name': '',  # name of the run there; empty: that of the workdir
     }
     config.checkpoint = {
+        # Of this run alone: a folder, or 'gs://BUCKET/FOLDER' in Google Cloud Storage; empty:
+        # <workdir>/checkpoints.
+        'folder': '',
         'every': 50,  # steps between checkpoints
         'keep': 2,  # how many of the newest checkpoints are kept
         'keep_every': 0,  # also keep those of all multiples of this number of steps; 0: none

@@ -17,6 +17,7 @@ from grpo_jax.data import load_tokenizer
 from grpo_jax.models import hf
 from grpo_jax.models.config import DTYPES
 from grpo_jax.run import hosts
+from grpo_jax.run.buckets import check_local
 from grpo_jax.run.checkpoint import find_checkpoint
 from grpo_jax.run.config_checks import check_values
 from grpo_jax.run.errors import ConfigError
@@ -90,7 +91,8 @@ def _prepare(
     with hosts.together('checking the config'):
         finder.run(check_values)
         setup = finder.run(lambda c: prepare_policy(c, path))
-        finder.run(lambda _: find_checkpoint(path, ('sft', 'grpo'), checkpoint))
+        folder = config.checkpoint.folder
+        finder.run(lambda _: find_checkpoint(path, ('sft', 'grpo'), checkpoint, folder))
         finder.run(lambda _: _check_empty(output))
         if dtype and dtype not in DTYPES:
             finder.add([f'--dtype={dtype}: use one of {", ".join(DTYPES)}'])
@@ -100,6 +102,7 @@ def _prepare(
 
 
 def _check_empty(output: str) -> None:
+    check_local('--output', output)
     target = pathlib.Path(output)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f'--output={output} is not empty: name a new folder')

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from grpo_jax.rewards import TrainerState, name_in
 from grpo_jax.run import compiled, evaluation, hosts
+from grpo_jax.run.buckets import check_local
 from grpo_jax.run.checkpoint import OF_RUN, find_checkpoint
 from grpo_jax.run.config_checks import differing_defaults
 from grpo_jax.run.config_problems import check_evaluation_options
@@ -114,7 +115,9 @@ def answer(
     with hosts.together('checking the config'):
         if path.name in OF_RUN and path.parent.samefile(workdir):
             finder.add([f'--output={output} is a file of the run: name another'])
-        finder.run(lambda _: find_checkpoint(workdir, ('sft', 'grpo'), checkpoint))
+        finder.run(lambda _: check_local('--output', output))
+        folder = config.checkpoint.folder
+        finder.run(lambda _: find_checkpoint(workdir, ('sft', 'grpo'), checkpoint, folder))
         prepared = _prepare(finder, workdir)
         if prepared is None or finder.problems:
             raise ConfigError(finder.problems)

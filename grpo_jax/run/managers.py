@@ -3,12 +3,12 @@
 import contextlib
 import logging
 import math
-import pathlib
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint.checkpoint_managers import (
     AnyPreservationPolicy,
     BestN,
@@ -21,12 +21,12 @@ from grpo_jax.run.errors import naming_file
 
 
 def open_manager(
-    path: pathlib.Path, *, keep: int, keep_every: int = 0, best: str = ''
+    path: epath.PathLike, *, keep: int, keep_every: int = 0, best: str = ''
 ) -> ocp.CheckpointManager:
     """An Orbax manager that writes one stage's checkpoints; it removes interrupted saves.
 
     Args:
-      path: folder of the stage.
+      path: folder of the stage, in a bucket if it is one of `gs://`.
       keep: how many of the newest checkpoints are kept.
       keep_every: a number of steps of whose multiples all are kept; 0: none.
       best: a metric of which the checkpoint with the largest value is kept, or with a '-' before
@@ -51,7 +51,7 @@ def open_manager(
     return ocp.CheckpointManager(path, options=options)
 
 
-def open_to_read(path: pathlib.Path) -> ocp.CheckpointManager:
+def open_to_read(path: epath.PathLike) -> ocp.CheckpointManager:
     """An Orbax manager that only reads one stage's checkpoints, also while a run writes them."""
     # Not with `read_only`, of which Orbax warns.
     options = ocp.CheckpointManagerOptions(
@@ -61,7 +61,7 @@ def open_to_read(path: pathlib.Path) -> ocp.CheckpointManager:
 
 
 @contextlib.contextmanager
-def clear_errors(path: pathlib.Path) -> Iterator[None]:
+def clear_errors(path: epath.PathLike) -> Iterator[None]:
     """Names a file in errors of saves in the block, and leaves out what else is printed of them.
 
     A save fails in several threads. Orbax logs a traceback of each, and its manager raises the

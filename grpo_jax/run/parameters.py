@@ -10,7 +10,7 @@ from grpo_jax.models import hf
 from grpo_jax.run import checkpoint, saved_config
 from grpo_jax.run.finite import check_finite
 from grpo_jax.run.intact import read_newest
-from grpo_jax.run.layout import stage_order
+from grpo_jax.run.layout import checkpoints, stage_order
 from grpo_jax.run.setup import Setup, prepare_policy
 from grpo_jax.run.start import Start
 from grpo_jax.types import Params
@@ -93,6 +93,7 @@ def newest_policy(setup: Setup, name: str = '') -> Policy:
       ValueError: there is no such checkpoint, or it is damaged.
     """
     base, adapters = models.split_adapters(_shapes(setup.model))
+    folder = setup.config.checkpoint.folder
     stage, name, newest = _read(setup, ('sft', 'grpo'), name, adapters or base)
     check_finite(newest, name)
     if not adapters:
@@ -100,7 +101,7 @@ def newest_policy(setup: Setup, name: str = '') -> Policy:
     params = initial_params(setup)
     earlier = {
         other: steps[-1]
-        for other, steps in checkpoint.steps_of_stages(setup.workdir).items()
+        for other, steps in checkpoint.steps_of_stages(setup.workdir, folder).items()
         if other.partition('-')[0] != 'reward' and stage_order(other) < stage_order(stage)
     }
     # Each stage started with the adapters of the stage before merged into its base.
@@ -133,13 +134,14 @@ def _read(
     setup: Setup, kinds: tuple[str, ...], name: str, shapes: Params
 ) -> tuple[str, str, Params]:
     """The stage, the name 'stage/step' and the parameters of a checkpoint, see `read_newest`."""
+    folder = setup.config.checkpoint.folder
 
     def read(stage: str, step: int) -> tuple[str, str, Params]:
-        with checkpoint.open_to_read(setup.workdir / 'checkpoints' / stage) as manager:
+        with checkpoint.open_to_read(checkpoints(setup.workdir, folder) / stage) as manager:
             params = checkpoint.restore_params(manager, shapes, setup.mesh, step)
         return stage, f'{stage}/{step}', params
 
-    return read_newest(setup.workdir, kinds, name, read, ('params',))
+    return read_newest(setup.workdir, kinds, name, read, ('params',), folder)
 
 
 def check_start(setup: Setup) -> None:

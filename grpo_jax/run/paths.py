@@ -7,6 +7,7 @@ or, for the files of a data set, relative to $GRPO_JAX_DATA_DIR.
 
 import glob
 import os
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -41,6 +42,9 @@ def make_absolute(config: ConfigDict, folder: str, keys: Iterable[str] | None = 
     data = _section(config, 'data')
     if chosen('data.cache_dir') and data.get('cache_dir'):
         data.cache_dir = _join(folder, data.cache_dir)
+    where = _section(config, 'checkpoint').get('folder')
+    if chosen('checkpoint.folder') and isinstance(where, str) and where and not _is_address(where):
+        config.checkpoint.folder = _join(folder, where)
     options = _section(data, 'options')
     if chosen('data.options') or chosen('data.options.folder'):
         where = options.get('folder')
@@ -56,7 +60,7 @@ def make_absolute(config: ConfigDict, folder: str, keys: Iterable[str] | None = 
 
 def same_path(key: str, one: Any, other: Any) -> bool:
     """Whether two values of a key name one folder; earlier versions saved relative paths."""
-    if key not in (*FOLDERS, 'data.cache_dir') or not (one and other):
+    if key not in (*FOLDERS, 'data.cache_dir', 'checkpoint.folder') or not (one and other):
         return False
     return os.path.abspath(one) == os.path.abspath(other)
 
@@ -92,6 +96,11 @@ def _folder(key: str, value: str, folder: str) -> str:
             f"'{os.path.relpath(path, folder)}{colon}{rest}', or --config.{key}={value}"
         )
     return value
+
+
+def _is_address(text: str) -> bool:
+    """Whether it names a folder in a bucket, or was meant to."""
+    return re.match(r'\w+:/', text) is not None
 
 
 def _is_path(text: str) -> bool:

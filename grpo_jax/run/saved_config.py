@@ -87,6 +87,13 @@ def read(path: pathlib.Path, *, quiet: bool = False) -> ConfigDict:
         raise ValueError(f'{path}: {error}') from error
 
 
+def folder_of_checkpoints(workdir: pathlib.Path) -> str:
+    """The key `checkpoint.folder` of the run in a folder; empty of one without a config."""
+    path = workdir / 'config.json'
+    folder: str = read(path, quiet=True).checkpoint.folder if path.is_file() else ''
+    return folder
+
+
 def differences(config: ConfigDict, saved: ConfigDict) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ, with their (saved, present) values as JSON types.
 

@@ -261,10 +261,8 @@ class StageLoop:
         if not saved:
             return f'{text}; none is saved, and the same command begins the stage again'
         which = 'its state' if saved == step else f'the state after step {saved}'
-        return (
-            f'{text}; {which} is saved in {self.setup.workdir}, and the same command goes on from '
-            'there'
-        )
+        folder = self.setup.config.checkpoint.folder or self.setup.workdir
+        return f'{text}; {which} is saved in {folder}, and the same command goes on from there'
 
 
 def _progress_bar(stage: Stage, start: int) -> tqdm:

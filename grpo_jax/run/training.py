@@ -10,18 +10,29 @@ from typing import cast
 import orbax.checkpoint as ocp
 from ml_collections import ConfigDict
 
-from grpo_jax.run import checkpoint, compiled, hosts, loggers, report, saved_config, signals
+from grpo_jax.run import (
+    buckets,
+    checkpoint,
+    compiled,
+    hosts,
+    loggers,
+    report,
+    saved_config,
+    signals,
+)
 from grpo_jax.run.checksums import has_checksums
 from grpo_jax.run.config import module_folders
 from grpo_jax.run.environment import keep_environment
 from grpo_jax.run.inputs import Inputs, check_inputs, keep_inputs
 from grpo_jax.run.intact import UNREADABLE, folder_of, newest_intact, set_aside
-from grpo_jax.run.layout import stage_order
+from grpo_jax.run.layout import checkpoints, stage_order
 from grpo_jax.run.lock import held
 from grpo_jax.run.loggers import Loggers
 from grpo_jax.run.parameters import initial_params, initial_reward_params, merged
+from grpo_jax.run.paths import make_absolute
 from grpo_jax.run.plan.listed import warned_of_others
 from grpo_jax.run.preparation import prepare_run
+from grpo_jax.run.process_folder import check_shared, own_folder
 from grpo_jax.run.rollouts import Position
 from grpo_jax.run.setup import Setup, keep_description
 from grpo_jax.run.stage_loop import Snapshot, StageLoop
@@ -54,9 +65,11 @@ def train(
         saved.
       rewards.RewardError: a reward function failed. A checkpoint of the finished steps is saved.
     """
+    buckets.check_local('workdir', workdir)
     if not config.module_folders:  # not from a config file
         config = config.copy_and_resolve_references()
         config.module_folders = module_folders(os.getcwd())
+        make_absolute(config, os.getcwd(), ['checkpoint.folder'])
     shared = json.loads(saved_config.to_json(config)) | {'module_folders': None}  # may be elsewhere
     hosts.same(shared, 'the config')
     with contextlib.ExitStack() as stack:
@@ -68,15 +81,17 @@ def train(
 
 def _train(config: ConfigDict, workdir: str, *, extend: bool, override: bool) -> dict[str, float]:
     """`train` in a folder that this run has locked."""
+    workdir = own_folder(config, workdir)
     with hosts.together('checking the config'):
         setup, stages = prepare_run(config, workdir, extend=extend, override=override)
         path, inputs = setup.workdir, cast(Inputs, setup.inputs)
-        if any(checkpoint.steps_of_stages(path).values()):
+        folder = setup.config.checkpoint.folder
+        if hosts.is_first() and any(checkpoint.steps_of_stages(path, folder).values()):
             check_inputs(inputs, path, override=override)
     hosts.same(dict(inputs.digests), 'the data, the tokenizer or the code of rewards')
-    hosts.check_shared(path)
+    check_shared(setup.config, path)
     hosts.from_first(lambda: checkpoint.remove_failed_try(path, setup.config), 'cleaning up')
-    if setup.config.start and not any(checkpoint.steps_of_stages(path).values()):
+    if setup.config.start and not any(checkpoint.steps_of_stages(path, folder).values()):
         hosts.say(f'begins from {setup.config.start}')
     with (
         compiled.kept_in(path / 'cache'),
@@ -106,7 +121,8 @@ def at_start(setup: Setup, params: StageParams, position: Position) -> tuple[Sta
 
 
 def _claim(setup: Setup) -> None:
-    path, steps = setup.workdir, checkpoint.steps_of_stages(setup.workdir)
+    path = setup.workdir
+    steps = checkpoint.steps_of_stages(path, setup.config.checkpoint.folder)
     checkpoint.claim_workdir(path, setup.config)
     keep_inputs(cast(Inputs, setup.inputs), path, steps)
     keep_environment(setup.mesh, path, steps)
@@ -156,7 +172,8 @@ def _run_stage(
     Returns:
       The parameters and the position for the next stage.
     """
-    folder, keeping = setup.workdir / 'checkpoints' / stage.name, setup.config.checkpoint
+    keeping = setup.config.checkpoint
+    folder = checkpoints(setup.workdir, keeping.folder) / stage.name
     snapshot = _newest(setup, stage, Snapshot(stage.start(initial), position))
     repeats = _has_later_stage(setup, stage)
     evaluated = (
@@ -182,30 +199,30 @@ def _run_stage(
 
 def _has_later_stage(setup: Setup, stage: Stage) -> bool:
     """Whether a later stage has begun: then only parameters that were lost are computed again."""
-    steps = checkpoint.steps_of_stages(setup.workdir)
+    steps = checkpoint.steps_of_stages(setup.workdir, setup.config.checkpoint.folder)
     later = [name for name in steps if stage_order(name) > stage_order(stage.name)]
     return any(steps[name] for name in later)
 
 
 def _newest(setup: Setup, stage: Stage, initial: Snapshot) -> Snapshot:
     """The newest intact checkpoint of a stage; without any, its start."""
-    folder = setup.workdir / 'checkpoints' / stage.name
+    path, folder = setup.workdir, setup.config.checkpoint.folder
     while True:
         step = hosts.from_first(
-            lambda: newest_intact(setup.workdir, stage.name), 'choosing a checkpoint'
+            lambda: newest_intact(path, stage.name, folder), 'choosing a checkpoint'
         )
         if step is None:
             return initial
         try:
-            with checkpoint.open_to_read(folder) as manager:
+            with checkpoint.open_to_read(checkpoints(path, folder) / stage.name) as manager:
                 snapshot = restored(setup, stage, manager, initial.state, step)
         except UNREADABLE as error:
-            last = len(checkpoint.steps_of_stages(setup.workdir)[stage.name]) == 1
-            checked = has_checksums(folder_of(setup.workdir, stage.name, step))
+            last = len(checkpoint.steps_of_stages(path, folder)[stage.name]) == 1
+            checked = has_checksums(folder_of(path, stage.name, step, folder))
             if hosts.count() > 1 or checked or last:
                 raise
             problem = f'{type(error).__name__}: {error}'
-            set_aside(setup.workdir, stage.name, step, problem)
+            set_aside(path, stage.name, step, problem, folder)
             continue
         hosts.say(f'{stage.name}: resumed at step {step} of {stage.steps}')
         return snapshot

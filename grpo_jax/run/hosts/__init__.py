@@ -13,6 +13,7 @@ from grpo_jax.run.hosts.agreement import (
     from_first,
     in_all_processes,
     is_in_all_processes,
+    is_seen,
     raise_in_all,
     request_stop,
     same,
@@ -34,7 +35,7 @@ from grpo_jax.run.hosts.state import ProcessesError, count, index, is_first, say
 __all__ = [
     'OPTIONS', 'ProcessesError', 'Start', 'Stopped', 'check_shared', 'count', 'detected',
     'ending_together', 'exchange', 'fetch', 'from_first', 'gather', 'in_all_processes', 'index',
-    'is_first', 'is_in_all_processes', 'raise_in_all', 'replicate', 'request_stop', 'same', 'say',
-    'select', 'share', 'shares', 'start', 'start_from', 'stop_requested', 'stopped_by_signal',
-    'together',
+    'is_first', 'is_in_all_processes', 'is_seen', 'raise_in_all', 'replicate', 'request_stop',
+    'same', 'say', 'select', 'share', 'shares', 'start', 'start_from', 'stop_requested',
+    'stopped_by_signal', 'together',
 ]  # fmt: skip

@@ -166,25 +166,36 @@ def from_first(function: Callable[[], T], what: str) -> T:
     return json.loads(exchange(json.dumps(result), what)[0])
 
 
-def check_shared(folder: Any) -> None:
-    """Checks that all processes see the same folder.
-
-    Raises:
-      ConfigError: one of them does not see what process 0 wrote.
-    """
+def is_seen(folder: Any) -> bool:
+    """Whether this process sees what process 0 writes into a folder; all of them call it."""
     if count() == 1:
-        return
+        return True
     path = folder / 'processes.txt'
     text = from_first(lambda: _written(path), f'writing {path}')
     with together(f'reading {path}'):
         seen = path.read_text() if path.exists() else ''
-        if seen != text:
-            raise ConfigError([
-                f'workdir {str(folder)!r} is another folder than that of process 0: name a folder '
-                'that all hosts share, or a bucket that is mounted on all'
-            ])  # fmt: skip
     if is_first():
         path.unlink()
+    return bool(seen == text)
+
+
+def check_shared(folder: Any, name: str = 'workdir') -> None:
+    """Checks that all processes see the same folder.
+
+    Args:
+      folder: a path.
+      name: of the option, for the error.
+
+    Raises:
+      ConfigError: one of them does not see what process 0 wrote.
+    """
+    seen = is_seen(folder)
+    with together(f'reading {folder}'):
+        if not seen:
+            raise ConfigError([
+                f'{name} {str(folder)!r} is another folder than that of process 0: name a folder '
+                "that all hosts share, or for checkpoints a bucket, checkpoint.folder='gs://…'"
+            ])  # fmt: skip
 
 
 def _written(path: Any) -> str:

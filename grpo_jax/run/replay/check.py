@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from grpo_jax.run import checkpoint, hosts
 from grpo_jax.run.environment import environment
+from grpo_jax.run.layout import checkpoints
 from grpo_jax.run.replay.origin import as_json, recorded
 from grpo_jax.run.replay.rerun import Replayed
 from grpo_jax.types import TrainState
@@ -53,9 +54,9 @@ def check(replayed: Replayed, workdir: pathlib.Path) -> Check:
         same += [] if numbers else [f'{len(compared)} metrics']
     else:
         missing.append('metrics')
-    if step + 1 in checkpoint.steps_of_stages(workdir).get(stage, []):
-        folder = workdir / 'checkpoints' / stage
-        with checkpoint.open_to_read(folder) as manager:
+    folder = replayed.origin.config.checkpoint.folder
+    if step + 1 in checkpoint.steps_of_stages(workdir, folder).get(stage, []):
+        with checkpoint.open_to_read(checkpoints(workdir, folder) / stage) as manager:
             mesh = replayed.setup.mesh
             saved = checkpoint.restore(manager, replayed.state, mesh, step + 1)
         arrays = list(_different_arrays(replayed.state, saved))

@@ -56,22 +56,24 @@ def find_origin(config: ConfigDict, workdir: pathlib.Path, stage: str, step: int
                     inputs.append(name)
         elif row['stage'] == stage and row['changes'].keys() & known.keys():
             since = max(since, row['step'])
-    start = _start(workdir, stage, step, since)
+    start = _start(workdir, stage, step, since, config.checkpoint.folder)
     return Origin(config, stage, start, environment, tuple(dict.fromkeys(inputs)))
 
 
 def _changes(workdir: pathlib.Path) -> list[dict[str, Any]]:
-    """The records of `changes.jsonl` that are of a stage, oldest first."""
+    """The records of `changes.jsonl` that are of a stage, oldest first; not of where files are."""
     path = workdir / 'changes.jsonl'
     rows = [line.row for line in json_lines.read(path)] if path.exists() else []
+    for row in rows:
+        row['changes'].pop('checkpoint.folder', None)
     return [row for row in rows if row['stage'] is not None]
 
 
-def _start(workdir: pathlib.Path, stage: str, step: int, since: int) -> int:
+def _start(workdir: pathlib.Path, stage: str, step: int, since: int, folder: str) -> int:
     """The newest intact checkpoint up to a step, and since the last change of the config."""
-    kept = checkpoint.steps_of_stages(workdir).get(stage, [])
+    kept = checkpoint.steps_of_stages(workdir, folder).get(stage, [])
     for start in [start for start in reversed(kept) if since <= start <= step]:
-        problem = checksums.damage(folder_of(workdir, stage, start))
+        problem = checksums.damage(folder_of(workdir, stage, start, folder))
         if not problem:
             return start
         log.warning('checkpoint %s/%d is damaged (%s): it is not used', stage, start, problem)

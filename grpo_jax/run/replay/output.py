@@ -8,6 +8,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from grpo_jax.run import hosts, saved_config
+from grpo_jax.run.buckets import check_local
 from grpo_jax.run.errors import naming_file
 from grpo_jax.run.health import batch_arrays
 from grpo_jax.run.replay.check import Check, check, likely_cause
@@ -84,6 +85,7 @@ def _output_folder(workdir: pathlib.Path, output: str) -> pathlib.Path | None:
     """The folder to write, which is none of the run's."""
     if not output:
         return None
+    check_local('--output', output)
     folder = pathlib.Path(output).absolute()
     if folder.resolve().is_relative_to(workdir.resolve()):
         raise ValueError(f'--output={output} is in the run, which a replay leaves as it is')

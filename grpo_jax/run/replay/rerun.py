@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, cast
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from grpo_jax.algorithm.explanation import TokenTerms
@@ -14,7 +15,7 @@ from grpo_jax.run import checkpoint, checksums, compiled, hosts, report, trainin
 from grpo_jax.run.errors import ConfigError
 from grpo_jax.run.graded_texts import without_records
 from grpo_jax.run.inputs import Inputs, check_inputs
-from grpo_jax.run.intact import folder_of
+from grpo_jax.run.layout import checkpoints
 from grpo_jax.run.parameters import initial_params, initial_reward_params
 from grpo_jax.run.preparation import prepare_run
 from grpo_jax.run.replay.folder import mirrored
@@ -72,14 +73,15 @@ def replayed(
         with hosts.together('checking the config'):
             setup, stages = prepare_run(_quiet(origin.config), str(folder))
         changed = _changed_inputs(setup, workdir)
-        stage, initial, position = _stage_start(setup, stages, workdir, origin.stage)
+        saved = checkpoints(workdir, origin.config.checkpoint.folder)
+        stage, initial, position = _stage_start(setup, stages, saved, origin.stage)
         _check_numbers(stage, update=update, prompt=prompt, completion=completion)
         recorder = _Recorder(stage, step, update)
-        snapshot = _snapshot(setup, stage, workdir, initial, position, origin.start)
+        snapshot = _snapshot(setup, stage, saved, initial, position, origin.start)
         short = dataclasses.replace(
             stage, steps=step + 1, heldout=None, plan=None, step=recorder.update
         )
-        with checkpoint.open_manager(folder / 'checkpoints', keep=1) as manager:
+        with checkpoint.open_manager(checkpoints(folder), keep=1) as manager:
             loop = _Loop(setup, short, manager, initial, snapshot)
             loop.records = recorder
             state = loop.run().state
@@ -90,8 +92,12 @@ def replayed(
 
 
 def _quiet(config: ConfigDict) -> ConfigDict:
-    """The config with all completions recorded, without services, and never stopped by `health`."""
+    """The config with all completions recorded, without services, and never stopped by `health`.
+
+    Its checkpoints are not those of the run.
+    """
     config = config.copy_and_resolve_references()
+    config.checkpoint.folder = ''
     config.log.update(completions=_ALL, to=())
     config.health.update(skipped_updates=0, grad_norm=0.0)
     return config
@@ -107,7 +113,7 @@ def _changed_inputs(setup: Setup, workdir: pathlib.Path) -> tuple[str, ...]:
 
 
 def _stage_start(
-    setup: Setup, stages: list[Stage], workdir: pathlib.Path, name: str
+    setup: Setup, stages: list[Stage], saved: epath.Path, name: str
 ) -> tuple[Stage, StageParams, Position]:
     """The stage, and the parameters and the position that it began with."""
     if name not in [stage.name for stage in stages]:
@@ -119,7 +125,7 @@ def _stage_start(
         params, position = training.at_start(setup, params, position)
         if stage.name == name:
             break
-        state, position, _ = _snapshot(setup, stage, workdir, params, position, stage.steps)
+        state, position, _ = _snapshot(setup, stage, saved, params, position, stage.steps)
         params = stage.finish(params, state)
     return stage, params, position
 
@@ -127,17 +133,17 @@ def _stage_start(
 def _snapshot(
     setup: Setup,
     stage: Stage,
-    workdir: pathlib.Path,
+    saved: epath.Path,
     initial: StageParams,
     position: Position,
     step: int,
 ) -> Snapshot:
-    """The snapshot of a stage after `step` steps: its start, or that of a checkpoint."""
+    """The snapshot of a stage after `step` steps: its start, or that of a saved checkpoint."""
     fresh = Snapshot(stage.start(initial), position)
     if not step:
         return fresh
-    folder = workdir / 'checkpoints' / stage.name
-    if problem := checksums.damage(folder_of(workdir, stage.name, step)):
+    folder = saved / stage.name
+    if problem := checksums.damage(folder / str(step)):
         raise ValueError(f'checkpoint {stage.name}/{step} cannot be read: {problem}')
     with checkpoint.open_to_read(folder) as manager:
         return training.restored(setup, stage, manager, fresh.state, step)
