@@ -138,10 +138,8 @@ def answer_problems(
         'eval/mean_length': greedy.length[:, 0].astype(float),
         'eval/clipped_ratio': 1.0 - greedy.ended[:, 0],
     }
-    extracted = answers_in(greedy.completions)
-    answers = Answers(
-        values, greedy.prompts, greedy.completions, extracted, episodes=greedy.episodes
-    )
+    answers = Answers(values, greedy.prompts, greedy.completions, answers_in(greedy.completions))
+    answers = answers._replace(episodes=greedy.episodes)
     if correct is None:
         return answers._replace(rewards=total.tolist())
     answers = answers._replace(correct=right.tolist())
@@ -181,10 +179,7 @@ def spread(answers: Answers) -> dict[str, float]:
 def answer_records(answers: Answers) -> Iterator[dict[str, Any]]:
     """Yield one JSON object per problem: the prompt, the answers and whether they are right."""
     for i, prompt in enumerate(answers.prompts):
-        record: dict[str, Any] = {
-            'prompt': prompt,
-            'completion': answers.completions[i],
-        }
+        record: dict[str, Any] = {'prompt': prompt, 'completion': answers.completions[i]}
         columns = {
             'extracted': answers.extracted,
             'correct': answers.correct,
@@ -290,11 +285,8 @@ def _complete(
         scores = None if rank is None else rank(rollout, texts).reshape(total.shape)
         host: Any = hosts.fetch((rollout.ended, rollout.policy_mask))
         ended, mask = (x[:count] for x in host)
-        parts.append(
-            _Completions(
-                texts.prompts, list(texts.completions), total, ended, mask.sum(-1), scores, episodes
-            )
-        )
+        written = texts.prompts, list(texts.completions)
+        parts.append(_Completions(*written, total, ended, mask.sum(-1), scores, episodes))
     return _Completions(
         [text for part in parts for text in part.prompts],
         [text for part in parts for text in part.completions],
