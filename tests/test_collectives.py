@@ -15,10 +15,10 @@ import tiny
 from collectives import GROUP_SIZE, GROUPS, LAYERS, LENGTH, PROMPT, VOCAB, WIDTH
 
 from grpo_jax import sharding
-from grpo_jax.engine import decode
-from grpo_jax.engine.compaction import NEVER_COMPACT, DecodeInputs
+from grpo_jax.engine import compaction, decode
+from grpo_jax.engine.compaction import NEVER_COMPACT, DecodeInputs, Slots, SlotShape
 from grpo_jax.engine.sampling_params import sampling_params
-from grpo_jax.types import Sampling
+from grpo_jax.types import Prompts, Sampling
 
 DATA_DEVICES = collectives.MESH[0] * collectives.MESH[1]
 
@@ -98,3 +98,35 @@ def test_decoding_waits_for_no_weights_where_they_were_gathered(gather):
     assert bool(sent) != gather  # of at most 2 numbers: how many completions go on
     copies = {x.sharding.is_fully_replicated for x in jax.tree.leaves(placed)}
     assert copies == ({True} if gather else {True, False})
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason='needs eight devices')
+def test_compaction_sends_nothing():
+    """Also where heads are split over the mesh's tensor axis, and slots leave their groups."""
+    mesh = sharding.make_mesh(fsdp=4, completions=2, tensor=2)
+
+    def array(dtype, *shape, axes=(sharding.DATA,)):
+        where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+
+    numbers, absent = array('int32', 8, 6), None
+    prompts = Prompts(array('int32', 8, 5), array('int32', 8), array('int32', 8))
+    slots = Slots(numbers, numbers, numbers, array('bool', 8, 6), numbers, absent)
+    kept = array('int32', 4, 6)
+    caches = [
+        array('float32', 2, 8, *rest, axes=(None, sharding.DATA, *[None] * split, 'tensor'))
+        for rest, split in (((6, 2, 9, 3), 1), ((2, 5, 3), 0))
+    ]
+    shape = SlotShape(6, 1, apart=True)
+    for lowered in (
+        compaction.choose_slots.lower(prompts, slots, shape, mesh),
+        compaction.choose_slots.lower(prompts, slots, SlotShape(2, 3), mesh),
+        compaction.keep_slots.lower(caches[0], kept, rows=1, mesh=mesh),
+        compaction.keep_slots.lower(caches[0], kept, rows=3, mesh=mesh),
+        compaction.copy_prompts.lower(caches[1], kept, size=6, mesh=mesh),
+        decode.grow_cache.lower(caches[0], 12),
+    ):
+        compiled = lowered.compile({'xla_backend_optimization_level': 0})
+        assert collectives.collectives(compiled.as_text()) == []
+        for where in jax.tree.leaves(compiled.output_shardings):
+            assert not where.is_fully_replicated

@@ -2,6 +2,7 @@
 
 import functools
 
+import caches
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,7 +39,10 @@ def prompts(rollout):
 @pytest.fixture(scope='module')
 def drawn(model, params, prompts):
     exchange = ScriptedReplies()
-    return episodes(model, params, prompts, exchange), exchange
+    with caches.watched() as moments:
+        rollout = episodes(model, params, prompts, exchange)
+    assert caches.assert_one_copy(moments) > 4
+    return rollout, exchange
 
 
 def turns_of(rollout, place):

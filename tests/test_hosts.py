@@ -398,6 +398,7 @@ VARIANTS = {
         '--config.reward_model.batch_size=4', '--config.reward_model.group_size=4',
         '--config.reward_model.optimizer.eps=0.01',
     ),
+    'sampling mesh': ('--config.mesh.sampling_tensor=2', '--config.grpo.refill=2'),
 }  # fmt: skip
 
 

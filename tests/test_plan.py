@@ -11,7 +11,7 @@ import tiny
 from grpo_jax import models, sharding
 from grpo_jax.engine.calls import Call
 from grpo_jax.models.kernels.selection import choose_attention
-from grpo_jax.run import mesh
+from grpo_jax.run import compute_plans, mesh
 from grpo_jax.run.plan import measuring, prediction, remedies, topology
 from grpo_jax.run.plan.costs import Collectives, Costs
 from grpo_jax.run.plan.planning import make_plan
@@ -115,6 +115,7 @@ def test_the_command_prints_json(tmp_path, capsys, monkeypatch):
         return measuring.Measured(program, parts | {'temporaries': 2.0**20}, costs, 0.1)
 
     monkeypatch.setattr(measuring.Compiler, 'measure', measure)
+    monkeypatch.setattr(compute_plans, 'memory_needed', lambda call: 2.0**20)
     config = runs.get_config()
     plan = print_plan(config, str(tmp_path), memory='2MiB', json=True)
     found = json.loads(capsys.readouterr().out)
@@ -146,6 +147,41 @@ def test_a_sampler_of_several_blocks(tmp_path):
     assert last.memory['batch and caches'] > cache
     one_layer = 2 * 16 * (16 * 8 * 4 + 3 * 16 * 8 + 16 * 258)  # FLOPs of a column of 16 tokens
     assert one_layer * 64 < last.costs.flops < 3 * one_layer * 64  # and attention
+
+
+def test_caches_beside_the_array_that_a_program_changes(tmp_path):
+    """By hand: one layer and one head of 8, 4 x 8 completions, prompts of 4 tokens."""
+    config = runs.get_config()
+    config.sft.steps = 0
+    config.data.update(heldout_split='', completion_length=160)
+    config.model.update(layers=1, width=8, heads=1, kv_heads=1, head_dim=8, mlp_width=8)
+    config.grpo.group_size = 8
+    with mesh.described(jax.devices()):
+        setup, (stage,) = prepare_run(config, str(tmp_path))
+        programs = [
+            p for p in programs_of(setup, stage, measuring.shapes_of) if 'sampler' in p.name
+        ]
+    compiled = {p.kind.rpartition(', ')[2]: p for p in programs if not p.listed_only}
+    assert {*compiled} == {'prompts and first block', 'growth', 'compaction', 'copies', 'block'}
+    names = [compiled[kind].name.partition(', ')[2] for kind in ('growth', 'compaction', 'copies')]
+    assert names == [
+        'caches of 4 x 8 completions from 128 to 160 columns',
+        'compaction of 4 x 8 completions to 16 x 1 completions, 160 columns',
+        'copies of the prompts of 4 x 8 completions for 16 x 1 completions',
+    ]
+    column = 8 * FLOAT
+    prompts, completions = 4 * 4 * column, 32 * 160 * column  # keys, or values
+    tokens = 4 * 8 * (160 * (FLOAT + FLOAT + 1) + 1) + 3 * FLOAT  # with log-probs, mask and ends
+    for kind, others in {
+        'growth': 2 * prompts + completions,  # of the values, which are last, keys have grown
+        'compaction': 2 * prompts + completions,  # of the keys, which are first
+        'copies': completions + 4 * prompts,  # half of both; copied keys, beside the values
+    }.items():
+        resident = compiled[kind].resident
+        assert measuring.bytes_of(resident['other caches']) == others, kind
+        assert measuring.bytes_of(resident['tokens so far']) == tokens
+    arguments = [measuring.bytes_of(compiled[kind].call.arguments) for kind in ('growth', 'copies')]
+    assert arguments == [32 * 128 * column, prompts + 16 * 4]  # and which slots are kept
 
 
 # Devices

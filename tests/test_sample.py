@@ -4,6 +4,7 @@ import functools
 import itertools
 import random
 
+import caches
 import hypothesis
 import hypothesis.strategies as st
 import jax
@@ -243,20 +244,20 @@ def test_blocks_change_no_completion(model, params, prompts, monkeypatch, apart)
         """Without slots apart from their groups: they always cache more keys."""
         return lambda *args: choose(*args[:-1], args[-1] if apart else -(10**6))
 
-    def compact(inputs, before, shape, mesh):
+    def choose(prompts, before, shape, mesh):
         sizes.append(shape)
-        _, after = compacted = compaction.compact(inputs, before, shape, mesh)
+        *_, after = chosen = compaction.choose_slots(prompts, before, shape, mesh)
         places = np.asarray(after.place)
         assert places.shape == (shape.groups, shape.rows)
         assert len(set(places.flat)) == places.size
         assert set(np.asarray(before.place)[~np.asarray(before.done)]) <= set(places.flat)
-        return compacted
+        return chosen
 
     for module, name in (
         (sample_module, 'smallest_shape'), (sampler_calls, 'compaction_thresholds'),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, choosing(getattr(compaction, name)))
-    monkeypatch.setattr(sampler_calls, 'compact', compact)
+    monkeypatch.setattr(sampler_calls, 'choose_slots', choose)
     most = np.flatnonzero(np.arange(tiny.VOCAB) % 3)  # two of three tokens end a completion
     for seed in range(3):
         settings = {'seed': seed, 'eos_ids': most, 'group_size': 8, 'max_tokens': 9}
@@ -310,9 +311,11 @@ def test_compaction_on_a_mesh(model, params, prompts):
     alone = completions(model, params, prompts, **settings)
     placed = jax.device_put(params, sharding.shardings(params, mesh))
     groups = sharding.put_groups(prompts, mesh)
-    meshed = completions(model, placed, groups, block=2, mesh=mesh, **settings)
+    with caches.watched() as moments:
+        meshed = completions(model, placed, groups, block=2, mesh=mesh, **settings)
     for name in ('tokens', 'mask', 'ended'):
         np.testing.assert_array_equal(getattr(meshed, name), getattr(alone, name), name)
+    assert caches.assert_one_copy(moments) > 4
 
 
 def test_no_block_begins_when_all_completions_have_ended(model, params, prompts, monkeypatch):

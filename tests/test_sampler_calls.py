@@ -7,6 +7,7 @@ import pytest
 
 from grpo_jax import models
 from grpo_jax.engine import sampling_params as conversions
+from grpo_jax.engine.calls import Call
 from grpo_jax.engine.compaction import SlotShape
 from grpo_jax.engine.sampler_calls import SamplerCalls, describe
 from grpo_jax.models import Quantized
@@ -57,3 +58,16 @@ def test_names():
     assert describe('compaction', (four, 64), (two, 64)) == (
         'compaction of 4 x 4 completions to 8 x 1 completions, 64 columns'
     )
+    assert describe('choice', (four, 64), (two, 64)) == (
+        'choice of 8 x 1 completions from 4 x 4 completions'
+    )
+    assert describe('copies', (four, 64), (two, 64)) == (
+        'copies of the prompts of 4 x 4 completions for 8 x 1 completions'
+    )
+
+
+def test_a_call_deletes_what_it_spends():
+    kept, spent = jnp.ones(2), jnp.full(2, 3.0)
+    call = Call(jax.jit(lambda x, y: jnp.pad(x + y, 1)), (kept, spent), spent=(spent,))
+    np.testing.assert_array_equal(call.run(), [0, 4, 4, 0])
+    assert (kept.is_deleted(), spent.is_deleted()) == (False, True)

@@ -114,9 +114,9 @@ def sample_blocks(
         now = shape_of(slots, mesh)
         smaller = smallest_shape(int(most), int(total), now, prompt, width)
         if smaller != now:
-            inputs, slots = calls.compaction(inputs, slots, smaller).run()
+            inputs, slots = calls.compacted(inputs, slots, smaller)
         if slots.cache.k.shape[-2] < width:
-            slots = calls.growth(slots, width).run()
+            slots = calls.grown(slots, width)
         slots, state = calls.block_to(params, inputs, slots, state, width).run()
         yield decode.rollout_so_far(prompts, state, group_size, mesh)
 

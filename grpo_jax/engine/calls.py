@@ -23,6 +23,8 @@ class Call(NamedTuple):
       options: keyword arguments.
       name: what the program does, and at which sizes.
       closed_over: what the program was made with, beside its arguments: anything with a `repr`.
+      spent: arrays that are deleted once the program is dispatched. Their memory is free when it
+        has run, as that of donated arguments, also where no result has their size.
     """
 
     program: Any
@@ -30,12 +32,16 @@ class Call(NamedTuple):
     options: dict[str, Any] = {}  # noqa: RUF012
     name: str = ''
     closed_over: tuple[Any, ...] = ()
+    spent: tuple[jax.Array, ...] = ()
 
     def run(self) -> Any:
         """Dispatches the program, and returns its results."""
         for observe in _observers:
             observe(self)
-        return self.program(*self.arguments, **self.options)
+        results = self.program(*self.arguments, **self.options)
+        for array in self.spent:
+            array.delete()
+        return results
 
     @property
     def is_traced(self) -> bool:

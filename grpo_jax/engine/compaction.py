@@ -7,17 +7,18 @@ is one token position of all completions.
 
 import functools
 import math
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Key, UInt, UInt32
+from jaxtyping import Array, Bool, Float, Int, Key, Shaped, UInt, UInt32
 
 from grpo_jax import sharding
 from grpo_jax.engine import shares
 from grpo_jax.models import KeyValues
-from grpo_jax.sharding import data_devices, slices_of
+from grpo_jax.sharding import anchor_rows, data_devices, slices_of
 from grpo_jax.types import Params, Prompts, Sampling
 
 FEWEST = 4  # slots per device; fewer would take as long, since reading the weights dominates
@@ -140,18 +141,23 @@ def _halved(size: int, least: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=('shape', 'mesh'))
-def compact(
-    inputs: DecodeInputs, slots: Slots, shape: SlotShape, mesh: Mesh | None,
+def choose_slots(
+    prompts: Prompts, slots: Slots, shape: SlotShape, mesh: Mesh | None,
     over: Bool[Array, 'devices n'] | None = None,
-) -> tuple[DecodeInputs, Slots]:  # fmt: skip
+) -> tuple[Int[Array, 'devices m'], Prompts, Slots]:  # fmt: skip
     """Reduces the slots to `shape`, keeping all that are not done; with `over`, not over.
 
+    Their caches are left to `keep_slots` and `copy_prompts`.
+
     Args:
-      inputs: what is constant.
-      slots: before.
+      prompts: of the groups.
+      slots: before, without their caches.
       shape: after.
       mesh: the devices.
       over: whether the episode of each completion of a device is over.
+
+    Returns:
+      The kept slots of each device, numbered within its share, their prompts, and the slots.
     """
     (groups, size, _), done = shape_of(slots, mesh), slots.done
     if over is not None:
@@ -162,22 +168,42 @@ def compact(
         first = size * (jnp.arange(len(done)) % groups)  # slot of each group
         kept = jnp.argsort(done, axis=1, stable=True)[:, : shape.rows] + first[:, None]
     kept = kept.reshape(data_devices(mesh), -1)
-
-    def take(x: jax.Array) -> jax.Array:
-        return take_slots(x, kept).reshape(-1, shape.rows, *x.shape[2:])
-
-    absent: Any = None
     with sharding.use(mesh):
-        cache = jax.tree.map(jax.vmap(take), slots.cache)
-        slots = jax.tree.map(take, slots._replace(cache=absent))._replace(cache=cache)
-        if not shape.apart:
-            return inputs, slots
+        slots = jax.tree.map(lambda x: _grouped(x, kept, shape.rows), slots)
+        if shape.apart:
+            prompts = jax.tree.map(lambda x: take_slots(x[:, None], kept // size), prompts)
+        return anchor_rows(kept), prompts, slots
 
-        def copy(x: jax.Array) -> jax.Array:
-            return take_slots(x[:, None], kept // size)
 
-        cache = jax.tree.map(jax.vmap(copy), inputs.cache)
-        return inputs._replace(prompts=jax.tree.map(copy, inputs.prompts), cache=cache), slots
+@functools.partial(jax.jit, static_argnames=('rows', 'mesh'))
+def keep_slots(
+    cache: Shaped[Array, 'L B R K n h'], kept: Int[Array, 'devices m'], *, rows: int,
+    mesh: Mesh | None,
+) -> Shaped[Array, 'L b rows K n h']:  # fmt: skip
+    """One array of the completions' caches with only the kept slots, `rows` of a group."""
+    with sharding.use(mesh):
+        return _by_layer(lambda x: _grouped(x, kept, rows), cache)
+
+
+@functools.partial(jax.jit, static_argnames=('size', 'mesh'))
+def copy_prompts(
+    cache: Shaped[Array, 'L B K P h'], kept: Int[Array, 'devices m'], *, size: int,
+    mesh: Mesh | None,
+) -> Shaped[Array, 'L b K P h']:  # fmt: skip
+    """One array of the prompts' caches, copied for each kept slot out of groups of `size`."""
+    with sharding.use(mesh):
+        return _by_layer(lambda x: take_slots(x[:, None], kept // size), cache)
+
+
+def _by_layer(function: Callable[[jax.Array], jax.Array], cache: jax.Array) -> jax.Array:
+    """Maps over layers, one at a time: all at once, TPUs need two to three times the results."""
+    results: jax.Array = jax.lax.map(function, cache)
+    return results
+
+
+def _grouped(x: jax.Array, kept: Int[Array, 'devices m'], rows: int) -> jax.Array:
+    """The kept slots of x [B, R, ...], in groups of `rows`."""
+    return take_slots(x, kept).reshape(-1, rows, *x.shape[2:])
 
 
 def slot_numbers(shape: tuple[int, ...], mesh: Mesh | None) -> Int[Array, 'B G']:

@@ -164,9 +164,9 @@ _join_groups = jax.jit(sharding.join_groups, static_argnames=('slices', 'mesh'))
 
 
 @functools.partial(jax.jit, static_argnames='width')
-def grow_cache(slots: Slots, width: int) -> Slots:
-    """Pads the completions' cache to `width` columns."""
-    return slots._replace(cache=jax.tree.map(lambda x: _padded(x, width, axis=-2), slots.cache))
+def grow_cache(cache: Shaped[Array, 'L B R K n h'], width: int) -> Shaped[Array, 'L B R K width h']:
+    """Pads one array of the completions' caches to `width` columns."""
+    return _padded(cache, width, axis=-2)
 
 
 # Columns so far, the slots and their tokens, and how many columns may follow.

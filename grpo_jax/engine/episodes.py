@@ -97,9 +97,9 @@ def decode_episodes(
         now = shape_of(slots, calls.mesh)
         smaller = smallest_shape(*layout.most(~over), now, inputs.cache.k.shape[-2], width)
         if smaller != now:
-            inputs, slots = calls.compaction(inputs, slots, smaller, layout.put(over)).run()
+            inputs, slots = calls.compacted(inputs, slots, smaller, layout.put(over))
         if slots.cache.k.shape[-2] < width:
-            slots = calls.growth(slots, width).run()
+            slots = calls.grown(slots, width)
         for part, rows in layout.parts(replies, shape_of(slots, calls.mesh)):
             slots, state = calls.replies(params, inputs, slots, state, part, rows).run()
         if live.any():

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from grpo_jax import models
@@ -14,9 +15,11 @@ from grpo_jax.engine.compaction import (
     DecodeState,
     Slots,
     SlotShape,
-    compact,
+    choose_slots,
     compaction_thresholds,
+    copy_prompts,
     first_shape,
+    keep_slots,
     shape_of,
 )
 from grpo_jax.engine.sampling_params import conversion
@@ -93,20 +96,57 @@ class SamplerCalls:
         name = f'prompts of {length} tokens, and the first {width} columns of {_text(shape)}'
         return Call(decode.first_block, arguments, options, name)
 
-    def compaction(
+    def compacted(
+        self, inputs: DecodeInputs, slots: Slots, shape: SlotShape, over: Any = None
+    ) -> tuple[DecodeInputs, Slots]:
+        """Reduces the slots to `shape`; `over` as in `choose_slots`.
+
+        An array of the caches at a time, which is then deleted: no two copies of all exist at once.
+        """
+        now = shape_of(slots, self.mesh)
+        kept, prompts, fewer = self.choice(inputs, slots, shape, over).run()
+        cache = jax.tree.map(lambda x: self.compaction(x, kept, now, shape).run(), slots.cache)
+        inputs = inputs._replace(prompts=prompts)
+        if shape.apart:
+            copies = jax.tree.map(lambda x: self.copies(x, kept, now, shape).run(), inputs.cache)
+            inputs = inputs._replace(cache=copies)
+        return inputs, fewer._replace(cache=cache)
+
+    def grown(self, slots: Slots, width: int) -> Slots:
+        """Slots whose caches have `width` columns; an array at a time, as in `compacted`."""
+        now = shape_of(slots, self.mesh)
+        cache = jax.tree.map(lambda x: self.growth(x, now, width).run(), slots.cache)
+        return slots._replace(cache=cache)
+
+    def choice(
         self, inputs: DecodeInputs, slots: Slots, shape: SlotShape, over: Any = None
     ) -> Call:
-        """The call of `compact`."""
+        """The call of `choose_slots`."""
+        absent: Any = None
         now, width = shape_of(slots, self.mesh), slots.cache.k.shape[-2]
-        name = describe('compaction', (now, width), (shape, width))
+        name = describe('choice', (now, width), (shape, width))
         options = {'shape': shape, 'mesh': self.mesh} | ({} if over is None else {'over': over})
-        return Call(compact, (inputs, slots), options, name)
+        arguments = inputs.prompts, slots._replace(cache=absent)
+        return Call(choose_slots, arguments, options, name)
 
-    def growth(self, slots: Slots, width: int) -> Call:
-        """The call of `decode.grow_cache`."""
-        now, columns = shape_of(slots, self.mesh), slots.cache.k.shape[-2]
-        name = describe('growth', (now, columns), (now, width))
-        return Call(decode.grow_cache, (slots,), {'width': width}, name)
+    def compaction(self, cache: Any, kept: Any, now: SlotShape, shape: SlotShape) -> Call:
+        """The call of `keep_slots`, which spends the array."""
+        width = cache.shape[-2]
+        name = describe('compaction', (now, width), (shape, width))
+        options = {'rows': shape.rows, 'mesh': self.mesh}
+        return Call(keep_slots, (cache, kept), options, name, spent=(cache,))
+
+    def copies(self, cache: Any, kept: Any, now: SlotShape, shape: SlotShape) -> Call:
+        """The call of `copy_prompts`, which spends the array."""
+        length = cache.shape[-2]
+        name = describe('copies', (now, length), (shape, length))
+        options = {'size': now.rows, 'mesh': self.mesh}
+        return Call(copy_prompts, (cache, kept), options, name, spent=(cache,))
+
+    def growth(self, cache: Any, now: SlotShape, width: int) -> Call:
+        """The call of `decode.grow_cache`, which spends the array."""
+        name = describe('growth', (now, cache.shape[-2]), (now, width))
+        return Call(decode.grow_cache, (cache,), {'width': width}, name, spent=(cache,))
 
     def block_to(
         self, params: Params, inputs: DecodeInputs, slots: Slots, state: DecodeState, width: int,
@@ -147,12 +187,16 @@ def describe(
     """The name of a call that follows the first block.
 
     Args:
-      kind: 'compaction', 'growth', 'block' or 'replies'.
+      kind: 'choice', 'compaction', 'copies', 'growth', 'block' or 'replies'.
       before: completions on a device, and the columns of their caches.
       after: the same of its results.
       tokens: of each reply.
     """
     (now, width), (shape, columns) = before, after
+    if kind == 'choice':
+        return f'choice of {_text(shape)} from {_text(now)}'
+    if kind == 'copies':
+        return f'copies of the prompts of {_text(now)} for {_text(shape)}'
     if kind == 'compaction':
         return f'compaction of {_text(now)} to {_text(shape)}, {width} columns'
     if kind == 'growth':

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from grpo_jax import models, sharding
 from grpo_jax.algorithm.config import Algorithm
 from grpo_jax.algorithm.sample import sample
+from grpo_jax.run.mesh import parameter_shapes
 from grpo_jax.run.setup import Setup
 from grpo_jax.types import (
     BaselinedRewards,
@@ -30,11 +31,9 @@ def key() -> Any:
 
 def params(setup: Setup, model: models.Transformer) -> Params:
     """Parameters of a model on the mesh, those of a frozen base as they are kept."""
-    shapes = jax.eval_shape(functools.partial(models.init_params, model), key())
-    if setup.model.config.lora.rank and not model.config.scalar_head:
-        kind = setup.model.config.lora.base
-        shapes = jax.eval_shape(functools.partial(models.quantize_base, kind=kind), shapes)
-    return sharding.placed(shapes, setup.mesh)
+    lora = setup.model.config.lora
+    base = lora.base if lora.rank and not model.config.scalar_head else 'model'
+    return sharding.placed(parameter_shapes(model, base), setup.mesh)
 
 
 def prompts(shape: Shape, where: Any = None) -> Prompts:

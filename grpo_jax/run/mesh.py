@@ -11,6 +11,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from grpo_jax import models, sharding
+from grpo_jax.engine import sampling_params
+from grpo_jax.types import Params
 
 log = logging.getLogger('grpo_jax')
 
@@ -82,6 +84,58 @@ def make_mesh(config: ConfigDict) -> Mesh:
     return mesh
 
 
+def make_sampling_mesh(config: ConfigDict, model: models.Transformer, mesh: Mesh) -> Mesh:
+    """The mesh that completions are sampled on: that of the run, or one with a longer tensor axis.
+
+    Where a copy of the parameters takes more than 30 % of a device's memory, so many devices share
+    one that it takes at most 15 %, but no more than there are key/value heads: beyond, each cache
+    would be on several devices. A decode step reads less on each device then, and sends little.
+
+    Raises:
+      ValueError: `mesh.sampling_tensor` does not fit the mesh, the heads or `mesh.gather`.
+    """
+    c, tensor = config.mesh, mesh.shape['tensor']
+    sizes = sharding.tensor_sizes(mesh, model.config.heads, model.config.kv_heads)
+    if (wanted := c.sampling_tensor) is not None:
+        if wanted not in sizes:
+            raise ValueError(
+                f'mesh.sampling_tensor={wanted} does not fit a mesh of {dict(mesh.shape)} and '
+                f'{model.config.heads} query heads with {model.config.kv_heads} key/value heads: '
+                f'use one of {", ".join(map(str, sizes))}'
+            )
+        if c.gather is False and wanted > tensor:
+            raise ValueError(
+                f'mesh.gather=False has no effect with mesh.sampling_tensor={wanted}, with which '
+                'the parameters are copied once per rollout: remove one of them'
+            )
+        return sharding.with_tensor(mesh, wanted)
+    memory = memory_of(mesh)
+    if c.gather is not None or memory is None or sharding.data_devices(mesh) == 1:
+        return mesh
+    shapes = sampling_params.convert.eval_shape(
+        parameter_shapes(model, model.config.lora.base), dtype=model.config.dtype,
+        weights=config.grpo.weights, unroll=False,
+    )  # fmt: skip
+    if sampling_params.bytes_of_copy(shapes, mesh) <= sampling_params.COPY_SHARE * memory:
+        return mesh
+    chosen = mesh
+    for size in [size for size in sizes if size <= model.config.kv_heads]:
+        found = sharding.with_tensor(mesh, size)
+        share = sampling_params.bytes_of_copy(shapes, found) / memory
+        if share <= sampling_params.COPY_SHARE:
+            chosen = found
+        if share <= sampling_params.COPY_SHARE / 2:
+            break
+    return chosen
+
+
+def parameter_shapes(model: models.Transformer, base: str = 'model') -> Params:
+    """Abstract parameters of a model, those of a frozen base as `model.lora.base` says."""
+    shapes = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
+    quantized: Params = jax.eval_shape(lambda params: models.quantize_base(params, base), shapes)
+    return quantized
+
+
 def splittable_group(config: ConfigDict) -> int:
     """Completions of a group of the `grpo` section that the mesh may split.
 
@@ -99,8 +153,7 @@ def check_model(model: models.Transformer, mesh: Mesh) -> None:
     sharding.check_heads(model.config.heads, model.config.kv_heads, mesh)
     if mesh.size == 1:
         return
-    params = jax.eval_shape(lambda: models.init_params(model, jax.random.key(0)))
-    copied = sharding.not_split(params, mesh)
+    copied = sharding.not_split(parameter_shapes(model), mesh)
     if copied:
         log.warning(
             'each device holds copies of parameters with sizes that the mesh does not divide: %s',

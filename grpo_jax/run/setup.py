@@ -23,7 +23,7 @@ from grpo_jax.run.defaults import defaults
 from grpo_jax.run.errors import renamed
 from grpo_jax.run.inputs import Inputs
 from grpo_jax.run.interaction import make_environment, make_renderer
-from grpo_jax.run.mesh import check_model, is_described, make_mesh
+from grpo_jax.run.mesh import check_model, is_described, make_mesh, make_sampling_mesh
 from grpo_jax.run.output_file import new_folder
 from grpo_jax.run.start import Start
 from grpo_jax.run.tokenization import bind_chat_template, end_ids, hidden_ids, vocabulary
@@ -44,6 +44,7 @@ class Setup:
     config: ConfigDict
     workdir: pathlib.Path
     mesh: jax.sharding.Mesh
+    sampling_mesh: jax.sharding.Mesh  # of the same devices
     model: models.Transformer
     tokenizer: Any
     ends: np.ndarray  # i32[E], tokens that end a completion
@@ -82,11 +83,12 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     check_token_ids(ends, tokenizer, model.config.vocab_size)
     hidden = hidden_ids(config, tokenizer, ends)
     renderer = make_renderer(config, tokenizer, hidden) if environment else None
-    sampler = _make_sampler(config, mesh, model, tokenizer, ends, hidden)
+    sampling_mesh = make_sampling_mesh(config, model, mesh)
+    sampler = _make_sampler(config, sampling_mesh, model, tokenizer, ends, hidden)
     reward_model = _reward_model(config, model, tokenizer)
     return Setup(
-        config, workdir, mesh, model, tokenizer, ends, hidden, sampler, source, reward_model,
-        environment=environment, renderer=renderer,
+        config, workdir, mesh, sampling_mesh, model, tokenizer, ends, hidden, sampler, source,
+        reward_model, environment=environment, renderer=renderer,
     )  # fmt: skip
 
 

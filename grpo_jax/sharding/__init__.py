@@ -31,7 +31,9 @@ from grpo_jax.sharding.mesh import (
     data_devices,
     make_mesh,
     mesh_sizes,
+    tensor_sizes,
     use,
+    with_tensor,
 )
 from grpo_jax.sharding.parameters import (
     HOST,
@@ -51,6 +53,6 @@ __all__ = [
     'by_axes', 'check_batch', 'check_heads', 'check_host_memory', 'chip_of', 'choose_completions',
     'data_devices', 'groups', 'join_groups', 'make_mesh', 'memory_of', 'mesh_sizes', 'not_split',
     'on_device', 'on_each_data_device', 'placed', 'put', 'put_groups', 'put_rollout', 'replicated',
-    'rollout_shardings', 'shardings', 'slices_of', 'split_groups', 'use', 'whole_groups',
-    'whole_over_data',
+    'rollout_shardings', 'shardings', 'slices_of', 'split_groups', 'tensor_sizes', 'use',
+    'whole_groups', 'whole_over_data', 'with_tensor',
 ]  # fmt: skip

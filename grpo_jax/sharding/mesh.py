@@ -52,6 +52,38 @@ def make_mesh(
     return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def with_tensor(mesh: Mesh, tensor: int) -> Mesh:
+    """The same devices with more of them along `tensor`, and so fewer along the data axes.
+
+    Those that split a group are taken first. The order of the devices stays, so that a program can
+    take arrays of both meshes.
+
+    Args:
+      mesh: from `make_mesh`.
+      tensor: one of `tensor_sizes`.
+    """
+    groups, completions, before = mesh.devices.shape
+    factor = tensor // before
+    of_group = math.gcd(completions, factor)
+    shape = groups * of_group // factor, completions // of_group, tensor
+    return Mesh(mesh.devices.reshape(shape), AXES, axis_types=mesh.axis_types)
+
+
+def tensor_sizes(mesh: Mesh, heads: int, kv_heads: int) -> list[int]:
+    """The sizes of `tensor` that `with_tensor` can make and whose devices hold whole heads.
+
+    Args:
+      mesh: from `make_mesh`.
+      heads: of queries.
+      kv_heads: of keys and values.
+    """
+    groups, completions, tensor = mesh.devices.shape
+    factors = {completions * n for n in range(1, groups + 1) if groups % n == 0}
+    factors |= {n for n in range(1, completions + 1) if completions % n == 0}
+    sizes = sorted(tensor * n for n in factors)
+    return [size for size in sizes if _heads_fit(size, heads, kv_heads)]
+
+
 def mesh_sizes(fsdp: int, tensor: int, devices: int) -> tuple[int, int]:
     """The sizes with a number for -1, which one of them may be.
 
@@ -104,16 +136,17 @@ def check_heads(heads: int, kv_heads: int, mesh: Mesh | None) -> None:
       ValueError: they cannot; the message lists the sizes that work.
     """
     tensor = 1 if mesh is None else mesh.shape['tensor']
-
-    def fits(size: int) -> bool:
-        return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
-
-    if not fits(tensor):
-        works = ', '.join(str(size) for size in range(1, heads + 1) if fits(size))
+    if not _heads_fit(tensor, heads, kv_heads):
+        sizes = range(1, heads + 1)
+        works = ', '.join(str(size) for size in sizes if _heads_fit(size, heads, kv_heads))
         raise ValueError(
             f'mesh tensor={tensor} does not divide {heads} query heads with {kv_heads} key/value '
             f'heads: use one of {works}'
         )
+
+
+def _heads_fit(size: int, heads: int, kv_heads: int) -> bool:
+    return heads % size == 0 and (kv_heads % size == 0 or size % kv_heads == 0)
 
 
 @contextlib.contextmanager

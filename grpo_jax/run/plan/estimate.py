@@ -23,7 +23,7 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from grpo_jax import models, sharding
-from grpo_jax.engine import decode, sampling_params
+from grpo_jax.engine import compaction, decode
 from grpo_jax.engine.calls import Call
 from grpo_jax.engine.compute import ComputePlan
 from grpo_jax.run.plan.costs import Costs, Speed
@@ -106,10 +106,14 @@ def _parameters(call: Call) -> float:
 
 def _result_shardings(call: Call, shapes: Any, mesh: Mesh) -> Any:
     """Those of weights, and of completions, whose axis is split over the devices."""
-    if call.program is sampling_params.convert:
-        if 'mesh' in call.options:
-            return sharding.whole_over_data(shapes, mesh)
+    sampled_on = call.options.get('mesh')
+    if 'weights' in call.options:  # a conversion
+        if sampled_on is not None:
+            return sharding.whole_over_data(shapes, sampled_on)
         return sharding.shardings(shapes, mesh)
+    mesh = sampled_on or mesh
+    if call.program in (decode.grow_cache, compaction.keep_slots, compaction.copy_prompts):
+        return call.arguments[0].sharding
 
     def of_array(path: Any, x: Any) -> NamedSharding:
         axis = int(any(getattr(key, 'name', '') == 'cache' for key in path))

@@ -91,7 +91,7 @@ def make_plan(
     progress: Callable[[str], None] = lambda line: None,
     known: dict[str, Any] | None = None,
 ) -> Plan:
-    """Checks a config, and compiles the programs of its run, two at a time.
+    """Checks a config, and compiles the programs of its run.
 
     Args:
       config: with every key of `defaults()`.
@@ -107,13 +107,18 @@ def make_plan(
     """
     memory = topology.memory if topology.limited else None
     with tempfile.TemporaryDirectory() as folder, mesh.described(topology.devices, memory):
+        if not workdir:  # a run of its own, which need not reach the checkpoints of another
+            config = config.copy_and_resolve_references()
+            config.checkpoint.folder = ''
         setup, stages = prepare_run(config, workdir or folder)
         compiler = Compiler(topology, known, progress)
         with used(compiler):
             plans = [
                 _plan_stage(compiler, setup, stage, only, report) for stage in _distinct(stages)
             ]
-        return Plan(topology, dict(setup.mesh.shape), plans)
+        sampling_tensor = setup.sampling_mesh.shape['tensor']
+        shape = {**setup.mesh.shape, 'sampling_tensor': sampling_tensor}
+        return Plan(topology, shape, plans)
 
 
 def list_programs(setup: Setup, stage: Stage) -> dict[str, str]:

@@ -69,7 +69,8 @@ def programs_of(setup: Setup, stage: Stage, results: Results) -> Iterator[Progra
 
     A sampler has a program for each length of its caches and number of completions that are still
     decoded. Compiled are those of the first block of columns, which reads the prompts, of the
-    last block with all completions, and the largest growth and compaction of the caches.
+    last block with all completions, and the largest growth and compaction of the caches with the
+    copies of prompts' caches, each of which changes one array at a time.
 
     Args:
       setup: the run.
@@ -139,14 +140,15 @@ def _sampler(
 
     def build(move: Move) -> tuple[Call, dict[str, Any]]:
         params, on_devices = weights()
-        return sample.call(move, params, results(first)), on_devices
+        made = results(first)
+        return sample.call(move, params, made), on_devices | sample.beside(move, made)
 
     width = sample.calls.first_width
     first = Program(f'{name}, prompts and first block', build_first, width, per_step)
     yield first
     largest = {m.kind: m for m in sorted(sample.moves, key=lambda m: (m.size, m.after))}
     for move in sample.moves:
-        is_largest = move == largest[move.kind]
+        is_largest = move == largest[move.kind] and move.kind != 'choice'  # which has no caches
         of_block = move.kind == 'block' and is_largest
         times = per_step * (sample.blocks if of_block else 0)
         columns = sample.shape[3] - sample.blocks * sample.calls.block if of_block else 0

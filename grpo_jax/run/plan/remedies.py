@@ -96,6 +96,8 @@ def _changes(config: ConfigDict, plan: Plan, failing: set[str]) -> Iterator[Chan
     evaluations = [name for name in failing if ': evaluation' in name]
     if evaluations and config.eval.batch_size > 1:
         yield Change({'eval.batch_size': max(1, config.eval.batch_size // 4)})
+    if any('sampler' in kind for kind in failing):
+        yield Change({'mesh.sampling_tensor': plan.mesh['sampling_tensor'] * 2})
     tensor = plan.mesh['tensor'] * 2
     if tensor <= len(plan.topology.devices):
         yield Change(free | {'mesh.fsdp': -1, 'mesh.tensor': tensor})

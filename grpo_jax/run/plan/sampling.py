@@ -30,8 +30,9 @@ class Move(NamedTuple):
     """A program that follows the first one.
 
     Attributes:
-      kind: 'compaction', 'growth' of the caches, a 'block' of columns, or an environment's
-        'replies'.
+      kind: 'choice' of the completions that go on, 'compaction' of an array of their caches,
+        'copies' of an array of their prompts' caches, 'growth' of an array of the caches, a 'block'
+        of columns, or an environment's 'replies'.
       before: the shape of the slots, and the columns of their caches.
       after: the same of its results.
       tokens: of the replies.
@@ -70,9 +71,9 @@ class Sample:
     def calls(self) -> SamplerCalls:
         """The calls, for the platform of the run's mesh."""
         setup, (_, group_size, _, columns) = self.setup, self.shape
-        with sharding.use(setup.mesh):
+        with sharding.use(setup.sampling_mesh):
             return SamplerCalls(
-                setup.model, setup.mesh, group_size, columns, record=self.record,
+                setup.model, setup.sampling_mesh, group_size, columns, record=self.record,
                 turns=setup.environment is not None,
             )  # fmt: skip
 
@@ -83,12 +84,12 @@ class Sample:
     def first(self, params: Params) -> Call:
         """The call that reads the prompts and decodes the first columns."""
         setup, groups = self.setup, self.shape[0]
-        where = sharding.whole_groups(groups, setup.mesh)
+        where = sharding.whole_groups(groups, setup.sampling_mesh)
         ends: Any
         ends, table = stopping(setup.config, setup.model, setup.tokenizer, setup.ends, setup.hidden)
         stops: Any = None
         if table is not None:
-            everywhere = sharding.replicated(setup.mesh)
+            everywhere = sharding.replicated(setup.sampling_mesh)
             stops = jax.ShapeDtypeStruct(table.shape, table.dtype, sharding=everywhere)
         prompts = abstract.prompts(self.shape, where)
         sampling = without_inactive(self.sampling)
@@ -111,7 +112,7 @@ class Sample:
         found: dict[Move, None] = {}
         if calls.first_width == calls.max_tokens and not calls.turns:
             return []
-        reached = [(first_shape(groups, group_size, self.setup.mesh), calls.first_width)]
+        reached = [(first_shape(groups, group_size, self.setup.sampling_mesh), calls.first_width)]
         for now, width in reached:  # which grows
             for columns in [width, *self._widths_after(width)]:
                 for shape in sorted(set(_shapes_after(now, prompt, columns))):
@@ -119,7 +120,8 @@ class Sample:
                         continue
                     plain = shape._replace(apart=False)
                     if shape != now:
-                        found[Move('compaction', (now, width), (shape, width))] = None
+                        for kind in ('choice', 'compaction', 'copies')[: 2 + shape.apart]:
+                            found[Move(kind, (now, width), (shape, width))] = None
                     if columns > width:
                         found[Move('growth', (plain, width), (plain, columns))] = None
                     block = (plain, columns)
@@ -164,27 +166,63 @@ class Sample:
         if calls.turns:
             over = self._of_completions(jnp.bool)
             pause = NEVER_COMPACT, jax.ShapeDtypeStruct((), jnp.int32)
-        if move.kind == 'compaction':
-            return calls.compaction(inputs, slots, move.after[0], over)
+        (now, _), (shape, columns) = move.before, move.after
+        if move.kind == 'choice':
+            return calls.choice(inputs, slots, shape, over)
+        if move.kind in ('compaction', 'copies'):
+            kept = self._of_devices(jnp.int32, shape.groups * shape.rows)
+            if move.kind == 'compaction':
+                return calls.compaction(slots.cache.k, kept, now, shape)
+            return calls.copies(inputs.cache.k, kept, now, shape)
         if move.kind == 'growth':
-            return calls.growth(slots, move.after[1])
+            return calls.growth(slots.cache.k, now, columns)
         if move.kind == 'replies':
             rows = episodes.reply_rows(move.tokens, move.before[0])
             replies = self._of_completions(jnp.int32, move.tokens), self._of_completions(jnp.int32)
             return calls.replies(params, inputs, slots, state, replies, rows)
-        return calls.block_to(params, inputs, slots, state, move.after[1], pause=pause)
+        return calls.block_to(params, inputs, slots, state, columns, pause=pause)
+
+    def beside(self, move: Move, results: Any) -> dict[str, Any]:
+        """Abstract arrays that are on the devices beside those of a move's call, by what they are.
+
+        Of caches, one array at a time is changed: beside the first one the others are as before,
+        beside the last one they are as after. It is the larger of both.
+
+        Args:
+          move: one of `moves`.
+          results: of the first block's call, abstract arrays.
+        """
+        if move.kind not in ('compaction', 'copies', 'growth'):
+            return {}
+        inputs, _, slots, state = results
+        sizes = move.before, move.after
+        before, after = ([x.cache for x in self._at(inputs, slots, *size)] for size in sizes)
+        if move.kind == 'copies':
+            changed, others = (before[0], after[0]), after[1]
+        else:
+            changed, others = (before[1], after[1]), before[0]
+        rest = max((jax.tree.leaves(cache)[1:] for cache in changed), key=_elements)
+        return {'other caches': (rest, others), 'tokens so far': state}
 
     def _of_completions(self, dtype: Any, *axes: int) -> Any:
         """An abstract array [devices, n, ...] of each device's completions."""
-        devices = sharding.data_devices(self.setup.mesh)
-        shape = devices, self.shape[0] * self.shape[1] // devices, *axes
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding.groups(self.setup.mesh))
+        total = self.shape[0] * self.shape[1]
+        return self._of_devices(
+            dtype, total // sharding.data_devices(self.setup.sampling_mesh), *axes
+        )
+
+    def _of_devices(self, dtype: Any, *axes: int) -> Any:
+        """An abstract array [devices, ...] that is split over them."""
+        shape = sharding.data_devices(self.setup.sampling_mesh), *axes
+        return jax.ShapeDtypeStruct(
+            shape, dtype, sharding=sharding.groups(self.setup.sampling_mesh)
+        )
 
     def _at(
         self, inputs: DecodeInputs, slots: Slots, shape: SlotShape, width: int
     ) -> tuple[DecodeInputs, Slots]:
         """Inputs and slots of other sizes."""
-        groups = shape.groups * sharding.data_devices(self.setup.mesh)
+        groups = shape.groups * sharding.data_devices(self.setup.sampling_mesh)
         cache = jax.tree.map(lambda x: _resized(x, {1: groups}), inputs.cache)
         prompts = jax.tree.map(lambda x: _resized(x, {0: groups}), inputs.prompts)
         sizes = {1: groups, 2: shape.rows, 4: width}
@@ -211,6 +249,10 @@ def _halvings(size: int) -> list[int]:
     while sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // 2))
     return sizes
+
+
+def _elements(arrays: list[Any]) -> int:
+    return sum(x.size for x in arrays)
 
 
 def _resized(x: Any, sizes: dict[int, int]) -> Any:
