@@ -36,7 +36,7 @@ jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_disable_most_optimizations', True)
 # No deadlines, the same examples every time; --hypothesis-profile=ci tries a hundred of them.
 hypothesis.settings.register_profile(
-    'short', hypothesis.settings.get_profile('ci'), max_examples=40
+    'short', hypothesis.settings.get_profile('ci'), max_examples=30
 )
 # A process of so many programs has over a million objects, and Python would go through them often.
 gc.set_threshold(200_000, 20, 20)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 
 from benchmarks import (
     accuracy,
@@ -79,7 +80,7 @@ def test_blocks_of_the_sampler(ours, tmp_path):
     assert kernels.longest(tmp_path, 10) == ['no accelerator ran anything']
 
 
-@pytest.mark.parametrize('late', [0, 1])
+@pytest.mark.parametrize('late', tiny.some_slow([0, 1], 0))
 def test_accuracy_of_attention(late, monkeypatch):
     """Rounding is within the tolerance, and a kernel that reads a column too many is not."""
 

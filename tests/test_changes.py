@@ -238,6 +238,7 @@ def test_another_data_set_has_options_of_its_own(finished, tmp_path, monkeypatch
 # Adapters
 
 
+@pytest.mark.slow
 def test_merged_and_adapter_exports_of_a_trained_run_agree(tmp_path, monkeypatch):
     """W + alpha / r * B A of the adapter export is the merged export, in NumPy."""
     from safetensors.numpy import load_file

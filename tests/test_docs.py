@@ -198,6 +198,7 @@ def test_every_metric_is_defined():
     assert not [metric for metric in used if f'`{metric}`' not in documented]
 
 
+@pytest.mark.slow
 def test_the_site_builds(tmp_path):
     """Offline, with warnings as errors; pages have their generated parts and formulas."""
     environment = os.environ | {'JAX_PLATFORMS': 'cpu', 'NO_MKDOCS_2_WARNING': '1'}

@@ -44,6 +44,7 @@ def benchmark(module, **options):
         flags.FLAGS.unparse_flags()
 
 
+@pytest.mark.slow
 def test_gsm8k_from_folder_to_folder(tmp_path, command, capfd):
     folder = pathlib.Path(os.environ.get('GRPO_JAX_DATA_DIR', ''))
     if not (folder / 'gsm8k' / 'train.jsonl').is_file():

@@ -140,7 +140,7 @@ OPTIONS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize('name', tiny.some_slow(OPTIONS, *list(OPTIONS)[:2]))
+@pytest.mark.parametrize('name', tiny.some_slow(OPTIONS, *OPTIONS))
 def test_options_of_the_sampler(model, params, prompts, name):
     """Blocks and the times of replies change no token; sampler and scorer agree."""
     options = OPTIONS[name]

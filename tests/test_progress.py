@@ -110,7 +110,7 @@ def run(events, workdir, *, every=STEPS, start=0, sampled=None, skipped=(0,) * S
         step=step, sample=sample, collect=collect, policy=lambda state, initial: int(state.step),
         finish=None, heldout=heldout if 'eval_every' in options else None, **options,
     )  # fmt: skip
-    config = SimpleNamespace(checkpoint=SimpleNamespace(every=every), health=health)
+    config = SimpleNamespace(checkpoint=SimpleNamespace(every=every, folder=''), health=health)
     setup = SimpleNamespace(config=config, workdir=workdir, environment=None)
     state = TrainState(start, params, None, skipped=0)
     snapshot = Snapshot(state, Position(start, 10 * start), sampled)

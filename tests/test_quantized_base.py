@@ -442,7 +442,8 @@ def config_of(workdir, kind):
     return config
 
 
-@pytest.mark.parametrize('kind', tiny.some_slow(KINDS, 'int8'))
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', KINDS)
 def test_a_run(kind, finished, tmp_path, compiled_once):
     workdir = tmp_path / 'run'
     runs.train(config_of(finished, kind), workdir)

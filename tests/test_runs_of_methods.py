@@ -273,6 +273,7 @@ def test_the_greedy_completions_are_the_baseline(trained):
     assert tiny.gap(params, newest(workdir)['params']) > 1e-4
 
 
+@pytest.mark.slow
 def test_a_trust_region_bounds_the_step(trained):
     for row in metrics(trained('trpo')):
         assert row['trust_region/accepted'] == 1
@@ -421,6 +422,7 @@ def test_replayed_groups_are_those_of_the_first_iteration(trained):
 STOPS = [('reward-2', 1), ('grpo-2', 1)]
 
 
+@pytest.mark.slow
 def test_a_stopped_run_ends_as_an_unbroken_one(trained, tmp_path, monkeypatch):
     """To the last bit, stopped in both stages of the second iteration."""
     write, stops = report.Records.metrics, list(STOPS)
@@ -556,6 +558,7 @@ def test_what_does_not_fit_is_said_before_anything_is_computed(change, message, 
     assert checkpoint.check_workdir(str(tmp_path / 'run'), get_config())
 
 
+@pytest.mark.slow
 def test_a_run_records_support_and_experts(tmp_path):
     """Two batches are joined and one half of the pairs is selected, with what was recorded."""
     config = get_config('dpo', refill=1, record=('support', 'routing'))

@@ -372,6 +372,7 @@ def nothing(learning_rate):
 """
 
 
+@pytest.mark.slow
 def test_optimizers_by_their_path(tmp_path, monkeypatch, finished):
     """One of optax and one of a file; a stopped run goes on with them."""
     (tmp_path / 'my_optimizers.py').write_text(MY_OPTIMIZERS)

@@ -117,6 +117,7 @@ def test_an_update_is_the_same(name, rollout, rewards):
         np.testing.assert_allclose(metrics[1][key], value, rtol=1e-4, atol=1e-5, err_msg=key)
 
 
+@pytest.mark.slow
 def test_an_update_on_a_mesh(model, params, rollout, rewards):
     """The new state has the layout of that of a scan."""
     mesh = sharding.make_mesh(fsdp=2, tensor=2)

@@ -66,7 +66,8 @@ def sample_blocks(
       group_size: G.
       max_tokens: T.
       stops: i32[states, V] from `data.stop_table`, for strings that end a completion.
-      mesh: the devices; with one, prompts are sharded as `sharding.put_groups` does.
+      mesh: the devices; with one, prompts are sharded as `sharding.put_groups` does. The parameters
+        may be on another mesh of the same devices, see `sharding.with_tensor`.
       block: columns per block; 0: chosen by `decode.block_size`.
       weights: 'model', or 'int8': matrices are quantized first (`models.quantize`), and tokens and
         log-probs are those of the quantized model. A decode step reads half the bytes of bfloat16.
