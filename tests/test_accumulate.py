@@ -89,7 +89,9 @@ CUTS = {
 }
 
 
-@pytest.mark.parametrize('name', tiny.some_slow(CUTS, 'packed', 'packed, of several microbatches'))
+@pytest.mark.parametrize(
+    'name', tiny.some_slow(CUTS, 'trimmed', 'packed', 'packed, of several microbatches')
+)
 def test_a_cut_changes_no_number(name):
     for seed in range(3):
         batch = make_batch(seed)

@@ -107,6 +107,7 @@ def test_slots_are_refilled():
     assert seconds(1, 1) == 6
 
 
+@pytest.mark.slow
 def test_bare_programs_compute_what_ours_do(ours):
     result = floors.check(ours)
     assert result['logprob_difference'] < floors.TOLERANCE

@@ -191,6 +191,7 @@ def test_a_service_that_refuses_is_an_error_at_the_start(services, monkeypatch, 
         pass
 
 
+@pytest.mark.slow
 def test_steps_are_counted_over_the_stages(tmp_path):
     POINTS.clear()
     config = runs.get_config()

@@ -270,6 +270,7 @@ def test_unknown_weights(model, params, rollout):
         completions(model, params, rollout.prompts, weights='int4')
 
 
+@pytest.mark.slow
 def test_samples_on_a_mesh():
     """Their matrices lie like those that they are made from."""
     model = tiny.make_model(vocab_size=72, attention_bias=True, tied_head=False)

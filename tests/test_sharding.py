@@ -360,6 +360,7 @@ def test_ten_steps_on_a_mesh(shape):
         assert metrics[name] == pytest.approx(value, abs=1e-5, rel=1e-5), name
 
 
+@pytest.mark.slow
 def test_samples_on_a_mesh():
     expected = alone()[2]
     mesh = mesh_of((4, 2))

@@ -414,6 +414,7 @@ def test_no_buffer_of_full_logits():
     assert temporary > 4 * full
 
 
+@pytest.mark.slow
 def test_a_larger_vocabulary_costs_its_head_and_one_chunk():
     """Temporary memory is the sum of the head's gradient and a chunk's logits.
 
