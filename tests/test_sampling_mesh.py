@@ -110,6 +110,15 @@ def test_no_device_holds_all_of_a_parameter(shape, tensor):
     assert found == pytest.approx((whole - scales) / tensor + scales, rel=0.02)
 
 
+def test_parameters_of_another_mesh_are_always_copied():
+    mesh = make_mesh(8)
+    params = sharding.placed(tiny.shapes(tiny.make_model()), mesh)
+    with pytest.raises(ValueError, match='gather=False has no effect on parameters of another'):
+        sampling_params.conversion(
+            params, 'float32', 'model', False, mesh=sharding.with_tensor(mesh, 2), gather=False
+        )
+
+
 def config_of(**values):
     config = defaults()
     config.mesh.update(values)
@@ -168,14 +177,18 @@ def test_what_does_not_fit_is_an_error():
     ],
 )
 def test_a_run_has_the_completions_of_one_on_the_mesh_of_its_updates(changes, tmp_path):
+    printed = {}
+
     def trained(name, sampling_tensor):
         config = host_runs.get_config()
         config.mesh.update(fsdp=4, sampling_tensor=sampling_tensor)
         config.grpo.steps = 2
         for key, value in changes.items():
             set_value(config, key, value)
-        runs.train(config, tmp_path / name)
+        printed[name] = runs.train(config, tmp_path / name)
         return host_runs.rows(tmp_path / name / 'completions.jsonl')
 
     assert trained('ours', 2) == trained('theirs', None)
+    assert printed['ours'].startswith('sampling: mesh.sampling_tensor=2 devices share a copy')
+    assert 'sampling:' not in printed['theirs']
     assert host_runs.largest_difference(tmp_path / 'ours', tmp_path / 'theirs', 'grpo') <= 1e-6

@@ -15,6 +15,7 @@ from grpo_jax.sharding import data_devices
 from grpo_jax.types import Params
 
 COPY_SHARE = 0.3  # of a device's memory, for a copy of the parameters; caches need the rest
+_STATIC = ('dtype', 'weights', 'unroll', 'mesh')
 
 
 def sampling_params(
@@ -38,7 +39,8 @@ def sampling_params(
         None: if a copy fits, see `gathers`.
 
     Raises:
-      ValueError: gather=True where there is one such device.
+      ValueError: gather=True where there is one such device, or gather=False with parameters of
+        another mesh, which are always copied.
     """
     call = conversion(params, dtype, weights, unroll, mesh=mesh, gather=gather)
     return params if call is None else completed(params, call.run())
@@ -62,6 +64,8 @@ def conversion(
     moved = mesh is not None and _mesh_of(params) not in (None, mesh)
     if gather and data_devices(mesh) == 1 and not moved:
         raise ValueError('gather=True has no effect on one device: remove it')
+    if gather is False and moved:
+        raise ValueError('gather=False has no effect on parameters of another mesh: remove it')
     options = {'dtype': dtype, 'weights': weights, 'unroll': unroll}
     shapes = convert.eval_shape(params, **options)  # traced once
     if moved:
@@ -159,5 +163,4 @@ def _convert(
         return sharding.by_axes(params)
 
 
-_STATIC = ('dtype', 'weights', 'unroll', 'mesh')
 convert = jax.jit(_convert, static_argnames=_STATIC)

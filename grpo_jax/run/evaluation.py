@@ -64,7 +64,7 @@ class _Completions(NamedTuple):
     ended: Bool[np.ndarray, 'N G']
     length: Int[np.ndarray, 'N G']  # tokens
     scores: Float[np.ndarray, 'N G'] | None  # of the reward model
-    episodes: list[dict[str, Any]]  # with an environment, of each completion
+    episodes: list[dict[str, Any]]  # with an environment, of each greedy answer
 
 
 def answer_problems(
@@ -279,8 +279,9 @@ def _complete(
         else:
             rollout = sample(prompts, book=kept)
             graded = grade(rollout, count, books=[kept])
-            turns = graded.texts.turns or []
-            episodes = list(turn_records(on_host(rollout, count), turns, [kept]))
+            if graded.total.shape[1] == 1:  # of greedy answers alone
+                turns = graded.texts.turns or []
+                episodes = list(turn_records(on_host(rollout, count), turns, [kept]))
         texts, total = graded.texts, np.asarray(graded.total)
         scores = None if rank is None else rank(rollout, texts).reshape(total.shape)
         host: Any = hosts.fetch((rollout.ended, rollout.policy_mask))

@@ -93,6 +93,9 @@ def _train(config: ConfigDict, workdir: str, *, extend: bool, override: bool) ->
     hosts.from_first(lambda: checkpoint.remove_failed_try(path, setup.config), 'cleaning up')
     if setup.config.start and not any(checkpoint.steps_of_stages(path, folder).values()):
         hosts.say(f'begins from {setup.config.start}')
+    if setup.sampling_mesh != setup.mesh:
+        devices = setup.sampling_mesh.shape['tensor']
+        hosts.say(f'sampling: mesh.sampling_tensor={devices} devices share a copy of the weights')
     with (
         compiled.kept_in(path / 'cache'),
         compiled.trimmed(),
