@@ -5,7 +5,8 @@
 Each function of `hostile_rewards` is called in the process of the run and in isolated workers, on
 all completions, and with `on_error='none'` on each completion alone, where those with a '=' set it
 off. A run that has not done all of its steps has to end with another status than 0, in one line;
-the steps that it has done have to be in a checkpoint. With 'none' the run has to go on.
+the steps that it has done have to be in a checkpoint, unless the function has crashed the run's own
+process. With 'none' the run has to go on.
 """
 
 import argparse
@@ -83,6 +84,8 @@ def attempt(name, mode, folder):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
     status = os.waitstatus_to_exitcode(found[1])
+    if status < 0:  # the line is written after the end of the process
+        time.sleep(2)
     text = output.read_text(errors='replace')
     lines = [line for line in re.split('[\r\n]+', text) if line.startswith('error: ')]
     path = workdir / 'metrics.jsonl'
@@ -97,11 +100,12 @@ def problem(mode, status, lines, done, saved, traced):
         return '' if done == saved == STEPS and not traced else 'status 0 of an unfinished run'
     if mode == 'none':
         return 'the run has not gone on'
-    if status < 0:  # the function has ended the process itself
-        return '' if mode == 'inside' else 'a worker has ended the run'
-    if saved != done:
+    if status < 0 and mode != 'inside':
+        return 'a worker has ended the run'
+    if saved != done and status > 0:  # a killed process has not finished what it was saving
         return 'steps are not saved'
-    return '' if status == 2 and len(lines) == 1 and not traced else 'not one line'
+    as_it_ends = status == 2 or status < 0  # the function crashed, or the watchdog killed it
+    return '' if as_it_ends and len(lines) == 1 and not traced else 'not one line'
 
 
 def main(folder, names):

@@ -203,3 +203,30 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
         message = rf"workdir '{workdir}' cannot be written to \({reason}\): name another folder"
         with pytest.raises(ValueError, match=message):
             checkpoint.check_workdir(str(workdir), runs.get_config())
+
+
+@pytest.mark.parametrize(
+    ('error', 'kind', 'message'),
+    [
+        (
+            TypeError("'NoneType' object is not callable"),
+            ValueError,
+            'was not written (TypeError: ',
+        ),
+        (PermissionError(13, 'Permission denied', '/x'), PermissionError, "denied: '/x'"),
+        (RuntimeError('/x: No space left on device'), RuntimeError, 'No space left'),
+    ],
+)
+def test_what_a_save_in_the_background_raised_is_one_line(
+    tmp_path, state, monkeypatch, error, kind, message
+):
+    manager = saved(tmp_path, {1: state})
+
+    def fail():
+        raise error
+
+    monkeypatch.setattr(manager, 'wait_until_finished', fail)
+    with pytest.raises(kind) as caught:
+        checkpoint.save(manager, 2, state)
+    assert message in str(caught.value)
+    assert (str(tmp_path) in str(caught.value)) == (kind is ValueError)

@@ -15,7 +15,8 @@ from grpo_jax.environments.failures import Failure, failures
 from grpo_jax.environments.forms import Form
 from grpo_jax.environments.printing import bounded, streams_by_thread
 from grpo_jax.environments.turns import Answer, EndedTurn, Reply, Turn
-from grpo_jax.rewards.deadlines import DeadlineExceeded, message
+from grpo_jax.rewards import watchdog
+from grpo_jax.rewards.deadlines import GRACE, DeadlineExceeded, message
 from grpo_jax.rewards.guards import restored
 
 log = logging.getLogger('grpo_jax')
@@ -23,6 +24,8 @@ log = logging.getLogger('grpo_jax')
 MOST_HUNG = 64  # threads that go on after their deadlines, beyond which nothing more is called
 CLOSE_SECONDS = 10.0  # for `close` of all episodes
 _BATCH = 256  # turns in one call of a function of batches
+
+_REMEDY = 'run what it calls in a process of its own'
 
 _hung: list[threading.Thread] = []
 
@@ -34,6 +37,7 @@ class _Call:
         self.episodes, self.texts, self.last = episodes, texts, last
         self.thread: threading.Thread | None = None
         self.started = 0.0
+        self.watched = -1  # its number, see `watchdog`
         self._end = threading.Lock()
 
     def ends(self) -> bool:
@@ -147,14 +151,19 @@ class Episodes:
             )
             for n in range(min(self._form.most_calls, len(closing)))
         ]
-        until = time.monotonic() + min(self._seconds, CLOSE_SECONDS)
+        seconds = min(self._seconds, CLOSE_SECONDS)
+        until, watched = time.monotonic() + seconds, self._watch(seconds)
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join(max(until - time.monotonic(), 0.0))
+        watchdog.end(watched)
         if left := sum(thread.is_alive() for thread in threads):
             log.warning('%s: %d calls of `close` do not end', self._what, left)
         self._guards.close()
+
+    def _watch(self, seconds: float) -> int:
+        return watchdog.begin(self._what, seconds + GRACE, _REMEDY)
 
     def _close_all(self, states: Sequence[Any]) -> None:
         with bounded(self._what):
@@ -185,9 +194,11 @@ class Episodes:
             call.thread = threading.Thread(
                 target=self._run, args=(call,), name=THREAD_NAME, daemon=True
             )
+            call.watched = self._watch(self._seconds)
             try:
                 call.thread.start()
             except RuntimeError as error:  # there are too many
+                watchdog.end(call.watched)
                 self._refuse(call, str(error))
                 continue
             self._running.append(call)
@@ -222,6 +233,7 @@ class Episodes:
 
     def _finish(self, call: _Call, replies: list[Reply] | Failure) -> None:
         self._running.remove(call)
+        watchdog.end(call.watched)
         if self._closed:
             return
         if isinstance(replies, list):

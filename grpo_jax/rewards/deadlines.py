@@ -2,7 +2,8 @@
 
 Python cannot kill a thread. In the main thread a function is interrupted by a signal whose handler
 raises: it ends Python code, regular expressions and waits such as `time.sleep`, but not code in C
-that never looks for signals. For that, and outside of the main thread, see `isolated`.
+that never looks for signals. Such a function ends the program, see `watchdog`, unless it is called
+in another process, see `isolated`.
 """
 
 import contextlib
@@ -15,6 +16,8 @@ from concurrent.futures import Future
 from types import FrameType
 from typing import TypeVar
 
+from grpo_jax.rewards.watchdog import exit_now, watched
+
 T = TypeVar('T')
 
 GRACE = 10  # seconds in which an interrupted function has to end
@@ -24,7 +27,6 @@ MAX_ABANDONED = 8  # threads that have not ended
 # From a thread, to end a wait. It is ignored by default, so that a late one does nothing.
 _SIGNAL = getattr(signal, 'SIGURG', None)
 _TICK = 0.5  # seconds of processor time between signals to code that lets no thread run
-_exit_now = os._exit  # reward functions may replace it
 
 _abandoned: list[threading.Thread] = []
 
@@ -50,9 +52,13 @@ def call_within(seconds: float, what: str, function: Callable[[], T]) -> T:
         CannotInterrupt: see `call_in_thread`.
     """
     if not seconds:
-        return function()
+        with watched(what, 0):
+            return function()
     if threading.current_thread() is threading.main_thread() and _SIGNAL is not None:
-        with _interrupted_after(seconds, what, _SIGNAL):
+        with (
+            watched(what, seconds + GRACE),
+            _interrupted_after(seconds, what, _SIGNAL),
+        ):
             return function()
     return call_in_thread(seconds, what, function)
 
@@ -81,12 +87,13 @@ def call_in_thread(seconds: float, what: str, function: Callable[[], T]) -> T:
 
     # The program ends without waiting for a daemon.
     thread = threading.Thread(target=run, name=THREAD_NAME, daemon=True)
-    thread.start()
-    try:
-        return result.result(seconds or None)
-    except TimeoutError:
-        if result.done():  # just now, or it raised this error itself
-            return result.result()
+    with watched(what, seconds and seconds + GRACE):
+        thread.start()
+        try:
+            return result.result(seconds or None)
+        except TimeoutError:
+            if result.done():  # just now, or it raised this error itself
+                return result.result()
     _abandoned[:] = [other for other in _abandoned if other.is_alive()] + [thread]
     if len(_abandoned) > MAX_ABANDONED:
         raise CannotInterrupt(
@@ -121,7 +128,7 @@ def _interrupted_after(seconds: float, what: str, number: signal.Signals) -> Ite
             'with isolated=True\n'
         )
         os.write(2, text.encode(errors='backslashreplace'))
-        _exit_now(2)
+        exit_now(2)
 
     numbers = (number, signal.SIGVTALRM)
     before = [signal.signal(each, interrupt) for each in numbers]

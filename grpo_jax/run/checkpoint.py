@@ -21,6 +21,7 @@ from grpo_jax.run.layout import checkpoints
 from grpo_jax.run.listing import find_checkpoint as find_checkpoint
 from grpo_jax.run.listing import steps_of_stages as steps_of_stages
 from grpo_jax.run.managers import clear_errors as clear_errors
+from grpo_jax.run.managers import finish_saves as finish_saves
 from grpo_jax.run.managers import open_manager as open_manager
 from grpo_jax.run.managers import open_to_read as open_to_read
 from grpo_jax.types import Params, Prompts, Rollout, TrainState
@@ -174,6 +175,10 @@ def save(
       sampled: rollout for the next step that was sampled from an older policy.
       position: JSON object with the stage's position in its data, see `rollouts.Position`.
       metrics: of the state, if the manager keeps the best one.
+
+    Raises:
+      OSError: see `finish_saves`, for the save before.
+      ValueError: see `finish_saves`.
     """
     rest = state._replace(params=None)
     items = {
@@ -185,6 +190,7 @@ def save(
         items['sampled'] = ocp.args.StandardSave(hosts.fetch(arrays))
     if position is not None:
         items['position'] = ocp.args.JsonSave(dict(position))
+    finish_saves(manager)  # Orbax would wait too, and raise whatever a thread has raised
     manager.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
 

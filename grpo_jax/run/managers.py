@@ -17,7 +17,7 @@ from orbax.checkpoint.checkpoint_managers import (
 )
 
 from grpo_jax.run.checksums import temporary_path_class
-from grpo_jax.run.errors import naming_file
+from grpo_jax.run.errors import is_disk_full, naming_file
 
 
 def open_manager(
@@ -58,6 +58,25 @@ def open_to_read(path: epath.PathLike) -> ocp.CheckpointManager:
         create=False, cleanup_tmp_directories=False, save_root_metadata=False
     )
     return ocp.CheckpointManager(path, options=options)
+
+
+def finish_saves(manager: ocp.CheckpointManager) -> None:
+    """Waits until the checkpoints that are written in the background are complete.
+
+    Raises:
+      OSError: one cannot be written.
+      ValueError: writing one failed in another way, as where a function of the user's has replaced
+        one of the standard library's meanwhile.
+    """
+    try:
+        manager.wait_until_finished()
+    except Exception as error:
+        if isinstance(error, OSError) or is_disk_full(error):
+            raise
+        raise ValueError(
+            f'{manager.directory}: a checkpoint was not written ({type(error).__name__}: {error}): '
+            'the same command goes on from the newest one that was'
+        ) from error
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
+from grpo_jax.rewards import watchdog
 from grpo_jax.run import hosts
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -57,7 +58,7 @@ def _handle(number: int, _: Any) -> None:
     name = signal.Signals(number).name
     if _state.received:
         os.write(2, f'{name}: ended at once\n'.encode())
-        os._exit(128 + number)
+        watchdog.exit_now(128 + number)
     _state.received = number
     what = 'ends all processes after this step' if hosts.count() > 1 else 'drops this step'
     os.write(2, f'{name}: {what} and saves the last; a second signal ends at once\n'.encode())

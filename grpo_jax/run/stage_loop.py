@@ -80,7 +80,7 @@ class StageLoop:
             self.records = records = self._open_records()
             stack.callback(records.close)
             stack.enter_context(signals.handled())
-            stack.callback(self.manager.wait_until_finished)
+            stack.callback(checkpoint.finish_saves, self.manager)
             bar = stack.enter_context(_progress_bar(stage, start))
             self.compilations = stack.enter_context(compiled.left_out(bar))
             health = Health(self.setup.config, self.setup.workdir, stage.name, stage.updates, start)
@@ -228,7 +228,7 @@ class StageLoop:
         try:
             if not full:
                 self._save_newest(error)
-            self.manager.wait_until_finished()
+            checkpoint.finish_saves(self.manager)
         except Exception as another:
             if not full:
                 log.warning(
@@ -255,7 +255,7 @@ class StageLoop:
 
     def _describe_stop(self, stopped: hosts.Stopped) -> str:
         """What is saved after a signal, and what to do; waits until it is written."""
-        self.manager.wait_until_finished()
+        checkpoint.finish_saves(self.manager)
         saved, step = self.manager.latest_step(), self.snapshot.position.step
         text = f'{self.stage.name}: stopped after step {step} by {stopped.name}'
         if not saved:

@@ -6,7 +6,6 @@ within seconds, with a line that names it, where JAX would wait for its heartbea
 """
 
 import contextlib
-import os
 import re
 import selectors
 import socket
@@ -30,6 +29,8 @@ class RollCallError(ValueError):
 
 def end_with(text: str) -> None:
     """Ends this process now, with a line on standard error."""
+    from grpo_jax.rewards import watchdog  # slow, and needed here alone
+
     sys.stdout.flush()
     print(
         f'error: {text}; this process ends too. Start the same command again in all processes: it '
@@ -37,7 +38,7 @@ def end_with(text: str) -> None:
         file=sys.stderr,
         flush=True,
     )
-    os._exit(LOST_STATUS)
+    watchdog.exit_now(LOST_STATUS)
 
 
 class RollCall:

@@ -138,22 +138,22 @@ def ending_together() -> Iterator[None]:
     except BaseException as error:
         if not jax.distributed.is_initialized() or is_in_all_processes(error):
             raise
+        from grpo_jax.rewards import output, watchdog  # slow, and needed here alone
+
         if isinstance(error, jax.errors.JaxRuntimeError):
             time.sleep(
                 5
             )  # if the reason is that another process ended, the roll call ends this one
         if isinstance(error, ValueError | OSError):
-            from grpo_jax.rewards.output import printable  # slow, and needed here alone
-
             for problem in problems_of(error):
-                print('error:', printable(' '.join(problem.split())), file=sys.stderr)
+                print('error:', output.printable(' '.join(problem.split())), file=sys.stderr)
         else:
             traceback.print_exception(error)
         if _roll_call is not None:
             _roll_call.announce(f'process {index()} failed: {type(error).__name__}: {error}')
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(2 if isinstance(error, ValueError | OSError) else 1)
+        watchdog.exit_now(2 if isinstance(error, ValueError | OSError) else 1)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,172 @@
+"""The process that ends a program which a function has left unable to go on, with a line."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+HEAD = """
+import ctypes, itertools, os, signal, sys, threading, time
+from grpo_jax.rewards import deadlines, watchdog
+deadlines.GRACE = watchdog.SILENCE = 1
+def holds_the_lock():
+    sum(itertools.repeat(0))
+def closes_descriptors():
+    os.closerange(0, 4096)
+def segfault():
+    ctypes.string_at(0)
+"""
+
+
+def run(code):
+    """The status, and the lines on standard error; waits until the watching process ends too."""
+    command = [sys.executable, '-c', HEAD + code]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return ended.returncode, [line for line in ended.stderr.splitlines() if line]
+
+
+@pytest.mark.parametrize(
+    ('function', 'status', 'line'),
+    [
+        (
+            'holds_the_lock', signal.SIGKILL,
+            'error: reward x did not return in time and lets nothing else run, so the '
+            'program was killed, with the checkpoints that it has: call it with isolated=True',
+        ),
+        (
+            'closes_descriptors', signal.SIGKILL,
+            'error: reward x has closed the file descriptors of the program, so the program was '
+            'killed, with the checkpoints that it has: call it with isolated=True',
+        ),
+        (
+            'segfault', signal.SIGSEGV,
+            'error: the program ended during a call of reward x; if it crashed there, call it with '
+            'isolated=True',
+        ),
+    ],
+)  # fmt: skip
+def test_a_function_that_ends_the_program_is_named(function, status, line):
+    seconds = 0.2 if function == 'holds_the_lock' else 0
+    found, lines = run(f'deadlines.call_within({seconds}, "reward x", {function})')
+    assert (found, lines) == (-status, [line])
+
+
+@pytest.mark.slow
+def test_also_in_another_thread():
+    found, lines = run(
+        'def call():\n'
+        '    deadlines.call_within(0.2, "reward x", holds_the_lock)\n'
+        'threading.Thread(target=call).start()\n'
+    )
+    assert found == -signal.SIGKILL
+    assert lines[0].startswith('error: reward x did not return in time')
+
+
+@pytest.mark.parametrize(
+    ('call', 'status', 'line'),
+    [
+        (
+            'sum(itertools.repeat(0))', signal.SIGKILL,
+            "error: environment 'reply' did not return in time and lets nothing else run, so the "
+            'program was killed, with the checkpoints that it has: run what it calls in a process '
+            'of its own',
+        ),
+        (
+            'ctypes.string_at(0)', signal.SIGSEGV,
+            "error: the program ended during a call of environment 'reply'; if it crashed there, "
+            'run what it calls in a process of its own',
+        ),
+    ],
+)  # fmt: skip
+def test_an_environment_that_ends_the_program_is_named(call, status, line, tmp_path):
+    (tmp_path / 'env.py').write_text(
+        f'import ctypes, itertools\ndef reply(prompts, completions, **_):\n    {call}\n'
+    )
+    found, lines = run(
+        'from grpo_jax import environments\n'
+        'from grpo_jax.environments import episodes\n'
+        'episodes.GRACE = watchdog.SILENCE = 1\n'
+        f'made = environments.build("{tmp_path}/env.py:reply", {{}}, turns=2, seconds=0.5)\n'
+        'with made.episodes() as found:\n'
+        '    found.start(0, "p", {})\n'
+        '    found.submit([environments.EndedTurn(0, "x")])\n'
+        '    found.ready(100)\n'
+    )
+    assert (found, [x.replace(f'{tmp_path}/env.py:', '') for x in lines]) == (-status, [line])
+
+
+@pytest.mark.parametrize(
+    ('code', 'status'),
+    [
+        ('deadlines.call_within(60, "x", lambda: 1)', 0),
+        ('deadlines.call_within(60, "x", lambda: 1)\nos.kill(os.getpid(), 9)', -9),
+        ('deadlines.call_within(60, "x", lambda: 1)\nsegfault()', -signal.SIGSEGV),
+        ('deadlines.call_within(60, "x", lambda: 1)\nos._exit(3)', 3),
+        ('deadlines.call_within(60, "x", lambda: watchdog.exit_now(4))', 4),
+        ('with watchdog.watched("x", 0.01):\n    pass\ntime.sleep(2.5)', 0),
+        # A child that goes on has the pipe too, and a process of its own that watches it.
+        pytest.param(
+            'deadlines.call_within(60, "x", lambda: 1)\n'
+            'if os.fork() == 0:\n'
+            '    deadlines.call_within(60, "y", lambda: 1)\n'
+            '    time.sleep(3)\n'
+            '    watchdog.exit_now(0)\n',
+            0,
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_nothing_is_said_of_a_program_that_ends_otherwise(code, status):
+    assert run(code) == (status, [])
+
+
+@pytest.mark.slow
+def test_several_calls_at_a_time():
+    found, lines = run(
+        'with watchdog.watched("a", 60), watchdog.watched("b", 0.5), watchdog.watched("c", 60):\n'
+        '    holds_the_lock()\n'
+    )
+    assert found == -signal.SIGKILL
+    assert lines[0].startswith('error: b did not return')
+
+
+def test_a_name_cannot_write_lines_of_its_own():
+    found, lines = run('deadlines.call_within(0, "x\\nquit\\nend 0\\x1b[2J", segfault)')
+    assert found == -signal.SIGSEGV
+    assert lines == [
+        r'error: the program ended during a call of x quit end 0\x1b[2J; if it crashed there, call '
+        'it with isolated=True'
+    ]
+
+
+def test_another_process_watches_when_the_first_was_killed():
+    found, lines = run(
+        'deadlines.call_within(60, "x", lambda: 1)\n'
+        'watchdog._process._child.kill(); watchdog._process._child.wait()\n'
+        'for _ in range(2):\n'
+        '    assert deadlines.call_within(60, "y", lambda: 1) == 1\n'
+        'deadlines.call_within(60, "z", segfault)\n'
+    )
+    assert found == -signal.SIGSEGV
+    assert len(lines) == 1
+    assert 'call of z' in lines[0]
+
+
+def test_the_watching_process_ends_with_the_program():
+    code = HEAD + (
+        'deadlines.call_within(60, "x", lambda: 1)\nprint(watchdog._process._child.pid)\n'
+    )
+    ended = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
+    watching = int(re.search(r'\d+', ended.stdout)[0])
+    end = time.monotonic() + 30
+    while time.monotonic() < end:
+        try:
+            os.kill(watching, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    pytest.fail('it goes on')
