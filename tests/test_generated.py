@@ -16,7 +16,7 @@ import pytest
 
 from grpo_jax import data
 from grpo_jax.data import datasets
-from grpo_jax.data.datasets import countdown
+from grpo_jax.data.datasets import countdown, prepared
 from grpo_jax.data.datasets.arithmetic import carryless, make_row, solve
 
 ARITHMETIC = {'train_size': 80, 'test_size': 20}
@@ -208,6 +208,14 @@ def test_prepared_data_are_used_again(tmp_path, capfd, caplog):
     assert len(files(tmp_path)) == 4
     assert capfd.readouterr() == ('', '')  # nothing is printed or logged
     assert caplog.messages == []
+
+
+def test_rows_are_the_same_one_by_one_and_in_chunks(cache_dir, monkeypatch):
+    rows, _ = load_arithmetic(cache_dir, **ARITHMETIC)
+    expected = [rows[n] for n in range(len(rows))]
+    for chunk in (1, 7, 80, 1000):
+        monkeypatch.setattr(prepared, '_CHUNK', chunk)
+        assert list(rows) == expected
 
 
 def test_two_processes_prepare_at_once(tmp_path):

@@ -143,6 +143,26 @@ def test_a_name_cannot_write_lines_of_its_own():
     ]
 
 
+def test_neither_process_waits_for_the_other_to_be_continued():
+    """A watching process that does not read, then a program that is suspended in a late call."""
+    found, lines = run(
+        'deadlines.call_within(60, "x", lambda: 1)\n'
+        'watching = watchdog._process._child.pid\n'
+        'os.kill(watching, signal.SIGSTOP)\n'
+        'for _ in range(2000):\n'
+        '    with watchdog.watched("y" * 10**6, 60):\n'
+        '        pass\n'
+        'os.kill(watching, signal.SIGCONT)\n'
+        'with watchdog.watched("z", 0.01):\n'
+        '    if os.fork() == 0:\n'
+        '        time.sleep(3)\n'
+        '        os.kill(os.getppid(), signal.SIGCONT)\n'
+        '        watchdog.exit_now(0)\n'
+        '    os.kill(os.getpid(), signal.SIGSTOP)\n'
+    )
+    assert (found, lines) == (0, [])
+
+
 def test_another_process_watches_when_the_first_was_killed():
     found, lines = run(
         'deadlines.call_within(60, "x", lambda: 1)\n'

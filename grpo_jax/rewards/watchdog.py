@@ -21,6 +21,7 @@ from grpo_jax.rewards.output import printable
 _SCRIPT = pathlib.Path(__file__).with_name('watchdog_process.py')
 SILENCE = 5.0  # seconds without a sign of life after which no thread of this process can run
 _BEAT = 1.0  # seconds between these signs
+_LONGEST = 300  # characters of a text, so that a line is written at once or not at all
 _KILLED_WITHIN = 10  # seconds, after the descriptors have been closed
 _exit_now: Any = os._exit  # reward functions may replace it
 
@@ -42,13 +43,14 @@ class _Process:
         )
         assert self._child.stdin
         self._pipe = self._child.stdin
+        os.set_blocking(self._pipe.fileno(), False)  # it may be suspended, and not read
         self._identity = self._found()
         self._ended = threading.Event()
         threading.Thread(target=self._beat, name='watchdog', daemon=True).start()
         atexit.register(self.end)
 
     def send(self, line: str) -> bool:
-        """Write a line; return False if the process has ended."""
+        """Write a line, or nothing if the pipe is full; return False if the process has ended."""
         try:
             self._pipe.write(line.encode() + b'\n')
         except (OSError, ValueError):
@@ -96,7 +98,7 @@ def begin(what: str, seconds: float, remedy: str) -> int:
     """
     global _process
     number = next(_numbers)
-    shown = '\t'.join(' '.join(printable(text).split()) for text in (remedy, what))
+    shown = '\t'.join(' '.join(printable(text[:_LONGEST]).split()) for text in (remedy, what))
     with _lock:
         if _process is None or not _process.send(f'begin {number} {seconds} {shown}'):
             _process = _Process()  # the one before has been killed

@@ -119,18 +119,18 @@ class CompiledAhead:
     and for GPUs, whose compiler measures kernels on a device that is sampling.
 
     Args:
-      call: returns the abstract call of the program; called in the thread.
+      call: returns the abstract call of the program, or None for none; called in the thread.
     """
 
-    def __init__(self, call: Callable[[], Call]) -> None:
+    def __init__(self, call: Callable[[], Call | None]) -> None:
         self._call, self._thread = call, threading.Thread(target=self._compile, daemon=True)
         if hosts.count() == 1 and target_platform() != 'gpu':
             self._thread.start()
 
     def _compile(self) -> None:
         with contextlib.suppress(Exception):
-            program, arguments, options, *_ = self._call()
-            program.lower(*arguments, **options).compile()
+            if (call := self._call()) is not None:
+                call.program.lower(*call.arguments, **call.options).compile()
 
     def wait(self) -> None:
         """Waits until it is compiled."""

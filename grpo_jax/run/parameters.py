@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax
 
 from grpo_jax import models, sharding
+from grpo_jax.engine.calls import Call
 from grpo_jax.models import hf
 from grpo_jax.run import checkpoint, saved_config
 from grpo_jax.run.finite import check_finite
@@ -23,14 +24,24 @@ def initial_params(setup: Setup) -> Params:
     """
     if setup.config.start:
         return _start_params(setup)
+    if (random := random_params(setup)) is not None:
+        params: Params = random.program(*random.arguments)
+        return params
     base, kind = models.Transformer(setup.model.config.base), setup.model.config.lora.base
-    if not setup.config.pretrained:
-        key = jax.random.key(setup.config.seed)
-        shapes = jax.eval_shape(functools.partial(_random_base, base, kind), key)
-        where = sharding.shardings(shapes, setup.mesh)
-        return jax.jit(_random_base, static_argnums=(0, 1), out_shardings=where)(base, kind, key)
     folder = hf.find_folder(setup.config.pretrained)
     return hf.load(folder, base.config, _shapes(base), setup.mesh, base=kind)
+
+
+def random_params(setup: Setup) -> Call | None:
+    """The call that makes random initial parameters; None if the run begins with others."""
+    if setup.config.start or setup.config.pretrained:
+        return None
+    base, kind = models.Transformer(setup.model.config.base), setup.model.config.lora.base
+    key = jax.random.key(setup.config.seed)
+    shapes = jax.eval_shape(functools.partial(_random_base, base, kind), key)
+    where = sharding.shardings(shapes, setup.mesh)
+    program = jax.jit(_random_base, static_argnums=(0, 1), out_shardings=where)
+    return Call(program, (base, kind, key), name='random initial parameters')
 
 
 def _random_base(model: models.Transformer, kind: str, key: jax.Array) -> Params:

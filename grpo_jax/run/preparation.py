@@ -51,7 +51,12 @@ class Prepared(NamedTuple):
 
 
 def prepare_run(
-    config: ConfigDict, workdir: str, *, extend: bool = False, override: bool = False
+    config: ConfigDict,
+    workdir: str,
+    *,
+    extend: bool = False,
+    override: bool = False,
+    meanwhile: Callable[[Setup], object] | None = None,
 ) -> Prepared:
     """Checks a config, and makes the stages of its run with the problems of the data set tokenized.
 
@@ -60,6 +65,7 @@ def prepare_run(
       workdir: the run's folder; it is made.
       extend: see `changes.check_changes`.
       override: see `changes.check_changes`.
+      meanwhile: called before the data are read, to begin what does not need them.
 
     Raises:
       ConfigError: all that the user has to fix in the config, the data and the folder.
@@ -73,7 +79,7 @@ def prepare_run(
         finder.add(problems_of(error))
         raise ConfigError(_all_problems(finder)) from error
     check_options(finder)
-    prepared = _prepare(finder, path)
+    prepared = _prepare(finder, path, meanwhile)
     if prepared is None or finder.problems:
         raise ConfigError(finder.problems)
     return prepared
@@ -106,13 +112,19 @@ def _all_problems(finder: Finder) -> list[str]:
     return finder.problems
 
 
-def _prepare(finder: Finder, workdir: pathlib.Path) -> Prepared | None:
+def _prepare(
+    finder: Finder,
+    workdir: pathlib.Path,
+    meanwhile: Callable[[Setup], object] | None = None,
+) -> Prepared | None:
     """Makes the setup and the stages; None if one of them cannot be made."""
     heldout = training = None
     stages: list[Stage | None] = []
     setup = finder.run(lambda c: prepare(c, workdir))
     if setup is not None:
         finder.config = setup.config
+        if meanwhile is not None and not finder.problems:
+            meanwhile(setup)
         _run(finder, setup, check_start)
         heldout = _run(finder, setup, heldout_problems)
         training = _run(finder, setup, lambda s: training_problems(s, heldout))

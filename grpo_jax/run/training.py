@@ -1,6 +1,7 @@
 """A training run: its stages one after the other."""
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -30,7 +31,12 @@ from grpo_jax.run.layout import checkpoints, stage_order
 from grpo_jax.run.lock import held
 from grpo_jax.run.loggers import Loggers
 from grpo_jax.run.mesh import memory_of
-from grpo_jax.run.parameters import initial_params, initial_reward_params, merged
+from grpo_jax.run.parameters import (
+    initial_params,
+    initial_reward_params,
+    merged,
+    random_params,
+)
 from grpo_jax.run.paths import make_absolute
 from grpo_jax.run.plan.listed import warned_of_others
 from grpo_jax.run.preparation import prepare_run
@@ -84,8 +90,15 @@ def train(
 def _train(config: ConfigDict, workdir: str, *, extend: bool, override: bool) -> dict[str, float]:
     """`train` in a folder that this run has locked."""
     workdir = own_folder(config, workdir)
-    with hosts.together('checking the config'):
-        setup, stages = prepare_run(config, workdir, extend=extend, override=override)
+    with hosts.together('checking the config'), contextlib.ExitStack() as compilations:
+
+        def compile_initial(setup: Setup) -> None:
+            ahead = compiled.CompiledAhead(functools.partial(random_params, setup))
+            compilations.callback(ahead.wait)
+
+        setup, stages = prepare_run(
+            config, workdir, extend=extend, override=override, meanwhile=compile_initial
+        )
         path, inputs = setup.workdir, cast(Inputs, setup.inputs)
         folder = setup.config.checkpoint.folder
         if hosts.is_first() and any(checkpoint.steps_of_stages(path, folder).values()):
