@@ -211,7 +211,7 @@ def test_prepared_data_are_used_again(tmp_path, capfd, caplog):
 
 
 def test_rows_are_the_same_one_by_one_and_in_chunks(cache_dir, monkeypatch):
-    rows, _ = load_arithmetic(cache_dir, **ARITHMETIC)
+    rows = data.load('arithmetic', 'train', cache_dir=cache_dir, **ARITHMETIC)
     expected = [rows[n] for n in range(len(rows))]
     for chunk in (1, 7, 80, 1000):
         monkeypatch.setattr(prepared, '_CHUNK', chunk)
