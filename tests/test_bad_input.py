@@ -3,6 +3,7 @@
 import json
 import logging
 import re
+import threading
 
 import jax
 import numpy as np
@@ -17,11 +18,15 @@ from grpo_jax.run import errors
 
 @pytest.fixture
 def compiled():
-    """The names of all programs that are compiled during a test."""
+    """The names of programs that are compiled during a test.
+
+    Without random initial parameters, which a thread begins to compile while data are read.
+    """
     names = []
 
     def listen(event, duration, *, fun_name='', **others):
-        if event.endswith('backend_compile_duration'):
+        main = threading.current_thread() is threading.main_thread()
+        if main and event.endswith('backend_compile_duration'):
             names.append(fun_name)
 
     jax.monitoring.register_event_duration_secs_listener(listen)
