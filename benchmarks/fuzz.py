@@ -173,7 +173,7 @@ def readers_of(folder: pathlib.Path) -> dict[str, Reader]:
     from grpo_jax.run import (
         arguments,
         completions,
-        compute_file,
+        compute_plans,
         environment,
         inputs,
         loggers,
@@ -360,7 +360,7 @@ def readers_of(folder: pathlib.Path) -> dict[str, Reader]:
         'logprob_chunk': 4, 'remat': True,
     }  # fmt: skip
     kept_files: dict[str, Any] = {
-        'compute.json': {'sampling': {'tensor': 4}, 'sft': {'plan': plan, 'needed': None},
+        'compute.json': {'sft': {'plan': plan, 'needed': None},
                          'grpo': {'plan': plan, 'needed': 1e9}},
         'environment.json': {'jax': '0.10.2', 'devices': '1 cpu', 'processes': '1'},
         'inputs.json': {'digests': {'tokens': '12ab'}, 'rows': {'tokens': 'AAAA'}},
@@ -379,7 +379,7 @@ def readers_of(folder: pathlib.Path) -> dict[str, Reader]:
         (run_folder / name).write_bytes(content)
         try:
             if name == 'compute.json':
-                compute_file.read(run_folder)
+                compute_plans._read(run_folder)
             elif name == 'environment.json':
                 environment.read_environment(run_folder).get('jax')
             elif name == 'inputs.json':

@@ -9,7 +9,7 @@ import types
 
 import pytest
 
-from grpo_jax.run import compute_file, json_lines, managers
+from grpo_jax.run import compute_plans, json_lines, managers
 from grpo_jax.run.command import one_line_errors
 from grpo_jax.run.defaults import defaults
 from grpo_jax.run.environment import read_environment
@@ -109,7 +109,7 @@ def test_writers_name_their_files(write, name, tmp_path):
     [
         ('environment.json', read_environment),
         ('loggers.json', lambda folder: opened(defaults(), folder).__enter__()),
-        ('compute.json', compute_file.read),
+        ('compute.json', compute_plans._read),
         ('plan.json', lambda folder: listed.warned_of_others(folder).__enter__()),
         ('inputs.json', lambda folder: check_inputs(Inputs({}, {}), folder, override=False)),
     ],

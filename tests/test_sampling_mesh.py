@@ -13,11 +13,9 @@ import tiny
 
 from grpo_jax import models, sharding
 from grpo_jax.engine import sampling_params
-from grpo_jax.run import compute_file, compute_plans
 from grpo_jax.run import mesh as run_mesh
 from grpo_jax.run.config import defaults, set_value
 from grpo_jax.run.mesh import make_sampling_mesh
-from grpo_jax.run.setup import prepare
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason='needs eight devices')
 
@@ -127,7 +125,7 @@ def config_of(**values):
     return config
 
 
-def chosen(share, kv_heads=4, kept=None, **values):
+def chosen(share, kv_heads=4, **values):
     """The tensor axis where a copy takes this share of a device's memory."""
     model = models.Transformer(
         models.ModelConfig(
@@ -138,7 +136,7 @@ def chosen(share, kv_heads=4, kept=None, **values):
     size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tiny.shapes(model)))
     mesh = make_mesh(8)
     with run_mesh.described(list(mesh.devices.flat), size / share):
-        return make_sampling_mesh(config_of(**values), model, mesh, kept).shape['tensor']
+        return make_sampling_mesh(config_of(**values), model, mesh).shape['tensor']
 
 
 def test_so_many_devices_share_a_copy_that_it_takes_little_of_their_memory():
@@ -151,30 +149,6 @@ def test_so_many_devices_share_a_copy_that_it_takes_little_of_their_memory():
     assert chosen(1.3, kv_heads=8) == 8
     assert chosen(0.7, gather=False) == chosen(0.7, gather=True) == 1
     assert chosen(0.1, sampling_tensor=8) == 8
-
-
-def test_a_choice_is_kept(caplog):
-    assert chosen(0.1, kept=4) == 4
-    assert chosen(0.31, kept=1) == 1
-    assert chosen(0.1, kept=4, sampling_tensor=2) == 2
-    assert chosen(0.1, kept=4, gather=False) == 1
-    assert not caplog.text
-    assert chosen(0.31, kept=3) == 4
-    assert 'mesh.sampling_tensor was 3, which these devices do not allow' in caplog.text
-
-
-def test_a_resumed_run_samples_as_before_on_devices_with_more_memory(tmp_path, monkeypatch):
-    config = host_runs.get_config()
-    config.mesh.fsdp, config.grpo.steps = 4, 1
-    model = prepare(config, tmp_path).model
-    size = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tiny.shapes(model)))
-    monkeypatch.setattr(compute_plans, 'memory_needed', lambda call: 0.0)
-    for steps, memory in (1, size / 0.31), (2, 100 * size):
-        monkeypatch.setattr(sharding, 'memory_of', lambda device, memory=memory: memory)
-        config.grpo.steps = steps
-        printed = runs.train(config, tmp_path, extend=steps > 1)
-        assert 'mesh.sampling_tensor=2 devices share a copy' in printed
-    assert compute_file.read(tmp_path)['sampling'] == {'tensor': 2}
 
 
 def test_what_does_not_fit_is_an_error():

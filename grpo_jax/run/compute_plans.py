@@ -1,20 +1,25 @@
 """How a stage computes its updates: chosen by the memory of the compiled program, and kept."""
 
+import json
 import logging
+import pathlib
 import sys
 from collections.abc import Callable, Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from grpo_jax import sharding
 from grpo_jax.engine.bundles import check_rows
 from grpo_jax.engine.calls import Call
 from grpo_jax.engine.compute import Compute, ComputePlan, alternatives, choose
-from grpo_jax.run import compute_file, hosts
+from grpo_jax.run import hosts
+from grpo_jax.run.errors import reading
 from grpo_jax.run.mesh import is_described, memory_of
+from grpo_jax.run.output_file import replaced
 from grpo_jax.run.plan.measuring import memory_needed
 from grpo_jax.run.plan.topology import gib
 from grpo_jax.run.setup import Setup
 
+FILE = 'compute.json'  # in the run's folder, {stage: plan and bytes}
 HEADROOM = 0.05  # share of the memory that stays free, for batches that are prepared and gaps
 
 log = logging.getLogger('grpo_jax')
@@ -63,8 +68,7 @@ def settle(
         memory = memory_of(setup.mesh)
     # What the first process sees, since the others compile the programs that it compiles.
     kept, memory = hosts.from_first(
-        lambda: (compute_file.read(setup.workdir).get(name), memory),
-        f'reading {compute_file.FILE}',
+        lambda: (_read(setup.workdir).get(name), memory), f'reading {FILE}'
     )
     config, mesh = setup.model.config, setup.mesh
     if kept is not None:
@@ -161,9 +165,31 @@ def _is_possible(
     return True
 
 
+def _read(workdir: pathlib.Path) -> dict[str, dict[str, Any]]:
+    path = workdir / FILE
+    if not path.is_file():
+        return {}
+    with reading(path, 'restore it, or remove it to choose again, which may round differently'):
+        plans: dict[str, dict[str, Any]] = json.loads(path.read_bytes())
+        for kept in plans.values():
+            _check_kept(**kept)
+    return plans
+
+
+def _check_kept(plan: dict[str, Any], needed: float | None) -> None:
+    """Checks the types of what the file holds of a stage."""
+    for name, value in ComputePlan(**plan)._asdict().items():
+        kind = ComputePlan.__annotations__[name]
+        if type(value) is not kind or value < 0:
+            raise TypeError(f'{name}={value!r}')
+    if not isinstance(needed, int | float | None):
+        raise TypeError(f'needed={needed!r}')
+
+
 def _keep(setup: Setup, name: str, settled: Settled) -> None:
     """Writes the plan and what it needs into the run's folder, if there is one."""
     if is_described() or not hosts.is_first() or not setup.workdir.is_dir():
         return
     kept = {'plan': settled.plan._asdict(), 'needed': settled.needed}
-    compute_file.keep(setup.workdir, name, kept)
+    with replaced(setup.workdir / FILE) as file:
+        file.write(json.dumps(_read(setup.workdir) | {name: kept}, indent=2) + '\n')

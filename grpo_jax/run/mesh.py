@@ -84,20 +84,12 @@ def make_mesh(config: ConfigDict) -> Mesh:
     return mesh
 
 
-def make_sampling_mesh(
-    config: ConfigDict, model: models.Transformer, mesh: Mesh, kept: int | None = None
-) -> Mesh:
+def make_sampling_mesh(config: ConfigDict, model: models.Transformer, mesh: Mesh) -> Mesh:
     """The mesh that completions are sampled on: that of the run, or one with a longer tensor axis.
 
     Where a copy of the parameters takes more than 30 % of a device's memory, so many devices share
     one that it takes at most 15 %, but no more than there are key/value heads: beyond, each cache
     would be on several devices. A decode step reads less on each device then, and sends little.
-
-    Args:
-      config: with `mesh.sampling_tensor`, which wins.
-      model: the policy.
-      mesh: of the updates.
-      kept: the size of the tensor axis that the run had before, where it was chosen.
 
     Raises:
       ValueError: `mesh.sampling_tensor` does not fit the mesh, the heads or `mesh.gather`.
@@ -117,10 +109,6 @@ def make_sampling_mesh(
                 'the parameters are copied once per rollout: remove one of them'
             )
         return sharding.with_tensor(mesh, wanted)
-    if kept is not None and c.gather is None:
-        if kept in sizes:
-            return sharding.with_tensor(mesh, kept)
-        log.warning('mesh.sampling_tensor was %d, which these devices do not allow', kept)
     memory = memory_of(mesh)
     if c.gather is not None or memory is None or sharding.data_devices(mesh) == 1:
         return mesh

@@ -17,7 +17,6 @@ from grpo_jax.data import check_token_ids, get_format, load_tokenizer, stop_ids,
 from grpo_jax.engine.token_sampling import check_record, without_inactive
 from grpo_jax.environments import Environment, Renderer
 from grpo_jax.models import hf
-from grpo_jax.run import compute_file, hosts
 from grpo_jax.run.checkpoint import holds_failed_try
 from grpo_jax.run.config_checks import check_values
 from grpo_jax.run.defaults import defaults
@@ -84,9 +83,7 @@ def prepare(config: ConfigDict, workdir: pathlib.Path) -> Setup:
     check_token_ids(ends, tokenizer, model.config.vocab_size)
     hidden = hidden_ids(config, tokenizer, ends)
     renderer = make_renderer(config, tokenizer, hidden) if environment else None
-    kept = hosts.from_first(lambda: compute_file.read(workdir), f'reading {compute_file.FILE}')
-    tensor = kept.get(compute_file.SAMPLING, {}).get('tensor')
-    sampling_mesh = make_sampling_mesh(config, model, mesh, tensor)
+    sampling_mesh = make_sampling_mesh(config, model, mesh)
     sampler = _make_sampler(config, sampling_mesh, model, tokenizer, ends, hidden)
     reward_model = _reward_model(config, model, tokenizer)
     return Setup(

@@ -15,7 +15,6 @@ from grpo_jax.run import (
     buckets,
     checkpoint,
     compiled,
-    compute_file,
     hosts,
     loggers,
     report,
@@ -30,7 +29,6 @@ from grpo_jax.run.intact import UNREADABLE, folder_of, newest_intact, set_aside
 from grpo_jax.run.layout import checkpoints, stage_order
 from grpo_jax.run.lock import held
 from grpo_jax.run.loggers import Loggers
-from grpo_jax.run.mesh import memory_of
 from grpo_jax.run.parameters import (
     initial_params,
     initial_reward_params,
@@ -145,15 +143,6 @@ def _claim(setup: Setup) -> None:
     keep_inputs(cast(Inputs, setup.inputs), path, steps)
     keep_environment(setup.mesh, path, steps)
     keep_description(setup)
-    _keep_sampling_mesh(setup)
-
-
-def _keep_sampling_mesh(setup: Setup) -> None:
-    """Keeps what was chosen by the devices' memory, which a resumed run may have more of."""
-    c = setup.config.mesh
-    if c.sampling_tensor is None and c.gather is None and memory_of(setup.mesh) is not None:
-        chosen = {'tensor': setup.sampling_mesh.shape['tensor']}
-        compute_file.keep(setup.workdir, compute_file.SAMPLING, chosen)
 
 
 def _log_of_stage(everywhere: Loggers, stage: Stage, offset: int) -> Log:

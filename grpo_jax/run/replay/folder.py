@@ -10,7 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 
-from grpo_jax.run.compute_file import FILE as COMPUTE_PLANS
+from grpo_jax.run.compute_plans import FILE as COMPUTE_PLANS
 from grpo_jax.run.episodes.recorded import FOLDER as REPLIES
 
 _LINKED = ('cache', 'data', 'pretrained', 'replay')
