@@ -82,6 +82,21 @@ def test_what_lies_in_the_hosts_memory_stays_there():
     assert sharding.shardings(tree, mesh)['gate'].memory_kind == 'device'
 
 
+def test_moments_are_copied_only_where_the_update_is_made():
+    """Outside of the branch, a compiler copies them before the backward pass, and keeps them."""
+    optimizer, _ = adamw(learning_rate=0.1, steps=3)
+    params = {'w': jnp.ones(3)}
+    where = sharding.replicated(sharding.make_mesh(fsdp=1)).with_memory_kind('pinned_host')
+    moments = jax.tree.map(
+        lambda x: jax.device_put(x, where) if x.ndim else x, optimizer.init(params)
+    )
+    state = TrainState(jnp.int32(0), params, moments, jnp.int32(0))
+    program = jax.make_jaxpr(apply_gradient, static_argnums=0)(optimizer, state, params, True)
+    (branch,) = [x.params['branches'][1] for x in program.eqns if x.primitive.name == 'cond']
+    assert not [x for x in program.eqns if x.primitive.name == 'device_put']
+    assert str(branch).count('device_put') == 4  # two moments there, and back
+
+
 def test_devices_that_cannot_read_the_hosts_memory(monkeypatch):
     with pytest.raises(ValueError, match='offload_moments=True needs a mesh: pass one'):
         make_train_step(tiny.Bigram(), optax.sgd(0.1), Algorithm(), offload_moments=True)

@@ -253,17 +253,15 @@ def _updated(
     """Parameters and moments after one update, or unchanged where `finite` is false.
 
     `cond` updates its operands in place; `where` would need memory for both results. Moments in
-    the host's memory are copied to the devices once the gradient is there, and back.
+    the host's memory are copied to the devices once the gradient is there, and back. Outside of the
+    branch, XLA would copy them at the start of the program, and keep them during the backward pass.
     """
-    on_host = moments
-    moments = sharding.on_device(moments)
 
     def step(params: Params, moments: optax.OptState) -> tuple[Params, optax.OptState]:
-        updates, after = optimizer.update(gradient, moments, params)
-        return optax.apply_updates(params, updates), after
+        updates, after = optimizer.update(gradient, sharding.on_device(moments), params)
+        return optax.apply_updates(params, updates), sharding.back_on_host(after, moments)
 
-    params, moments = jax.lax.cond(finite, step, lambda *old: old, params, moments)
-    return params, sharding.back_on_host(moments, on_host)
+    return jax.lax.cond(finite, step, lambda *old: old, params, moments)
 
 
 def accept_params(state: TrainState, params: Params, finite: Bool[Array, '']) -> TrainState:
