@@ -215,6 +215,8 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
         ),
         (PermissionError(13, 'Permission denied', '/x'), PermissionError, "denied: '/x'"),
         (RuntimeError('/x: No space left on device'), RuntimeError, 'No space left'),
+        (jax.errors.JaxRuntimeError('a process ended'), jax.errors.JaxRuntimeError, 'ended'),
+        (KeyError('two\nlines'), ValueError, "(KeyError: 'two\\nlines')"),
     ],
 )
 def test_what_a_save_in_the_background_raised_is_one_line(

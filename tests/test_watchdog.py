@@ -12,7 +12,7 @@ import pytest
 HEAD = """
 import ctypes, itertools, os, signal, sys, threading, time
 from grpo_jax.rewards import deadlines, watchdog
-deadlines.GRACE = watchdog.SILENCE = 1
+deadlines.GRACE, watchdog.SILENCE, watchdog._BEAT = 1, 1.5, 0.2
 def holds_the_lock():
     sum(itertools.repeat(0))
 def closes_descriptors():
@@ -35,17 +35,19 @@ def run(code):
         (
             'holds_the_lock', signal.SIGKILL,
             'error: reward x did not return in time and lets nothing else run, so the '
-            'program was killed, with the checkpoints that it has: call it with isolated=True',
+            'program was killed, with the checkpoints that it has: call it in another process, as '
+            'isolated=True does for a reward',
         ),
         (
             'closes_descriptors', signal.SIGKILL,
             'error: reward x has closed the file descriptors of the program, so the program was '
-            'killed, with the checkpoints that it has: call it with isolated=True',
+            'killed, with the checkpoints that it has: call it in another process, as '
+            'isolated=True does for a reward',
         ),
         (
             'segfault', signal.SIGSEGV,
-            'error: the program ended during a call of reward x; if it crashed there, call it with '
-            'isolated=True',
+            'error: the program ended during a call of reward x; if it crashed there, call it in '
+            'another process, as isolated=True does for a reward',
         ),
     ],
 )  # fmt: skip
@@ -72,13 +74,13 @@ def test_also_in_another_thread():
         (
             'sum(itertools.repeat(0))', signal.SIGKILL,
             "error: environment 'reply' did not return in time and lets nothing else run, so the "
-            'program was killed, with the checkpoints that it has: run what it calls in a process '
-            'of its own',
+            'program was killed, with the checkpoints that it has: call it in another process, as '
+            'isolated=True does for a reward',
         ),
         (
             'ctypes.string_at(0)', signal.SIGSEGV,
             "error: the program ended during a call of environment 'reply'; if it crashed there, "
-            'run what it calls in a process of its own',
+            'call it in another process, as isolated=True does for a reward',
         ),
     ],
 )  # fmt: skip
@@ -89,7 +91,7 @@ def test_an_environment_that_ends_the_program_is_named(call, status, line, tmp_p
     found, lines = run(
         'from grpo_jax import environments\n'
         'from grpo_jax.environments import episodes\n'
-        'episodes.GRACE = watchdog.SILENCE = 1\n'
+        'episodes.GRACE = 1\n'
         f'made = environments.build("{tmp_path}/env.py:reply", {{}}, turns=2, seconds=0.5)\n'
         'with made.episodes() as found:\n'
         '    found.start(0, "p", {})\n'
@@ -108,7 +110,24 @@ def test_an_environment_that_ends_the_program_is_named(call, status, line, tmp_p
         ('deadlines.call_within(60, "x", lambda: 1)\nos._exit(3)', 3),
         ('deadlines.call_within(60, "x", lambda: watchdog.exit_now(4))', 4),
         ('with watchdog.watched("x", 0.01):\n    pass\ntime.sleep(2.5)', 0),
-        # A child that goes on has the pipe too, and a process of its own that watches it.
+        # The pipe is closed while no call goes on, and the process lives.
+        (
+            'deadlines.call_within(60, "x", lambda: 1)\n'
+            'os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(2.5)"])\n',
+            0,
+        ),
+        # What ends after the watching process has.
+        (
+            'import atexit\n'
+            'atexit.register(time.sleep, 1)\n'
+            'def late():\n'
+            '    with watchdog.watched("x", 60):\n'
+            '        time.sleep(0.5)\n'
+            'threading.Thread(target=late, daemon=True).start()\n'
+            'time.sleep(0.1)\n',
+            0,
+        ),
+        # A child that goes on has the pipe too, and is not watched itself.
         pytest.param(
             'deadlines.call_within(60, "x", lambda: 1)\n'
             'if os.fork() == 0:\n'
@@ -126,12 +145,16 @@ def test_nothing_is_said_of_a_program_that_ends_otherwise(code, status):
 
 @pytest.mark.slow
 def test_several_calls_at_a_time():
+    """One of them that is not late may be the one that blocks the program, and may return."""
     found, lines = run(
-        'with watchdog.watched("a", 60), watchdog.watched("b", 0.5), watchdog.watched("c", 60):\n'
+        'with watchdog.watched("a", 0.1), watchdog.watched("b", 5):\n'
+        '    ctypes.PyDLL(None).usleep(3_000_000)\n'
+        'with watchdog.watched("a", 0.1), watchdog.watched("b", 1), watchdog.watched("a", 1):\n'
         '    holds_the_lock()\n'
     )
     assert found == -signal.SIGKILL
-    assert lines[0].startswith('error: b did not return')
+    assert lines[0].startswith('error: a or b did not return')
+    assert len(lines) == 1
 
 
 def test_a_name_cannot_write_lines_of_its_own():
@@ -139,7 +162,7 @@ def test_a_name_cannot_write_lines_of_its_own():
     assert found == -signal.SIGSEGV
     assert lines == [
         r'error: the program ended during a call of x quit end 0\x1b[2J; if it crashed there, call '
-        'it with isolated=True'
+        'it in another process, as isolated=True does for a reward'
     ]
 
 
@@ -147,18 +170,17 @@ def test_neither_process_waits_for_the_other_to_be_continued():
     """A watching process that does not read, then a program that is suspended in a late call."""
     found, lines = run(
         'deadlines.call_within(60, "x", lambda: 1)\n'
-        'watching = watchdog._process._child.pid\n'
-        'os.kill(watching, signal.SIGSTOP)\n'
+        'os.kill(watchdog._process._child.pid, signal.SIGSTOP)\n'
         'for _ in range(2000):\n'
         '    with watchdog.watched("y" * 10**6, 60):\n'
         '        pass\n'
-        'os.kill(watching, signal.SIGCONT)\n'
         'with watchdog.watched("z", 0.01):\n'
         '    if os.fork() == 0:\n'
         '        time.sleep(3)\n'
         '        os.kill(os.getppid(), signal.SIGCONT)\n'
         '        watchdog.exit_now(0)\n'
         '    os.kill(os.getpid(), signal.SIGSTOP)\n'
+        'os.kill(watchdog._process._child.pid, signal.SIGSTOP)\n'
     )
     assert (found, lines) == (0, [])
 
@@ -190,3 +212,56 @@ def test_the_watching_process_ends_with_the_program():
             return
         time.sleep(0.05)
     pytest.fail('it goes on')
+
+
+def test_calls_that_were_interrupted_are_over():
+    """An inner call whose end was not told, as where a deadline interrupts it there."""
+    found, lines = run(
+        'with watchdog.watched("outer", 60):\n'
+        '    owner = f"thread-{threading.get_ident()}"\n'
+        '    watchdog._begin(next(watchdog._numbers), owner, "inner", 0.1)\n'
+        'ctypes.PyDLL(None).usleep(3_000_000)\n'
+        'segfault()\n'
+    )
+    assert (found, lines) == (-signal.SIGSEGV, [])
+
+
+def test_where_nothing_can_watch_calls_are_made_all_the_same():
+    code = (
+        'for executable in (None, "/bin/false", "/bin/true"):\n'
+        '    sys.executable, watchdog._failures = executable, 0\n'
+        '    for _ in range(20):\n'
+        '        assert deadlines.call_within(60, "x", lambda: 1) == 1\n'
+        '        time.sleep(0.01)\n'
+        'time.sleep(1.5)\n'
+        'assert threading.active_count() <= 2, threading.enumerate()\n'
+    )
+    found, lines = run(code)
+    assert found == 0
+    assert set(lines) <= {
+        'reward functions that crash are not named: expected str, bytes or os.PathLike object, '
+        'not NoneType'
+    }
+
+
+def test_a_program_that_cannot_be_told_is_killed():
+    command = [sys.executable, '-c', HEAD + 'deadlines.call_within(0.2, "x", holds_the_lock)']
+    with open('/dev/full', 'w') as full:
+        assert subprocess.run(command, stderr=full, timeout=120).returncode == -signal.SIGKILL
+
+
+def test_an_environment_that_was_left_is_not_watched(tmp_path):
+    (tmp_path / 'env.py').write_text(
+        'import time\ndef reply(prompts, completions, **_):\n    time.sleep(100)\n'
+    )
+    found, lines = run(
+        'from grpo_jax import environments\n'
+        'from grpo_jax.environments import episodes\n'
+        'episodes.GRACE = 0\n'
+        f'made = environments.build("{tmp_path}/env.py:reply", {{}}, turns=2, seconds=0.5)\n'
+        'with made.episodes() as found:\n'
+        '    found.start(0, "p", {})\n'
+        '    found.submit([environments.EndedTurn(0, "x")])\n'
+        'ctypes.PyDLL(None).usleep(3_000_000)\n'
+    )
+    assert (found, lines) == (0, [])

@@ -25,8 +25,6 @@ MOST_HUNG = 64  # threads that go on after their deadlines, beyond which nothing
 CLOSE_SECONDS = 10.0  # for `close` of all episodes
 _BATCH = 256  # turns in one call of a function of batches
 
-_REMEDY = 'run what it calls in a process of its own'
-
 _hung: list[threading.Thread] = []
 
 
@@ -139,6 +137,8 @@ class Episodes:
         with self._changed:
             self._closed = True
             self._waiting.clear()
+            for call in self._running:
+                watchdog.end(call.watched)
             states = [episode.state for episode in self._episodes.values()]
             self._episodes = {}
         closing = [state for state in states if hasattr(state, 'close')]
@@ -163,7 +163,7 @@ class Episodes:
         self._guards.close()
 
     def _watch(self, seconds: float) -> int:
-        return watchdog.begin(self._what, seconds + GRACE, _REMEDY)
+        return watchdog.begin(self._what, seconds + GRACE)
 
     def _close_all(self, states: Sequence[Any]) -> None:
         with bounded(self._what):

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint.checkpoint_managers import (
@@ -65,17 +66,19 @@ def finish_saves(manager: ocp.CheckpointManager) -> None:
 
     Raises:
       OSError: one cannot be written.
+      JaxRuntimeError: another process has ended.
       ValueError: writing one failed in another way, as where a function of the user's has replaced
         one of the standard library's meanwhile.
     """
     try:
         manager.wait_until_finished()
     except Exception as error:
-        if isinstance(error, OSError) or is_disk_full(error):
+        if isinstance(error, OSError | jax.errors.JaxRuntimeError) or is_disk_full(error):
             raise
         raise ValueError(
-            f'{manager.directory}: a checkpoint was not written ({type(error).__name__}: {error}): '
-            'the same command goes on from the newest one that was'
+            f'{manager.directory}: a checkpoint was not written ({type(error).__name__}: '
+            f'{" ".join(str(error).split())}): the same command goes on from the newest one that '
+            'was, if there is one'
         ) from error
 
 
