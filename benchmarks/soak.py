@@ -134,7 +134,7 @@ def draw(rows: Sequence[Mapping[str, float]], path: pathlib.Path) -> None:
 def main() -> None:
     """Runs the steps, prints and draws what was counted."""
     global every
-    parser = argparse.ArgumentParser(usage=__doc__)
+    parser = argparse.ArgumentParser(usage=__doc__.replace('%', '%%'))
     parser.add_argument('--workdir', required=True)
     parser.add_argument('--steps', type=int, default=5000)
     parser.add_argument('--every', type=int, default=50)

@@ -8,6 +8,7 @@ import jax
 from grpo_jax import models, sharding
 from grpo_jax.engine.calls import Call
 from grpo_jax.models import hf
+from grpo_jax.models.kernels import cpu
 from grpo_jax.run import checkpoint, saved_config
 from grpo_jax.run.finite import check_finite
 from grpo_jax.run.intact import read_newest
@@ -40,7 +41,10 @@ def random_params(setup: Setup) -> Call | None:
     key = jax.random.key(setup.config.seed)
     shapes = jax.eval_shape(functools.partial(_random_base, base, kind), key)
     where = sharding.shardings(shapes, setup.mesh)
-    program = jax.jit(_random_base, static_argnums=(0, 1), out_shardings=where)
+    program = jax.jit(
+        _random_base, static_argnums=(0, 1), out_shardings=where,
+        compiler_options=cpu.options_of_one_run(),
+    )  # fmt: skip
     return Call(program, (base, kind, key), name='random initial parameters')
 
 
