@@ -34,8 +34,10 @@ def parse_json(text: str | bytes) -> Any:
     Raises:
       ValueError: it is not JSON.
     """
+    if isinstance(text, bytes):
+        text = text.decode(json.detect_encoding(text), 'surrogatepass')
     try:
-        return json.loads(text, parse_float=_parse_float)
+        return _decode(text)
     except RecursionError as error:
         raise ValueError('it is nested too deeply') from error
 
@@ -51,11 +53,9 @@ def json_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f'[{", ".join(map(json_text, value))}]'
     if isinstance(value, dict):
-        items = (
-            f'{json.dumps(str(k), ensure_ascii=False)}: {json_text(x)}' for k, x in value.items()
-        )
+        items = (f'{_encode(str(k))}: {json_text(x)}' for k, x in value.items())
         return f'{{{", ".join(items)}}}'
-    return json.dumps(value, ensure_ascii=False)
+    return _encode(value)
 
 
 def text_of(value: Any) -> str:
@@ -66,3 +66,8 @@ def text_of(value: Any) -> str:
 def _parse_float(text: str) -> float:
     number = float(text)
     return number if repr(number) == text else SpelledFloat(text)
+
+
+# `json.loads` and `json.dumps` make a new decoder and encoder for each call with an option.
+_decode = json.JSONDecoder(parse_float=_parse_float).decode
+_encode = json.JSONEncoder(ensure_ascii=False).encode
