@@ -71,11 +71,12 @@ def test_also_in_another_thread():
 @pytest.mark.parametrize(
     ('call', 'status', 'line'),
     [
-        (
+        pytest.param(
             'sum(itertools.repeat(0))', signal.SIGKILL,
             "error: environment 'reply' did not return in time and lets nothing else run, so the "
             'program was killed, with the checkpoints that it has: call it in another process, as '
             'isolated=True does for a reward',
+            marks=pytest.mark.slow,
         ),
         (
             'ctypes.string_at(0)', signal.SIGSEGV,
@@ -109,12 +110,17 @@ def test_an_environment_that_ends_the_program_is_named(call, status, line, tmp_p
         ('deadlines.call_within(60, "x", lambda: 1)\nsegfault()', -signal.SIGSEGV),
         ('deadlines.call_within(60, "x", lambda: 1)\nos._exit(3)', 3),
         ('deadlines.call_within(60, "x", lambda: watchdog.exit_now(4))', 4),
-        ('with watchdog.watched("x", 0.01):\n    pass\ntime.sleep(2.5)', 0),
+        pytest.param(
+            'with watchdog.watched("x", 0.01):\n    pass\ntime.sleep(2.5)',
+            0,
+            marks=pytest.mark.slow,
+        ),
         # The pipe is closed while no call goes on, and the process lives.
-        (
+        pytest.param(
             'deadlines.call_within(60, "x", lambda: 1)\n'
             'os.execv(sys.executable, [sys.executable, "-c", "import time; time.sleep(2.5)"])\n',
             0,
+            marks=pytest.mark.slow,
         ),
         # What ends after the watching process has.
         (
@@ -166,6 +172,7 @@ def test_a_name_cannot_write_lines_of_its_own():
     ]
 
 
+@pytest.mark.slow
 def test_neither_process_waits_for_the_other_to_be_continued():
     """A watching process that does not read, then a program that is suspended in a late call."""
     found, lines = run(
@@ -244,12 +251,14 @@ def test_where_nothing_can_watch_calls_are_made_all_the_same():
     }
 
 
+@pytest.mark.slow
 def test_a_program_that_cannot_be_told_is_killed():
     command = [sys.executable, '-c', HEAD + 'deadlines.call_within(0.2, "x", holds_the_lock)']
     with open('/dev/full', 'w') as full:
         assert subprocess.run(command, stderr=full, timeout=120).returncode == -signal.SIGKILL
 
 
+@pytest.mark.slow
 def test_an_environment_that_was_left_is_not_watched(tmp_path):
     (tmp_path / 'env.py').write_text(
         'import time\ndef reply(prompts, completions, **_):\n    time.sleep(100)\n'
