@@ -371,7 +371,8 @@ def test_a_run_resumes_with_another_number_of_processes(reference, tmp_path, pro
 VARIANTS = {
     'sft': (
         '--config.sft.steps=3', '--config.sft.optimizer.eps=0.01',
-        "--config.data.heldout_split='test'", '--config.grpo.steps=1',
+        '--config.sft.optimizer.warmup_steps=1', '--config.data.heldout_split=test',
+        '--config.grpo.steps=1',
     ),
     'refill': ('--config.grpo.refill=2', '--config.grpo.rewards.host_runs:third=0.0'),
     'ppo': (
