@@ -40,7 +40,8 @@ SEEDS = flags.DEFINE_integer('seeds', 1, 'how many seeds, from 0')
 SFT_STEPS = flags.DEFINE_integer('sft_steps', 450, 'steps of SFT')
 STEPS = flags.DEFINE_integer('steps', 120, 'steps of GRPO')
 
-Curves = Mapping[str, Sequence[Mapping[int, float]]]  # value -> step -> accuracy, for each seed
+LOSS = 'SFT loss'
+Results = Mapping[str, Sequence[Mapping[str, float]]]  # value -> for each seed its columns
 
 
 def main(arguments: list[str]) -> None:
@@ -48,20 +49,19 @@ def main(arguments: list[str]) -> None:
     parts.check(arguments, [COMPARE.value], VALUES)
     output = pathlib.Path(OUTPUT.value).absolute()
     jax.config.update('jax_compilation_cache_dir', str(output / 'compiled'))
-    curves: dict[str, list[dict[int, float]]] = {value: [] for value in VALUES[COMPARE.value]}
+    results: dict[str, list[dict[str, float]]] = {value: [] for value in VALUES[COMPARE.value]}
     for seed in range(SEEDS.value):
-        for value in curves:
+        for value, runs in results.items():
             config = _config(output, seed, grpo_steps=STEPS.value)
             _OPTIONS[COMPARE.value](config, value, output)
             workdir = _run(output / f'{value}-{seed}', config)
-            rows = report.read_policy(workdir / 'heldout.jsonl', STEPS.value)
-            curve = {row['step']: row['metrics']['eval/accuracy'] for row in rows}
-            points = {f'step {step}': f'{accuracy:.1%}' for step, accuracy in curve.items()}
-            row = {COMPARE.value: value, 'seed': str(seed)} | _loss_of_sft(workdir) | points
-            parts.print_row(row, first=not any(curves.values()))
-            curves[value].append(curve)
-    _print_means(curves)
-    _draw(curves, output / 'learning.png')
+            found = _loss_of_sft(workdir) | _accuracies(workdir)
+            cells = {name: format(x, _form(name)) for name, x in found.items()}
+            row = {COMPARE.value: value, 'seed': str(seed)} | cells
+            parts.print_row(row, first=not any(results.values()))
+            runs.append(found)
+    _print_means(results)
+    _draw(results, output / 'learning.png')
 
 
 def _with_base(config: Any, base: str, output: pathlib.Path) -> None:
@@ -79,24 +79,31 @@ def _with_moments(config: Any, moments: str, output: pathlib.Path) -> None:
 _OPTIONS = {'base': _with_base, 'moments': _with_moments}
 
 
-def _loss_of_sft(workdir: pathlib.Path) -> dict[str, str]:
+def _loss_of_sft(workdir: pathlib.Path) -> dict[str, float]:
     """The mean loss of the last 50 steps of SFT, if the run has any."""
     losses = [row['loss'] for row in report.read(workdir / 'metrics.jsonl', 'sft')[-50:]]
-    return {'SFT loss': f'{np.mean(losses):.4f}'} if losses else {}
+    return {LOSS: float(np.mean(losses))} if losses else {}
 
 
-def _print_means(curves: Curves) -> None:
-    for value, runs in curves.items():
-        values = np.array([list(run.values()) for run in runs])
-        cells = (
-            f'{mean:.1%} ± {deviation:.1%}'
-            for mean, deviation in zip(values.mean(0), values.std(0), strict=True)
-        )
-        points = dict(zip((f'step {step}' for step in runs[0]), cells, strict=True))
-        parts.print_row({COMPARE.value: value, 'seed': 'mean ± std'} | points, first=False)
+def _accuracies(workdir: pathlib.Path) -> dict[str, float]:
+    rows = report.read_policy(workdir / 'heldout.jsonl', STEPS.value)
+    return {f'step {row["step"]}': row['metrics']['eval/accuracy'] for row in rows}
 
 
-def _draw(curves: Curves, path: pathlib.Path) -> None:
+def _form(name: str) -> str:
+    return '.4f' if name == LOSS else '.1%'
+
+
+def _print_means(results: Results) -> None:
+    for value, runs in results.items():
+        row = {COMPARE.value: value, 'seed': 'mean ± std'}
+        for name in runs[0]:
+            column, form = np.array([run[name] for run in runs]), _form(name)
+            row[name] = f'{format(column.mean(), form)} ± {format(column.std(), form)}'
+        parts.print_row(row, first=False)
+
+
+def _draw(results: Results, path: pathlib.Path) -> None:
     """A thin line for each run, and a thick one for the mean of each value."""
     import matplotlib
 
@@ -104,9 +111,10 @@ def _draw(curves: Curves, path: pathlib.Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4.4), layout='constrained')
-    for number, (value, runs) in enumerate(curves.items()):
-        steps, color = list(runs[0]), f'C{number}'
-        values = 100 * np.array([list(run.values()) for run in runs])
+    for number, (value, runs) in enumerate(results.items()):
+        names, color = [name for name in runs[0] if name != LOSS], f'C{number}'
+        steps = [int(name.removeprefix('step ')) for name in names]
+        values = 100 * np.array([[run[name] for name in names] for run in runs])
         axis.plot(steps, values.T, color=color, linewidth=0.7, alpha=0.4)
         axis.plot(
             steps, values.mean(0), color=color, marker='.', label=f'{COMPARE.value}={value!r}'

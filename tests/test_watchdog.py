@@ -10,7 +10,7 @@ import time
 import pytest
 
 HEAD = """
-import ctypes, itertools, os, signal, sys, threading, time
+import atexit, ctypes, itertools, os, signal, sys, threading, time
 from grpo_jax.rewards import deadlines, watchdog
 deadlines.GRACE, watchdog.SILENCE, watchdog._BEAT = 1, 1.5, 0.2
 def holds_the_lock():
@@ -19,6 +19,11 @@ def closes_descriptors():
     os.closerange(0, 4096)
 def segfault():
     ctypes.string_at(0)
+def ends_before(handler, *arguments):  # an exit handler that is older than this library
+    end = watchdog._end_at_exit
+    atexit.unregister(end)
+    atexit.register(handler, *arguments)
+    atexit.register(end)
 """
 
 
@@ -124,12 +129,23 @@ def test_an_environment_that_ends_the_program_is_named(call, status, line, tmp_p
         ),
         # What ends after the watching process has.
         (
-            'import atexit\n'
-            'atexit.register(time.sleep, 1)\n'
+            'ends_before(time.sleep, 1)\n'
+            'watchdog._KILLED_WITHIN = 0\n'
             'def late():\n'
             '    with watchdog.watched("x", 60):\n'
             '        time.sleep(0.5)\n'
             'threading.Thread(target=late, daemon=True).start()\n'
+            'time.sleep(0.1)\n',
+            0,
+        ),
+        # Calls of a thread that runs until the program has ended.
+        (
+            'ends_before(time.sleep, 0.5)\n'
+            'def calls():\n'
+            '    while True:\n'
+            '        with watchdog.watched("x", 60):\n'
+            '            time.sleep(0.01)\n'
+            'threading.Thread(target=calls, daemon=True).start()\n'
             'time.sleep(0.1)\n',
             0,
         ),
@@ -245,10 +261,11 @@ def test_where_nothing_can_watch_calls_are_made_all_the_same():
     )
     found, lines = run(code)
     assert found == 0
-    assert set(lines) <= {
-        'reward functions that crash are not named: expected str, bytes or os.PathLike object, '
-        'not NoneType'
-    }
+    text = 'functions that crash or block the program are no longer named: '
+    ended = f'{text}the process that watches has ended, or does not read'
+    assert lines == [
+        f'{text}expected str, bytes or os.PathLike object, not NoneType', ended, ended,
+    ]  # fmt: skip
 
 
 @pytest.mark.slow

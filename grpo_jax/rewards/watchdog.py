@@ -28,6 +28,7 @@ _SCRIPT = pathlib.Path(__file__).with_name('watchdog_process.py')
 _LONGEST = 300  # characters of a name, so that a line is written at once or not at all
 _KILLED_WITHIN = 10  # seconds, after the descriptors have been closed
 _MOST_FAILURES = 3  # watching processes that ended too soon, after which there is none
+_UNREAD = 'the process that watches has ended, or does not read'
 _exit_now: Any = os._exit  # reward functions may replace it
 
 log = logging.getLogger('grpo_jax')
@@ -88,7 +89,7 @@ class _Process:
         while not self._ended.wait(_BEAT):
             with _lock:
                 if self is _process and not self.send('alive') and self.has_pipe():
-                    _give_up()
+                    _give_up(_UNREAD)
 
     def _found(self) -> tuple[int, int] | None:
         try:
@@ -131,7 +132,7 @@ def _end_calls(number: int, owner: str) -> None:
             time.sleep(_KILLED_WITHIN)  # the other process has seen that the pipe is closed
             _exit_now(2)
         if not _process.send(f'end {number} {owner}'):
-            _give_up()
+            _give_up(_UNREAD)
 
 
 @contextlib.contextmanager
@@ -157,31 +158,40 @@ def _begin(number: int, owner: str, what: str, seconds: float) -> None:
     line = f'begin {number} {owner} {seconds} {" ".join(printable(what[:_LONGEST]).split())}'
     with _lock:
         while _failures < _MOST_FAILURES:
-            if (process := _started()) is not None and process.send(line):
-                return
-            _give_up()
+            try:
+                if _started().send(line):
+                    return
+                why = _UNREAD
+            except Exception as error:
+                why = str(error)
+            _give_up(why)
 
 
-def _started() -> _Process | None:
-    """Return the process, a new one if there is none; None if none can be started."""
+def _started() -> _Process:
+    """Return the process, a new one if there is none."""
     global _process
     if _process is None:
-        try:
-            _process = _Process()
-        except Exception as error:
-            if not _failures:
-                log.warning('reward functions that crash are not named: %s', error)
+        _process = _Process()
     return _process
 
 
-def _give_up() -> None:
-    """Leave a process that does not read any more."""
-    global _process, _failures
+def _give_up(why: str) -> None:
+    """Leave a process that does not read any more; after several there is none, with a warning."""
+    global _failures
     _failures += 1
+    if _failures == _MOST_FAILURES:
+        log.warning('functions that crash or block the program are no longer named: %s', why)
     _end()
 
 
 @atexit.register
+def _end_at_exit() -> None:
+    """End the process, and start none for calls of threads that still run."""
+    global _failures
+    _failures = _MOST_FAILURES
+    _end()
+
+
 def _end() -> None:
     global _process
     with _lock:
